@@ -1,0 +1,46 @@
+"""Train Dreamer on Humanoid-v4 for a few minutes, save it, load it again and evaluate it.
+
+python examples/humanoid.py --steps 20000
+"""
+
+import argparse
+from pathlib import Path
+
+import gymnasium as gym
+from stable_baselines3.common.evaluation import evaluate_policy
+from stable_baselines3.common.monitor import Monitor
+
+from sb3_dreamer import Dreamer
+
+ENV_ID = "Humanoid-v4"
+
+
+def evaluate(model: Dreamer, episodes: int) -> str:
+    """Return and length of deterministic episodes in an environment of their own."""
+    env = Monitor(gym.make(ENV_ID))
+    returns, lengths = evaluate_policy(model, env, n_eval_episodes=episodes, return_episode_rewards=True)
+    env.close()
+    return f"return {sum(returns) / episodes:.0f}, length {sum(lengths) / episodes:.0f} (mean of {episodes} episodes)"
+
+
+def main() -> None:
+    """Train, save, load, evaluate."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--steps", type=int, default=5_000, help="environment steps")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--eval-episodes", type=int, default=5)
+    parser.add_argument("--out", type=Path, default=Path("runs/dreamer_humanoid.zip"))
+    args = parser.parse_args()
+
+    model = Dreamer("MlpPolicy", ENV_ID, seed=args.seed)
+    print(f"untrained: {evaluate(model, args.eval_episodes)}")
+    model.learn(args.steps, progress_bar=True)
+    model.save(args.out)
+    print(f"saved to {args.out}")
+
+    trained = Dreamer.load(args.out)
+    print(f"after {args.steps} steps: {evaluate(trained, args.eval_episodes)}")
+
+
+if __name__ == "__main__":
+    main()

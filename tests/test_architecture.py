@@ -1,0 +1,155 @@
+"""The arrows of the house: types <- nets <- world_model <- behavior <- policies <- dreamer <- the wings."""
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGE = ROOT / "sb3_dreamer"
+
+# room -> the rooms that it may import; a new room needs a line here
+CORE = {
+    "types": set(),
+    "nets": {"types"},
+    "world_model": {"types", "nets"},
+    "behavior": {"types", "nets", "world_model"},
+    "replay": {"types"},
+    "policies": {"types", "nets", "world_model", "behavior"},
+    "dreamer": {"types", "nets", "world_model", "behavior", "replay", "policies"},
+}
+WINGS = {"hybrid", "zoo", "tianshou", "distributed", "dreams", "adaptation"}
+# `__init__` stands for what the package itself exports, as in `from sb3_dreamer import Dreamer`
+ALLOWED = CORE | {wing: set(CORE) | {"__init__"} for wing in WINGS} | {"__init__": set(CORE)}
+
+# room -> the only libraries that it may import beside the standard library
+LIBRARIES = {
+    "types": {"torch", "numpy"},
+    "nets": {"torch", "numpy"},
+    "world_model": {"torch", "numpy"},
+    "behavior": {"torch", "numpy"},
+    "replay": {"torch", "numpy", "gymnasium", "stable_baselines3"},
+    "policies": {"torch", "numpy", "gymnasium", "stable_baselines3"},
+    "dreamer": {"torch", "numpy", "gymnasium", "stable_baselines3"},
+    "__init__": set(),
+}
+
+MAX_FUNCTION_LINES = 60
+MAX_FILE_LINES = 320
+
+
+class Import(NamedTuple):
+    file: Path
+    line: int
+    module: str  # absolute, dotted
+    at_call: bool  # inside a function, so it happens when the function is called
+
+    @property
+    def where(self) -> str:
+        return f"{self.file.relative_to(ROOT)}:{self.line} imports {self.module}"
+
+
+def sources() -> list[Path]:
+    return sorted(PACKAGE.rglob("*.py"))
+
+
+def room_of(file: Path) -> str:
+    return file.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def room_of_module(module: str) -> str:
+    """`sb3_dreamer.nets.layers` -> `nets`; `sb3_dreamer` and `sb3_dreamer.Dreamer` -> `__init__`."""
+    _, room, *_ = [*module.split("."), "__init__"]
+    return room if room in ALLOWED else "__init__"
+
+
+def absolute(node: ast.ImportFrom, file: Path) -> str:
+    if node.level == 0:
+        return node.module or ""
+    package = ("sb3_dreamer", *file.relative_to(PACKAGE).parts[:-1])
+    base = ".".join(package[: len(package) - node.level + 1])
+    return f"{base}.{node.module}" if node.module else base
+
+
+def modules_of(node: ast.AST, file: Path) -> list[str]:
+    if isinstance(node, ast.Import):
+        return [alias.name for alias in node.names]
+    if isinstance(node, ast.ImportFrom):
+        base = absolute(node, file)
+        # `from sb3_dreamer import x`: x may be a room
+        return [f"{base}.{alias.name}" for alias in node.names] if base == "sb3_dreamer" else [base]
+    return []
+
+
+def imports_below(node: ast.AST, file: Path, at_call: bool = False) -> Iterator[Import]:
+    for child in ast.iter_child_nodes(node):
+        for module in modules_of(child, file):
+            yield Import(file, child.lineno, module, at_call)
+        inside = at_call or isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef)
+        yield from imports_below(child, file, inside)
+
+
+def all_imports() -> list[Import]:
+    return [found for file in sources() for found in imports_below(ast.parse(file.read_text("utf-8")), file)]
+
+
+def own(found: Import) -> bool:
+    return found.module.split(".")[0] == "sb3_dreamer"
+
+
+def test_every_module_has_a_room_in_the_house():
+    strangers = {room_of(file) for file in sources()} - ALLOWED.keys()
+    assert not strangers, f"{strangers} are in no line of CORE or WINGS: decide what they may import"
+
+
+def test_arrows_run_one_way():
+    def allowed(found: Import) -> bool:
+        here, there = room_of(found.file), room_of_module(found.module)
+        opens_a_door = here == "dreamer" and found.at_call and there in WINGS  # warm_start, to_model_free
+        return here == there or there in ALLOWED[here] or opens_a_door
+
+    against = [found.where for found in all_imports() if own(found) and not allowed(found)]
+    assert not against, "\n".join(against)
+
+
+def test_the_rooms_of_the_model_import_no_rl_library():
+    def foreign(found: Import) -> bool:
+        top = found.module.split(".")[0]
+        room = room_of(found.file)
+        return room in LIBRARIES and top not in LIBRARIES[room] | sys.stdlib_module_names | {"sb3_dreamer"}
+
+    against = [found.where for found in all_imports() if foreign(found)]
+    assert not against, "\n".join(against)
+
+
+def test_no_file_is_a_drawer_for_everything():
+    drawers = {"utils", "util", "tools", "common", "helpers", "misc"}
+    found = [file for file in PACKAGE.rglob("*") if file.stem in drawers]
+    assert not found, f"name {found} after what it holds"
+
+
+def test_functions_and_files_stay_short():
+    long = [file for file in sources() if len(file.read_text("utf-8").splitlines()) > MAX_FILE_LINES]
+    assert not long, f"over {MAX_FILE_LINES} lines: {long}"
+    for file in sources():
+        for node in ast.walk(ast.parse(file.read_text("utf-8"))):
+            if isinstance(node, ast.FunctionDef):
+                lines = (node.end_lineno or node.lineno) - node.lineno + 1
+                assert lines <= MAX_FUNCTION_LINES, f"{file}:{node.lineno} {node.name} has {lines} lines"
+
+
+@pytest.mark.parametrize("folder", ["benchmarks", "examples", "tests"])
+def test_package_never_imports_the_folders_around_it(folder: str):
+    against = [found.where for found in all_imports() if found.module.split(".")[0] == folder]
+    assert not against, "\n".join(against)
+
+
+def test_import_of_the_package_brings_no_heavy_library():
+    heavy = ["rl_zoo3", "tianshou", "ray", "matplotlib", "mujoco", "optuna", "dm_control", "sb3_contrib"]
+    code = f"import sys, sb3_dreamer; print([name for name in {heavy} if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
+    assert done.stdout.strip() == "[]"

@@ -1,0 +1,98 @@
+"""Seconds per update of everything (world model, actor, critic), on random data. Prints one JSON line.
+
+    python benchmarks/update_speed.py --model-size size1m --obs-dim 17 --act-dim 6 --threads 2 --updates 20
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import statistics
+import time
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+import torch as th
+
+from sb3_dreamer import Dreamer
+from sb3_dreamer.types import Batch
+
+
+class Shape(gym.Env[np.ndarray, np.ndarray]):
+    """An environment of the given shape; it is never stepped."""
+
+    def __init__(self, obs_dim: int, act_dim: int) -> None:
+        self.observation_space = gym.spaces.Box(-np.inf, np.inf, (obs_dim,), np.float32)
+        self.action_space = gym.spaces.Box(-1.0, 1.0, (act_dim,), np.float32)
+
+
+def random_batch(model: Dreamer, device: str) -> Batch:
+    """One batch of noise, an episode start in one of eight sequences."""
+    b, t = model.batch_size, model.batch_length
+    spec = model.policy.action_spec
+    first = th.zeros(b, t, dtype=th.bool, device=device)
+    first[::8, t // 2] = True
+    return Batch(
+        obs={k: th.randn(b, t, *s.shape, device=device) for k, s in model.policy.world_model.decoder.specs.items()},
+        action=th.rand(b, t, spec.width, device=device) * 2 - 1,
+        prev_action=(th.rand(b, t, spec.width, device=device) * 2 - 1) * ~first[..., None],
+        reward=th.randn(b, t, device=device),
+        is_first=first,
+        is_terminal=th.zeros_like(first),
+        is_last=first.roll(-1, 1),
+        start=th.zeros(b, model.policy.world_model.rssm.packed_width, device=device),
+        index=np.zeros((b, 2), np.int64),
+    )
+
+
+def time_updates(model: Dreamer, updates: int, warmup: int) -> list[float]:
+    """Seconds of each update."""
+    batch = random_batch(model, str(model.device))
+    seconds = []
+    for _ in range(warmup + updates):
+        start = time.perf_counter()
+        model.update(batch)
+        if model.device.type == "cuda":
+            th.cuda.synchronize()
+        seconds.append(time.perf_counter() - start)
+    return seconds[warmup:]
+
+
+def main() -> None:
+    """Read the settings, measure, print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model-size", default="size1m")
+    parser.add_argument("--obs-dim", type=int, default=17)
+    parser.add_argument("--act-dim", type=int, default=6)
+    parser.add_argument("--batch-size", type=int, default=16)
+    parser.add_argument("--batch-length", type=int, default=64)
+    parser.add_argument("--imagination-starts", type=int, help="default: that of Dreamer")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--updates", type=int, default=20)
+    parser.add_argument("--warmup", type=int, default=5)
+    args = parser.parse_args()
+
+    th.set_num_threads(args.threads)
+    knobs: dict[str, Any] = {} if args.imagination_starts is None else {"imagination_starts": args.imagination_starts}
+    model = Dreamer(
+        "MlpPolicy",
+        Shape(args.obs_dim, args.act_dim),
+        model_size=args.model_size,
+        batch_size=args.batch_size,
+        batch_length=args.batch_length,
+        device=args.device,
+        seed=0,
+        **knobs,
+    )
+    seconds = time_updates(model, args.updates, args.warmup)
+    name = th.cuda.get_device_name() if args.device.startswith("cuda") else platform.processor() or platform.machine()
+    settings = {**vars(args), "imagination_starts": model.imagination_starts, "torch": th.__version__, "machine": name}
+    result = {"seconds_per_update": statistics.median(seconds), "min": min(seconds), "settings": settings}
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,121 @@
+"""Actor and critic on model features, and their losses on dreams and on replayed sequences."""
+
+from __future__ import annotations
+
+import copy
+
+import torch as th
+from torch import nn
+
+from sb3_dreamer.nets.distributions import ActionDistribution, Bits, BoundedNormal, OneHots
+from sb3_dreamer.nets.layers import MLP, Linear
+from sb3_dreamer.types import Dream, Size, Spec
+from sb3_dreamer.world_model.world_model import TwoHotHead
+
+Info = dict[str, th.Tensor]
+
+
+class Actor(nn.Module):
+    """Features (..., F) -> a distribution over actions; three layers, output near zero at the start."""
+
+    def __init__(self, features: int, action_spec: Spec, size: Size) -> None:
+        super().__init__()
+        self.spec = action_spec
+        self.mlp = MLP(features, size.units, layers=3)
+        outputs = 2 * action_spec.width if action_spec.kind == "vector" else action_spec.width
+        self.out = Linear(size.units, outputs, scale=0.01)
+
+    def forward(self, features: th.Tensor) -> ActionDistribution:
+        out = self.out(self.mlp(features))
+        if self.spec.kind == "vector":
+            return BoundedNormal(out)
+        return OneHots(out, self.spec.classes) if self.spec.kind == "discrete" else Bits(out)
+
+
+class Critic(nn.Module):
+    """Two-hot critic with a slowly moving copy of itself that it is kept close to.
+
+    :param features: F.
+    :param size: widths.
+    :param rate: share of the critic that enters its copy at each update.
+    """
+
+    def __init__(self, features: int, size: Size, rate: float = 0.02) -> None:
+        super().__init__()
+        self.rate = rate
+        self.fast = TwoHotHead(features, size.units, layers=3)
+        self.slow = copy.deepcopy(self.fast).requires_grad_(False)
+
+    def forward(self, features: th.Tensor) -> th.Tensor:
+        """Features (..., F) -> logits (..., bins)."""
+        return self.fast(features)
+
+    def value(self, features: th.Tensor) -> th.Tensor:
+        """Expected return: (..., F) -> (...)."""
+        return self.fast.mean(self.fast(features))
+
+    def loss(self, logits: th.Tensor, features: th.Tensor, target: th.Tensor) -> th.Tensor:
+        """Regress to the returns and to the slow copy: (..., bins), (..., F), (...) -> (...)."""
+        with th.no_grad():
+            slow = self.slow.mean(self.slow(features))
+        return self.fast.loss(logits, target) + self.fast.loss(logits, slow)
+
+    @th.no_grad()
+    def update_slow(self) -> None:
+        """Move the slow copy a little towards the critic."""
+        th._foreach_lerp_(list(self.slow.parameters()), list(self.fast.parameters()), self.rate)
+
+
+def actor_loss(
+    actor: Actor, dream: Dream, returns: th.Tensor, values: th.Tensor, scale: th.Tensor, ent_coef: float
+) -> tuple[th.Tensor, Info]:
+    """REINFORCE with the normalised advantage and an entropy bonus (paper, Eq. 6).
+
+    :param actor: the policy.
+    :param dream: N trajectories of H actions.
+    :param returns: (N, H) lambda-returns.
+    :param values: (N, H) critic at the states where the actions were taken.
+    :param scale: () return scale.
+    :param ent_coef: weight of the entropy.
+    :return: mean loss (); info.
+    """
+    policy = actor(dream.features[:, :-1])
+    advantage = ((returns - values) / scale).detach()
+    entropy = policy.entropy()
+    loss = -(policy.log_prob(dream.action) * advantage + ent_coef * entropy)
+    return (loss * weights(dream)[:, :-1]).mean(), {
+        "entropy": entropy.detach().mean(),
+        "advantage_magnitude": advantage.abs().mean(),
+    }
+
+
+def critic_loss(critic: Critic, dream: Dream, logits: th.Tensor, returns: th.Tensor) -> th.Tensor:
+    """Critic regression on imagined returns.
+
+    :param critic: the critic.
+    :param dream: N trajectories.
+    :param logits: (N, H, bins) of the critic at the states of the dream but the last.
+    :param returns: (N, H).
+    :return: mean loss ().
+    """
+    return (critic.loss(logits, dream.features[:, :-1], returns.detach()) * weights(dream)[:, :-1]).mean()
+
+
+def replay_critic_loss(
+    critic: Critic, features: th.Tensor, logits: th.Tensor, returns: th.Tensor, is_last: th.Tensor
+) -> th.Tensor:
+    """Critic regression on replayed sequences; the gradient also shapes the features.
+
+    :param features: (B, T, F).
+    :param logits: (B, T, bins) of the critic at the features.
+    :param returns: (B, T - 1) lambda-returns whose bootstrap is the imagined return.
+    :param is_last: (B, T) bool; the last entry of an episode has no return of its own.
+    :return: mean loss ().
+    """
+    loss = critic.loss(logits[:, :-1], features[:, :-1].detach(), returns.detach())
+    return (loss * (~is_last[:, :-1]).to(loss.dtype)).mean()
+
+
+def weights(dream: Dream) -> th.Tensor:
+    """(N, H+1) probability times discount that the dream is still going on at each state."""
+    return dream.discount.cumprod(1)

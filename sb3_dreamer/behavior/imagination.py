@@ -1,0 +1,95 @@
+"""Trajectories from the world model, and what they are worth."""
+
+from __future__ import annotations
+
+import torch as th
+from torch import nn
+
+from sb3_dreamer.behavior.actor_critic import Actor
+from sb3_dreamer.types import Dream
+from sb3_dreamer.world_model import WorldModel
+from sb3_dreamer.world_model.rssm import State
+
+
+@th.no_grad()
+def imagine(world_model: WorldModel, actor: Actor, start: State, horizon: int) -> Dream:
+    """Let the actor act in the world model::
+
+        state    s_0  s_1  ...  s_H       (N, H+1)
+        action   a_0  a_1  ...            (N, H)      a_t is the actor's at s_t and leads to s_{t+1}
+        reward   r_0  r_1  ...  r_H       (N, H+1)    r_t is the reward of being in s_t
+
+    :param world_model: the model.
+    :param actor: the policy on its features.
+    :param start: N states.
+    :param horizon: number H of actions.
+    """
+    state, states, actions = start, [start], []
+    for _ in range(horizon):
+        actions.append(actor(state.features).sample())
+        state = world_model.rssm.imagine_step(state, actions[-1])
+        states.append(state)
+    features = th.stack([s.features for s in states], 1)
+    return Dream(
+        features=features,
+        action=th.stack(actions, 1),
+        reward=world_model.predict_reward(features),
+        discount=world_model.predict_discount(features),
+    )
+
+
+def lambda_returns(
+    reward: th.Tensor, discount: th.Tensor, bootstrap: th.Tensor, gae_lambda: float, is_last: th.Tensor | None = None
+) -> th.Tensor:
+    """Bootstrapped lambda-returns (paper, Eq. 7)::
+
+        entry      t            t+1              t+2 ...
+        R_t   =          r_{t+1} + d_{t+1} ((1 - lambda) v_{t+1} + lambda R_{t+1}),      R_end = v_end
+
+    Where ``is_last`` at t+1 the recursion ends: R_t = r_{t+1} + d_{t+1} v_{t+1}.
+
+    :param reward: (n, T) r_t, which came with entry t.
+    :param discount: (n, T) gamma, or 0 where entry t is terminal; or the predicted continue.
+    :param bootstrap: (n, T) value v_t.
+    :param gae_lambda: lambda.
+    :param is_last: (n, T) bool, where an episode is cut.
+    :return: (n, T - 1), no gradient is stopped here.
+    """
+    go_on = th.full_like(reward, gae_lambda)
+    if is_last is not None:
+        go_on = go_on * (~is_last).to(reward.dtype)
+    here = reward + discount * (1 - go_on) * bootstrap
+    factor = discount * go_on
+    future, returns = bootstrap[:, -1], []
+    for t in range(reward.shape[1] - 1, 0, -1):
+        future = here[:, t] + factor[:, t] * future
+        returns.append(future)
+    return th.stack(returns[::-1], 1)
+
+
+class ReturnScale(nn.Module):
+    """Moving range of the returns, 5th to 95th percentile (paper, Eq. 8); divides the advantage, never below 1.
+
+    :param rate: share of the newest range in the average.
+    """
+
+    low: th.Tensor
+    high: th.Tensor
+
+    def __init__(self, rate: float = 0.01) -> None:
+        super().__init__()
+        self.rate = rate
+        self.register_buffer("low", th.zeros(()))
+        self.register_buffer("high", th.zeros(()))
+
+    def update(self, returns: th.Tensor) -> th.Tensor:
+        """Take note of new returns (any shape) and give the current scale ()."""
+        low, high = th.quantile(returns.detach().flatten(), returns.new_tensor([0.05, 0.95]))
+        self.low.lerp_(low, self.rate)
+        self.high.lerp_(high, self.rate)
+        return self.scale
+
+    @property
+    def scale(self) -> th.Tensor:
+        """max(1, high - low)."""
+        return (self.high - self.low).clamp(min=1.0)

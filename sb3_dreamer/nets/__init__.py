@@ -1,0 +1,1 @@
+"""Layers, distributions and the optimiser: pure torch, no RL library."""

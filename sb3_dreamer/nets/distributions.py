@@ -1,0 +1,167 @@
+"""Output distributions: symlog and two-hot regression, categorical latents, action distributions."""
+
+from __future__ import annotations
+
+import math
+from typing import Protocol
+
+import torch as th
+import torch.nn.functional as F
+
+UNIMIX = 0.01
+LOG_SQRT_2PI = 0.5 * math.log(2 * math.pi)
+
+
+def symlog(x: th.Tensor) -> th.Tensor:
+    """Sign-preserving logarithm, sign(x) ln(1 + |x|)."""
+    return th.sign(x) * th.log1p(th.abs(x))
+
+
+def symexp(x: th.Tensor) -> th.Tensor:
+    """Inverse of :func:`symlog`."""
+    return th.sign(x) * th.expm1(th.abs(x))
+
+
+# -- two-hot regression ------------------------------------------------------------------------------------------------
+
+
+def symexp_bins(bins: int = 255) -> th.Tensor:
+    """Centres of the two-hot bins: ``bins`` (odd) values, evenly spaced in [-20, 20] under symlog."""
+    half = symexp(th.linspace(-20, 0, bins // 2 + 1))
+    return th.cat([half, -half[:-1].flip(0)])
+
+
+def twohot_mean(logits: th.Tensor, bins: th.Tensor) -> th.Tensor:
+    """Expected value (..., bins) -> (...), summed symmetrically, so that uniform logits give exactly zero."""
+    m = bins.shape[0] // 2
+    weighted = F.softmax(logits, -1) * bins
+    return (weighted[..., :m].flip(-1) + weighted[..., m + 1 :]).sum(-1) + weighted[..., m]
+
+
+def twohot_loss(logits: th.Tensor, target: th.Tensor, bins: th.Tensor) -> th.Tensor:
+    """Cross-entropy to the target's two-hot code (paper, Eq. 9-10): logits (..., bins), target (...) -> (...)."""
+    log_probs = F.log_softmax(logits, -1)
+    target = target.detach().clamp(bins[0], bins[-1])
+    above = th.searchsorted(bins, target.contiguous(), right=True).clamp(1, bins.shape[0] - 1)
+    low, high = bins[above - 1], bins[above]
+    weight = (target - low) / (high - low)
+    chosen = log_probs.gather(-1, th.stack([above - 1, above], -1))  # (..., 2)
+    return -(chosen[..., 0] * (1 - weight) + chosen[..., 1] * weight)
+
+
+# -- categorical latents -----------------------------------------------------------------------------------------------
+
+
+def unimix_probs(logits: th.Tensor, unimix: float = UNIMIX) -> th.Tensor:
+    """Softmax mixed with a uniform distribution, so that no class is ever impossible."""
+    return (1 - unimix) * F.softmax(logits, -1) + unimix / logits.shape[-1]
+
+
+def sample_onehot(probs: th.Tensor) -> th.Tensor:
+    """One-hot samples (..., K), by a race of exponentials; no gradient."""
+    with th.no_grad():
+        winner = (probs / th.empty_like(probs).exponential_()).argmax(-1, keepdim=True)
+        return th.zeros_like(probs).scatter_(-1, winner, 1.0)
+
+
+def straight_through(onehot: th.Tensor, probs: th.Tensor) -> th.Tensor:
+    """The value of ``onehot`` with the gradient of ``probs``."""
+    return onehot + (probs - probs.detach())
+
+
+def categorical_kl(p: th.Tensor, q: th.Tensor) -> th.Tensor:
+    """KL(p || q) of probabilities (..., S, K), summed over the S latents -> (...)."""
+    return (p * (p.log() - q.log())).sum((-2, -1))
+
+
+# -- actions -----------------------------------------------------------------------------------------------------------
+
+
+class ActionDistribution(Protocol):
+    """What an actor head returns. Actions are encoded: floats in [-1, 1], one-hot vectors, or zeros and ones."""
+
+    def sample(self) -> th.Tensor:
+        """A random action (..., A)."""
+
+    def mode(self) -> th.Tensor:
+        """The most likely action (..., A)."""
+
+    def log_prob(self, action: th.Tensor) -> th.Tensor:
+        """Log-density of the action (..., A) -> (...)."""
+
+    def entropy(self) -> th.Tensor:
+        """Entropy in nats -> (...)."""
+
+
+class BoundedNormal:
+    """Normal with mean tanh(m) and a standard deviation between 0.1 and 1; samples are not squashed.
+
+    :param out: (..., 2 A) raw means and raw standard deviations.
+    """
+
+    min_std, max_std = 0.1, 1.0
+
+    def __init__(self, out: th.Tensor) -> None:
+        mean, std = out.chunk(2, -1)
+        self.mean = th.tanh(mean)
+        self.std = (self.max_std - self.min_std) * th.sigmoid(std + 2.0) + self.min_std
+
+    def sample(self) -> th.Tensor:
+        return self.mean + self.std * th.randn_like(self.mean)
+
+    def mode(self) -> th.Tensor:
+        return self.mean
+
+    def log_prob(self, action: th.Tensor) -> th.Tensor:
+        return (-0.5 * ((action - self.mean) / self.std) ** 2 - self.std.log() - LOG_SQRT_2PI).sum(-1)
+
+    def entropy(self) -> th.Tensor:
+        return (0.5 + LOG_SQRT_2PI + self.std.log()).sum(-1)
+
+
+class OneHots:
+    """One or more categorical choices, each mixed with 1% uniform, encoded as concatenated one-hot vectors.
+
+    :param out: (..., sum of classes) logits.
+    :param classes: number of values of each choice.
+    """
+
+    def __init__(self, out: th.Tensor, classes: tuple[int, ...]) -> None:
+        self.classes = classes
+        self.probs = [unimix_probs(logits) for logits in out.split(list(classes), -1)]
+
+    def sample(self) -> th.Tensor:
+        return th.cat([sample_onehot(p) for p in self.probs], -1)
+
+    def mode(self) -> th.Tensor:
+        return th.cat([F.one_hot(p.argmax(-1), p.shape[-1]).to(p.dtype) for p in self.probs], -1)
+
+    def log_prob(self, action: th.Tensor) -> th.Tensor:
+        chosen = zip(self.probs, action.split(list(self.classes), -1), strict=True)
+        return sum(((p.log() * a).sum(-1) for p, a in chosen), start=th.zeros(()))
+
+    def entropy(self) -> th.Tensor:
+        return sum((-(p * p.log()).sum(-1) for p in self.probs), start=th.zeros(()))
+
+
+class Bits:
+    """Independent yes-or-no choices, each mixed with 1% uniform, encoded as zeros and ones.
+
+    :param out: (..., A) logits of a one.
+    """
+
+    def __init__(self, out: th.Tensor) -> None:
+        self.prob = (1 - UNIMIX) * th.sigmoid(out) + UNIMIX / 2
+
+    def sample(self) -> th.Tensor:
+        return th.bernoulli(self.prob)
+
+    def mode(self) -> th.Tensor:
+        return (self.prob > 0.5).to(self.prob.dtype)
+
+    def log_prob(self, action: th.Tensor) -> th.Tensor:
+        return (action * self.prob.log() + (1 - action) * th.log1p(-self.prob)).sum(-1)
+
+    def entropy(self) -> th.Tensor:
+        p = self.prob
+        return -(p * p.log() + (1 - p) * th.log1p(-p)).sum(-1)

@@ -1,0 +1,86 @@
+"""Layers of the paper: RMSNorm and SiLU everywhere, truncated-normal weights, block-diagonal linear maps."""
+
+from __future__ import annotations
+
+import math
+
+import torch as th
+import torch.nn.functional as F
+from torch import nn
+
+# Standard deviation of a unit normal truncated to [-2, 2] is 1 / 1.1368.
+TRUNCATION_GAIN = 1.1368
+
+
+def trunc_normal_(weight: th.Tensor, fan_in: int, scale: float = 1.0) -> th.Tensor:
+    """Fill with a normal truncated at two sigma, standard deviation ``scale / sqrt(fan_in)``, in place."""
+    with th.no_grad():
+        return nn.init.trunc_normal_(weight, 0.0, 1.0, -2.0, 2.0).mul_(scale * TRUNCATION_GAIN / math.sqrt(fan_in))
+
+
+class Linear(nn.Linear):
+    """``nn.Linear`` with the paper's initialisation.
+
+    :param scale: factor on the initial weights; 0 makes the layer predict exactly zero at the start.
+    """
+
+    def __init__(self, in_features: int, out_features: int, scale: float = 1.0) -> None:
+        self.scale = scale
+        super().__init__(in_features, out_features)
+
+    def reset_parameters(self) -> None:
+        trunc_normal_(self.weight, self.in_features, self.scale)
+        nn.init.zeros_(self.bias)
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square normalisation over the last dimension with a learned scale (Zhang and Sennrich 2019)."""
+
+    eps = 1e-4
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(th.ones(width))
+
+    def forward(self, x: th.Tensor) -> th.Tensor:
+        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+
+
+class Dense(nn.Module):
+    """Linear, RMSNorm, SiLU: (..., in) -> (..., out)."""
+
+    def __init__(self, in_features: int, out_features: int) -> None:
+        super().__init__()
+        self.linear = Linear(in_features, out_features)
+        self.norm = RMSNorm(out_features)
+
+    def forward(self, x: th.Tensor) -> th.Tensor:
+        return self.activate(self.linear(x))
+
+    def activate(self, x: th.Tensor) -> th.Tensor:
+        """The part after the product, for callers that split the product: (..., out) -> (..., out)."""
+        return F.silu(self.norm(x))
+
+
+class MLP(nn.Sequential):
+    """``layers`` times Dense: (..., in) -> (..., units)."""
+
+    def __init__(self, in_features: int, units: int, layers: int) -> None:
+        widths = [in_features] + [units] * layers
+        super().__init__(*(Dense(i, o) for i, o in zip(widths, widths[1:], strict=False)))
+
+
+class BlockLinear(nn.Module):
+    """A block-diagonal linear map: (..., blocks * i) -> (..., blocks * o), block g of the output reads block g only."""
+
+    def __init__(self, in_features: int, out_features: int, blocks: int) -> None:
+        super().__init__()
+        self.blocks = blocks
+        weight = th.empty(blocks, in_features // blocks, out_features // blocks)
+        self.weight = nn.Parameter(trunc_normal_(weight, in_features))
+        self.bias = nn.Parameter(th.zeros(out_features))
+
+    def forward(self, x: th.Tensor) -> th.Tensor:
+        rows = x.reshape(-1, self.blocks, self.weight.shape[1]).transpose(0, 1)  # (G, n, i)
+        out = th.bmm(rows, self.weight).transpose(0, 1)  # (n, G, o)
+        return out.reshape(*x.shape[:-1], -1) + self.bias

@@ -1,0 +1,217 @@
+"""The SB3 policy: builds the networks from the spaces, and acts with a recurrent state."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch as th
+from gymnasium import spaces
+from stable_baselines3.common.policies import BasePolicy
+from stable_baselines3.common.preprocessing import is_image_space
+from stable_baselines3.common.type_aliases import Schedule
+from torch import nn
+
+from sb3_dreamer.behavior.actor_critic import Actor, Critic
+from sb3_dreamer.behavior.imagination import ReturnScale
+from sb3_dreamer.nets.optim import LaProp
+from sb3_dreamer.types import SIZES, Spec
+from sb3_dreamer.world_model import WorldModel
+
+PolicyState = tuple[np.ndarray, ...]
+
+
+def spec_of(space: spaces.Space) -> Spec:
+    """Translate one space (no Dict) for the networks.
+
+    :raises ValueError: for a kind of space that has no encoder.
+    """
+    if is_image_space(space):
+        assert space.shape is not None
+        return Spec("image", space.shape)
+    if isinstance(space, spaces.Box):
+        return Spec("vector", space.shape)
+    if isinstance(space, spaces.Discrete):
+        return Spec("discrete", (), (int(space.n),))
+    if isinstance(space, spaces.MultiDiscrete):
+        return Spec("discrete", space.shape, tuple(int(n) for n in space.nvec.flatten()))
+    if isinstance(space, spaces.MultiBinary):
+        return Spec("binary", space.shape)
+    raise ValueError(
+        f"{space} is not supported: use Box, Discrete, MultiDiscrete, MultiBinary, or a flat Dict of these "
+        "(gymnasium.wrappers.FlattenObservation turns other spaces into a Box)"
+    )
+
+
+def observation_specs(space: spaces.Space) -> dict[str, Spec]:
+    """Specs by key; a space that is no Dict has the single key "obs"."""
+    if isinstance(space, spaces.Dict):
+        return {key: spec_of(sub) for key, sub in space.spaces.items()}
+    return {"obs": spec_of(space)}
+
+
+class DreamerPolicy(BasePolicy):
+    """World model, actor and critic behind SB3's policy interface.
+
+    The state that ``predict`` carries is a tuple of float32 arrays: the packed model state (n, L) and the encoded
+    previous action (n, A).
+
+    :param observation_space: Box, Discrete, MultiDiscrete, MultiBinary or a flat Dict of these.
+    :param action_space: Box with finite bounds, Discrete, MultiDiscrete or MultiBinary.
+    :param lr_schedule: learning rate as a function of the remaining progress.
+    :param model_size: key of ``sb3_dreamer.types.SIZES``.
+    :param rssm_type: sequence model, "gru".
+    :param gamma: discount.
+    :param widths: single widths in place of those of ``model_size``, e.g. ``units=128``.
+    """
+
+    optimizer: LaProp
+
+    def __init__(
+        self,
+        observation_space: spaces.Space,
+        action_space: spaces.Space,
+        lr_schedule: Schedule,
+        model_size: str = "size1m",
+        rssm_type: str = "gru",
+        gamma: float = 0.997,
+        **widths: int,
+    ) -> None:
+        super().__init__(observation_space, action_space, squash_output=isinstance(action_space, spaces.Box))
+        if model_size not in SIZES:
+            raise ValueError(f'model_size="{model_size}" is unknown; use one of {list(SIZES)}')
+        known = {field.name for field in dataclasses.fields(SIZES[model_size])}
+        if unknown := set(widths) - known:
+            raise ValueError(f"policy_kwargs {sorted(unknown)} are unknown; single widths are {sorted(known)}")
+        self._arguments = dict(model_size=model_size, rssm_type=rssm_type, gamma=gamma, **widths)
+        size = dataclasses.replace(SIZES[model_size], **widths)
+        self.action_spec = spec_of(action_space)
+        self.world_model = WorldModel(observation_specs(observation_space), self.action_spec, size, rssm_type, gamma)
+        features = self.world_model.feature_width
+        self.actor = Actor(features, self.action_spec, size)
+        self.critic = Critic(features, size)
+        self.return_scale = ReturnScale()
+        learned = [p for p in self.parameters() if p.requires_grad]
+        self.optimizer = LaProp(learned, lr=lr_schedule(1.0))
+
+    def _get_constructor_parameters(self) -> dict[str, Any]:
+        data = super()._get_constructor_parameters()
+        data.pop("squash_output", None)
+        data.pop("normalize_images", None)
+        data.pop("features_extractor_class", None)
+        return {**data, "lr_schedule": self._dummy_schedule, **self._arguments}
+
+    # -- acting --------------------------------------------------------------------------------------------------------
+
+    def initial_state(self, n: int) -> PolicyState:
+        """The state before an episode, for n environments."""
+        zeros = np.zeros((n, self.world_model.rssm.packed_width), np.float32)
+        return zeros, np.zeros((n, self.action_spec.width), np.float32)
+
+    def predict(
+        self,
+        observation: np.ndarray | dict[str, np.ndarray],
+        state: PolicyState | None = None,
+        episode_start: np.ndarray | None = None,
+        deterministic: bool = False,
+    ) -> tuple[np.ndarray, PolicyState | None]:
+        """Actions for one observation or a batch of n, and the state to hand in at the next call.
+
+        :param observation: in the space's units, single or batched.
+        :param state: what the last call returned; None starts an episode.
+        :param episode_start: (n,) true where a new episode begins; None: nowhere.
+        :param deterministic: the most likely latents and action, no random numbers drawn.
+        :return: actions in the space's units, clipped to its bounds; the next state.
+        :raises ValueError: for observations of another space, or a Gym ``(obs, info)`` tuple.
+        """
+        self.set_training_mode(False)
+        if isinstance(observation, tuple) and len(observation) == 2 and isinstance(observation[1], dict):
+            raise ValueError(
+                "predict() got the tuple (observation, info) of Gymnasium's reset(); pass the observation alone"
+            )
+        obs, vectorized = self.obs_to_tensor(observation)
+        obs = obs if isinstance(obs, dict) else {"obs": obs}
+        n = len(next(iter(obs.values())))
+        packed, prev_action = self.initial_state(n) if state is None else state
+        is_first = np.zeros(n, bool) if episode_start is None else np.asarray(episode_start).reshape(n).astype(bool)
+        with th.inference_mode():
+            encoded, packed_next = self.act(
+                obs,
+                th.as_tensor(packed, device=self.device),
+                th.as_tensor(prev_action, device=self.device),
+                th.as_tensor(is_first, device=self.device),
+                deterministic,
+            )
+        actions = self.decode_action(encoded.cpu().numpy())
+        new_state = (packed_next.cpu().numpy(), encoded.cpu().numpy())
+        return actions if vectorized else actions[0], new_state
+
+    def act(
+        self,
+        obs: Mapping[str, th.Tensor],
+        packed: th.Tensor,
+        prev_action: th.Tensor,
+        is_first: th.Tensor,
+        deterministic: bool = False,
+    ) -> tuple[th.Tensor, th.Tensor]:
+        """One step on tensors: (n, .) observations, (n, L) states, (n, A) actions -> encoded actions, packed states."""
+        rssm = self.world_model.rssm
+        embed = self.world_model.encoder(obs)
+        state = rssm.observe_step(rssm.unpack(packed), embed, prev_action, is_first, sample=not deterministic)
+        policy = self.actor(state.features)
+        action = policy.mode() if deterministic else policy.sample()
+        if self.action_spec.kind == "vector":
+            action = action.clamp(-1.0, 1.0)
+        return action, rssm.pack(state)
+
+    def _predict(self, observation: Any, deterministic: bool = False) -> th.Tensor:
+        """First action of an episode, encoded; SB3's abstract method. Use :meth:`predict`, which keeps the state."""
+        obs = observation if isinstance(observation, dict) else {"obs": observation}
+        n = len(next(iter(obs.values())))
+        packed, prev_action = (th.as_tensor(x, device=self.device) for x in self.initial_state(n))
+        return self.act(obs, packed, prev_action, th.ones(n, dtype=th.bool, device=self.device), deterministic)[0]
+
+    # -- action codes --------------------------------------------------------------------------------------------------
+
+    def decode_action(self, encoded: np.ndarray) -> np.ndarray:
+        """Encoded actions (n, A) -> actions of the space (n, *shape)."""
+        space = self.action_space
+        if isinstance(space, spaces.Box):
+            actions = self.unscale_action(encoded.reshape(-1, *space.shape).astype(space.dtype))
+            return np.clip(actions, space.low, space.high)
+        if self.action_spec.kind == "discrete":
+            ends = np.cumsum(self.action_spec.classes)[:-1]
+            columns = [part.argmax(-1) for part in np.split(encoded, ends, -1)]
+            encoded = np.stack(columns, -1)
+        assert space.shape is not None
+        return encoded.reshape(-1, *space.shape).astype(space.dtype)
+
+    def encode_action(self, actions: np.ndarray) -> np.ndarray:
+        """Actions of the space (n, *shape) -> encoded float32 actions (n, A)."""
+        n = len(actions)
+        if isinstance(self.action_space, spaces.Box):
+            actions = self.scale_action(actions)
+        elif self.action_spec.kind == "discrete":
+            columns = np.asarray(actions).reshape(n, -1).T
+            codes = zip(columns, self.action_spec.classes, strict=True)
+            return np.concatenate([np.eye(k, dtype=np.float32)[c] for c, k in codes], -1)
+        return np.asarray(actions, np.float32).reshape(n, -1)
+
+
+class MlpPolicy(DreamerPolicy):
+    """For vectors (and integers, and bits)."""
+
+
+class CnnPolicy(DreamerPolicy):
+    """For images."""
+
+
+class MultiInputPolicy(DreamerPolicy):
+    """For Dict observations."""
+
+
+def learned_parameters(module: nn.Module) -> list[nn.Parameter]:
+    """Parameters that the optimiser moves."""
+    return [p for p in module.parameters() if p.requires_grad]

@@ -1,0 +1,176 @@
+"""The recurrent state-space model: h_t from the sequence model, z_t from the observation or from the prior."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch as th
+import torch.nn.functional as F
+from torch import nn
+
+from sb3_dreamer.nets.distributions import categorical_kl, sample_onehot, straight_through, unimix_probs
+from sb3_dreamer.nets.layers import Dense, Linear
+from sb3_dreamer.types import Size
+from sb3_dreamer.world_model.sequence import SEQUENCE_MODELS
+
+FREE_NATS = 1.0
+
+
+@dataclass
+class State:
+    """What the model remembers of a moment. Opaque outside this file: flatten, detach, index, ask for features.
+
+    :param deter: (..., D) deterministic state h.
+    :param stoch: (..., S * K) one-hot latents z.
+    """
+
+    deter: th.Tensor
+    stoch: th.Tensor
+
+    @property
+    def features(self) -> th.Tensor:
+        """What the heads read: (..., F)."""
+        return th.cat([self.deter, self.stoch], -1)
+
+    def __getitem__(self, index: th.Tensor | slice | tuple) -> State:
+        return State(self.deter[index], self.stoch[index])
+
+    def flatten(self) -> State:
+        """(B, T, .) -> (B * T, .)."""
+        return State(self.deter.flatten(0, 1), self.stoch.flatten(0, 1))
+
+    def detach(self) -> State:
+        """The same values without gradient."""
+        return State(self.deter.detach(), self.stoch.detach())
+
+
+class RSSM(nn.Module):
+    """Sequence model, posterior and prior over S categorical latents (paper, Eq. 3 and Methods).
+
+    :param embed_width: width of the encoder's output.
+    :param action_width: A.
+    :param size: widths.
+    :param rssm_type: key of ``SEQUENCE_MODELS``.
+    """
+
+    def __init__(self, embed_width: int, action_width: int, size: Size, rssm_type: str = "gru") -> None:
+        super().__init__()
+        if rssm_type not in SEQUENCE_MODELS:
+            raise ValueError(f'rssm_type="{rssm_type}" is unknown; use one of {sorted(SEQUENCE_MODELS)}')
+        self.stoch, self.classes, self.deter = size.stoch, size.classes, size.deter
+        z_width = size.stoch * size.classes
+        self.sequence = SEQUENCE_MODELS[rssm_type](z_width, action_width, size)
+        self.posterior = Dense(size.deter + embed_width, size.hidden)
+        self.posterior_logits = Linear(size.hidden, z_width)
+        self.prior = nn.Sequential(Dense(size.deter, size.hidden), Dense(size.hidden, size.hidden))
+        self.prior_logits = Linear(size.hidden, z_width)
+        self.feature_width = size.deter + z_width
+        self.packed_width = size.deter + size.stoch
+
+    # -- states --------------------------------------------------------------------------------------------------------
+
+    def initial(self, n: int) -> State:
+        """The state before an episode: zeros for ``n`` members."""
+        zeros = self.prior_logits.weight.new_zeros
+        return State(zeros(n, self.deter), zeros(n, self.stoch * self.classes))
+
+    def pack(self, state: State) -> th.Tensor:
+        """One float vector for each state, for the replay and for ``predict``: (..., L). Zeros are the initial state."""
+        onehot = state.stoch.unflatten(-1, (self.stoch, self.classes))
+        number = th.where(onehot.any(-1), onehot.argmax(-1) + 1, 0)
+        return th.cat([state.deter, number.to(state.deter.dtype)], -1)
+
+    def unpack(self, packed: th.Tensor) -> State:
+        """Inverse of :meth:`pack`: (..., L) -> state."""
+        deter, number = packed.split([self.deter, self.stoch], -1)
+        onehot = F.one_hot(number.long(), self.classes + 1)[..., 1:]
+        return State(deter, onehot.flatten(-2).to(deter.dtype))
+
+    # -- one step ------------------------------------------------------------------------------------------------------
+
+    def observe_step(
+        self, state: State, embed: th.Tensor, prev_action: th.Tensor, is_first: th.Tensor, sample: bool = True
+    ) -> State:
+        """The next state, having seen an observation. Members where ``is_first`` start afresh.
+
+        :param state: n states.
+        :param embed: (n, E).
+        :param prev_action: (n, A).
+        :param is_first: (n,) bool.
+        :param sample: sample the latents, else take the most likely.
+        """
+        keep = (~is_first).to(embed.dtype)[:, None]
+        drive = self.sequence.drive(prev_action * keep)
+        deter = self.sequence.step(state.deter * keep, state.stoch * keep, drive)
+        probs = self._probs(self.posterior_logits(self.posterior(th.cat([deter, embed], -1))))
+        return State(deter, (sample_onehot(probs) if sample else most_likely(probs)).flatten(-2))
+
+    def imagine_step(self, state: State, action: th.Tensor) -> State:
+        """The next state, as the model expects it: n states, actions (n, A) -> n states, sampled from the prior."""
+        deter = self.sequence.step(state.deter, state.stoch, self.sequence.drive(action))
+        return State(deter, sample_onehot(self.prior_probs(deter)).flatten(-2))
+
+    # -- a whole sequence ----------------------------------------------------------------------------------------------
+
+    def observe(
+        self, embed: th.Tensor, prev_action: th.Tensor, is_first: th.Tensor, start: State
+    ) -> tuple[State, th.Tensor]:
+        """Filter sequences of observations; the gradient reaches back through time and through the samples.
+
+        What does not depend on the recurrence (the action's drive, the embedding's share of the posterior) is
+        computed for all entries at once.
+
+        :param embed: (B, T, E).
+        :param prev_action: (B, T, A), zero where ``is_first``.
+        :param is_first: (B, T) bool.
+        :param start: B states before the first entry.
+        :return: states (B, T), posterior probabilities (B, T, S, K).
+        """
+        keep = (~is_first).to(embed.dtype)[..., None]
+        drive = self.sequence.drive(prev_action)
+        layer = self.posterior.linear
+        from_deter, from_embed = layer.weight.split([self.deter, embed.shape[-1]], -1)
+        seen = F.linear(embed, from_embed, layer.bias)
+        deter, stoch = start.deter, start.stoch
+        deters, stochs, posts = [], [], []
+        for t in range(embed.shape[1]):
+            deter = self.sequence.step(deter * keep[:, t], stoch * keep[:, t], drive[:, t])
+            hidden = self.posterior.activate(th.addmm(seen[:, t], deter, from_deter.t()))
+            probs = self._probs(self.posterior_logits(hidden))
+            stoch = straight_through(sample_onehot(probs), probs).flatten(-2)
+            deters.append(deter)
+            stochs.append(stoch)
+            posts.append(probs)
+        return State(th.stack(deters, 1), th.stack(stochs, 1)), th.stack(posts, 1)
+
+    def prior_probs(self, deter: th.Tensor) -> th.Tensor:
+        """What the model expects before it sees the observation: h (..., D) -> (..., S, K)."""
+        return self._probs(self.prior_logits(self.prior(deter)))
+
+    def kl_loss(self, states: State, post: th.Tensor) -> tuple[dict[str, th.Tensor], dict[str, th.Tensor]]:
+        """KL balancing with free nats (paper, Eq. 5): the prior learns fast, the posterior gives way slowly.
+
+        :param states: (B, T) states.
+        :param post: (B, T, S, K) posterior probabilities.
+        :return: losses "dyn" and "rep", (B, T) each; info.
+        """
+        prior = self.prior_probs(states.deter)
+        dyn = categorical_kl(post.detach(), prior)
+        rep = categorical_kl(post, prior.detach())
+        losses = {"dyn": dyn.clamp(min=FREE_NATS), "rep": rep.clamp(min=FREE_NATS)}
+        info = {"kl": dyn.detach().mean(), "prior_entropy": entropy(prior), "posterior_entropy": entropy(post)}
+        return losses, info
+
+    def _probs(self, logits: th.Tensor) -> th.Tensor:
+        return unimix_probs(logits.unflatten(-1, (self.stoch, self.classes)))
+
+
+def entropy(probs: th.Tensor) -> th.Tensor:
+    """Mean entropy in nats of the S latents together: (..., S, K) -> ()."""
+    probs = probs.detach()
+    return -(probs * probs.log()).sum((-2, -1)).mean()
+
+
+def most_likely(probs: th.Tensor) -> th.Tensor:
+    """One-hot of the most likely class: (..., S, K) -> (..., S, K)."""
+    return F.one_hot(probs.argmax(-1), probs.shape[-1]).to(probs.dtype)

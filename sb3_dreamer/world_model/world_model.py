@@ -1,0 +1,110 @@
+"""The world model: what happens next, how much reward it brings, and whether the episode goes on."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch as th
+import torch.nn.functional as F
+from torch import nn
+
+from sb3_dreamer.nets.distributions import symexp_bins, twohot_loss, twohot_mean
+from sb3_dreamer.nets.layers import MLP, Linear
+from sb3_dreamer.types import Batch, Size, Spec
+from sb3_dreamer.world_model.decoders import Decoder
+from sb3_dreamer.world_model.encoders import Encoder
+from sb3_dreamer.world_model.rssm import RSSM, State
+
+Losses = dict[str, th.Tensor]
+
+
+class TwoHotHead(nn.Module):
+    """MLP that predicts a number as a distribution over 255 symexp-spaced bins; predicts exactly 0 at the start.
+
+    :param features: F.
+    :param units: width of the layers.
+    :param layers: how many.
+    """
+
+    bins: th.Tensor
+
+    def __init__(self, features: int, units: int, layers: int) -> None:
+        super().__init__()
+        self.mlp = MLP(features, units, layers)
+        self.register_buffer("bins", symexp_bins(), persistent=False)
+        self.out = Linear(units, self.bins.shape[0], scale=0.0)
+
+    def forward(self, features: th.Tensor) -> th.Tensor:
+        """Features (..., F) -> logits (..., bins)."""
+        return self.out(self.mlp(features))
+
+    def mean(self, logits: th.Tensor) -> th.Tensor:
+        """Expected value of the logits: (..., bins) -> (...)."""
+        return twohot_mean(logits, self.bins)
+
+    def loss(self, logits: th.Tensor, target: th.Tensor) -> th.Tensor:
+        """Cross-entropy to the two-hot code of the target: (..., bins), (...) -> (...)."""
+        return twohot_loss(logits, target, self.bins)
+
+
+class WorldModel(nn.Module):
+    """Encoder, RSSM, decoder, reward head and continue head.
+
+    >>> model = WorldModel({"obs": Spec("vector", (17,))}, Spec("vector", (6,)), SIZES["size1m"])
+    >>> losses, states, info = model.loss(batch)      # (B, T) each, states for imagination
+
+    :param obs_specs: key -> spec of the observations.
+    :param action_spec: spec of the actions.
+    :param size: widths.
+    :param rssm_type: "gru".
+    :param gamma: discount; the continue head learns (1 - terminal) * gamma.
+    """
+
+    def __init__(
+        self,
+        obs_specs: Mapping[str, Spec],
+        action_spec: Spec,
+        size: Size,
+        rssm_type: str = "gru",
+        gamma: float = 0.997,
+    ) -> None:
+        super().__init__()
+        self.gamma = gamma
+        self.encoder = Encoder(obs_specs, size)
+        self.rssm = RSSM(self.encoder.width, action_spec.width, size, rssm_type)
+        self.feature_width = self.rssm.feature_width
+        self.decoder = Decoder(obs_specs, self.feature_width, size)
+        self.reward_head = TwoHotHead(self.feature_width, size.units, layers=1)
+        self.continue_head = nn.Sequential(MLP(self.feature_width, size.units, layers=1), Linear(size.units, 1))
+
+    def observe(self, batch: Batch) -> tuple[State, th.Tensor]:
+        """Filter a batch: states (B, T) and posterior probabilities (B, T, S, K)."""
+        embed = self.encoder(batch.obs)
+        return self.rssm.observe(embed, batch.prev_action, batch.is_first, self.rssm.unpack(batch.start))
+
+    def loss(self, batch: Batch) -> tuple[Losses, State, dict[str, th.Tensor]]:
+        """Everything the world model learns from (paper, Eq. 4-5).
+
+        :return: losses "reconstruction", "reward", "continue", "dyn", "rep", each (B, T); states (B, T); info.
+        """
+        states, post = self.observe(batch)
+        losses, info = self.rssm.kl_loss(states, post)
+        features = states.features
+        losses["reconstruction"] = self.decoder.loss(features, batch.obs)
+        losses["reward"] = self.reward_head.loss(self.reward_head(features), batch.reward)
+        losses["continue"] = self.continue_loss(features, batch.is_terminal)
+        return losses, states, info
+
+    def continue_loss(self, features: th.Tensor, is_terminal: th.Tensor) -> th.Tensor:
+        """Cross-entropy of the continue head to (1 - terminal) * gamma: (..., F), (...) -> (...)."""
+        target = (~is_terminal).to(features.dtype) * self.gamma
+        logits = self.continue_head(features).squeeze(-1)
+        return F.binary_cross_entropy_with_logits(logits, target, reduction="none")
+
+    def predict_reward(self, features: th.Tensor) -> th.Tensor:
+        """Expected reward of being in a state: (..., F) -> (...)."""
+        return self.reward_head.mean(self.reward_head(features))
+
+    def predict_discount(self, features: th.Tensor) -> th.Tensor:
+        """Probability that the episode goes on after a state, times gamma: (..., F) -> (...)."""
+        return th.sigmoid(self.continue_head(features)).squeeze(-1)

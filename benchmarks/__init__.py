@@ -1,0 +1,1 @@
+"""Scripts that measure: learning curves, plots, speed. The package never imports them."""

@@ -1,0 +1,57 @@
+"""Environments by name, for the scripts in this folder.
+
+Any Gymnasium id          that environment
+dmc/<domain>-<task>       DeepMind Control through Shimmy: one float32 vector, every action repeated twice
+<name>-no-velocity        Pendulum and CartPole without their velocities: a policy needs memory
+"""
+
+from functools import partial
+
+import gymnasium as gym
+import numpy as np
+from gymnasium import spaces
+from gymnasium.wrappers import FlattenObservation, RepeatAction, TransformObservation
+
+DMC_PREFIX = "dmc/"
+DMC_ACTION_REPEAT = 2
+
+# name -> (Gymnasium id, the entries of the observation that stay)
+HIDDEN_VELOCITY = {
+    "Pendulum-no-velocity": ("Pendulum-v1", [0, 1]),
+    "CartPole-no-velocity": ("CartPole-v1", [0, 2]),
+}
+
+
+def make_env(name: str) -> gym.Env:
+    """Build the environment of that name.
+
+    :param name: see the top of this file
+    """
+    if name.startswith(DMC_PREFIX):
+        return _dm_control(name.removeprefix(DMC_PREFIX))
+    if name in HIDDEN_VELOCITY:
+        return _without_velocity(*HIDDEN_VELOCITY[name])
+    return gym.make(name)
+
+
+def action_repeat(name: str) -> int:
+    """Simulator steps per decision of the agent, by which published results count."""
+    return DMC_ACTION_REPEAT if name.startswith(DMC_PREFIX) else 1
+
+
+def _dm_control(task: str) -> gym.Env:
+    """Episodes there end by the clock with discount 1, which Shimmy reports as truncation, not as termination."""
+    import shimmy
+
+    gym.register_envs(shimmy)
+    env = FlattenObservation(gym.make(f"dm_control/{task}-v0"))
+    vector = spaces.Box(-np.inf, np.inf, env.observation_space.shape, np.float32)
+    return RepeatAction(TransformObservation(env, np.float32, vector), DMC_ACTION_REPEAT)
+
+
+def _without_velocity(env_id: str, kept: list[int]) -> gym.Env:
+    env = gym.make(env_id)
+    full = env.observation_space
+    assert isinstance(full, spaces.Box)
+    visible = spaces.Box(full.low[kept], full.high[kept], dtype=np.float32)
+    return TransformObservation(env, partial(np.take, indices=kept), visible)

@@ -5,6 +5,7 @@ dmc/<domain>-<task>       DeepMind Control through Shimmy: one float32 vector, e
 <name>-no-velocity        Pendulum and CartPole without their velocities: a policy needs memory
 """
 
+import warnings
 from functools import partial
 
 import gymnasium as gym
@@ -41,8 +42,9 @@ def action_repeat(name: str) -> int:
 
 def _dm_control(task: str) -> gym.Env:
     """Episodes there end by the clock with discount 1, which Shimmy reports as truncation, not as termination."""
-    import shimmy
-
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # without a display, importing dm_control warns of it
+        import shimmy
     gym.register_envs(shimmy)
     env = FlattenObservation(gym.make(f"dm_control/{task}-v0"))
     vector = spaces.Box(-np.inf, np.inf, env.observation_space.shape, np.float32)

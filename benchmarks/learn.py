@@ -1,0 +1,270 @@
+"""Train one agent with one seed and append its evaluations to a CSV; started again, it goes on where it was stopped.
+
+python benchmarks/learn.py --env Pendulum-v1 --seed 0 --steps 5000
+python benchmarks/learn.py --env dmc/walker-walk --seed 1 --steps 100000 learning_rate=1e-4 policy_kwargs.units=256
+python benchmarks/learn.py --env HalfCheetah-v4 --algo sac --steps 100000 --eval-every 5000
+"""
+
+import argparse
+import ast
+import csv
+import json
+import os
+import platform
+import shutil
+import subprocess
+import time
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch as th
+from gymnasium import spaces
+from stable_baselines3 import PPO, SAC
+from stable_baselines3.common.base_class import BaseAlgorithm
+from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.env_util import make_vec_env
+from stable_baselines3.common.evaluation import evaluate_policy
+from stable_baselines3.common.logger import configure
+from stable_baselines3.common.vec_env import VecEnv
+
+from benchmarks.envs import action_repeat, make_env
+
+ALGORITHMS = ("dreamer", "sac", "crossq", "ppo")
+COLUMNS = (
+    "env", "algo", "seed", "step", "return_mean", "return_std", "n_episodes", "train_return",
+    "wall_clock", "train_seconds", "updates", "commit", "machine", "settings",
+)  # fmt: skip
+
+
+class Run(NamedTuple):
+    """What decides the outcome of a run: a folder holds exactly one."""
+
+    env: str
+    algo: str
+    seed: int
+    overrides: dict[str, Any]
+
+
+class Progress(NamedTuple):
+    """How far a run is, written beside its checkpoint."""
+
+    step: int = 0
+    wall_clock: float = 0.0
+    train_seconds: float = 0.0
+
+
+class EpisodeReturns(BaseCallback):
+    """Collects the returns of the training episodes that end."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.returns: list[float] = []
+
+    def _on_step(self) -> bool:
+        self.returns += [info["episode"]["r"] for info in self.locals["infos"] if "episode" in info]
+        return True
+
+    def pop_mean(self) -> float:
+        """Mean since the last call; NaN when no episode ended."""
+        mean = float(np.mean(self.returns)) if self.returns else float("nan")
+        self.returns.clear()
+        return mean
+
+
+def algorithm(name: str) -> type[BaseAlgorithm]:
+    """The class behind `--algo`."""
+    if name == "dreamer":
+        from sb3_dreamer import Dreamer
+
+        return Dreamer
+    if name == "crossq":
+        from sb3_contrib import CrossQ
+
+        return CrossQ
+    return {"sac": SAC, "ppo": PPO}[name]
+
+
+def policy_alias(space: spaces.Space) -> str:
+    """SB3's policy name for observations of that space."""
+    if isinstance(space, spaces.Dict):
+        return "MultiInputPolicy"
+    return "CnnPolicy" if len(space.shape or ()) == 3 else "MlpPolicy"
+
+
+def parse_overrides(words: list[str]) -> dict[str, Any]:
+    """`["learning_rate=1e-4", "policy_kwargs.units=256"]` as constructor arguments."""
+    overrides: dict[str, Any] = {}
+    for word in words:
+        key, found, text = word.partition("=")
+        if not found:
+            raise SystemExit(f"'{word}' is no override: expected key=value, for example learning_rate=1e-4")
+        *path, last = key.split(".")
+        inner = overrides
+        for name in path:
+            inner = inner.setdefault(name, {})
+        inner[last] = _literal(text)
+    return overrides
+
+
+def _literal(text: str) -> Any:
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text
+
+
+def new_model(run: Run, env: VecEnv, decisions: int) -> BaseAlgorithm:
+    """An untrained agent with the defaults of its class and the overrides of this run."""
+    kwargs = dict(run.overrides)
+    if run.algo in ("sac", "crossq"):
+        kwargs.setdefault("buffer_size", decisions)  # the default million would be written at every checkpoint
+    return algorithm(run.algo)(policy_alias(env.observation_space), env, seed=run.seed, **kwargs)
+
+
+# A checkpoint is a folder written aside and then renamed, so that model, replay and progress always belong together.
+
+
+def save_checkpoint(out: Path, model: BaseAlgorithm, run: Run, progress: Progress) -> None:
+    """Write `out/checkpoint`; a kill at any moment leaves a complete one, this or the one before."""
+    fresh, current, previous = (out / name for name in ("checkpoint.new", "checkpoint", "checkpoint.old"))
+    shutil.rmtree(fresh, ignore_errors=True)
+    fresh.mkdir(parents=True)
+    model.save(fresh / "model.zip")
+    if hasattr(model, "save_replay_buffer"):
+        model.save_replay_buffer(fresh / "replay.pkl")
+    (fresh / "progress.json").write_text(json.dumps({"run": run._asdict(), "progress": progress._asdict()}))
+    shutil.rmtree(previous, ignore_errors=True)
+    if current.exists():
+        current.rename(previous)
+    fresh.rename(current)
+    shutil.rmtree(previous, ignore_errors=True)
+
+
+def load_checkpoint(out: Path, run: Run, env: VecEnv) -> tuple[BaseAlgorithm, Progress] | None:
+    """The agent as `save_checkpoint` left it, or None where there is no checkpoint."""
+    folder = next((out / name for name in ("checkpoint", "checkpoint.old") if (out / name).exists()), None)
+    if folder is None:
+        return None
+    stored = json.loads((folder / "progress.json").read_text())
+    if stored["run"] != json.loads(json.dumps(run._asdict())):
+        raise SystemExit(f"{out} holds another run, {stored['run']}: choose another --out or remove the folder")
+    model = algorithm(run.algo).load(folder / "model.zip", env=env)
+    if hasattr(model, "load_replay_buffer"):
+        model.load_replay_buffer(folder / "replay.pkl")
+    return model, Progress(**stored["progress"])
+
+
+class Results:
+    """The CSV of a run: one row for each evaluation.
+
+    :param path: the file
+    :param constant: the columns that are the same in every row
+    :param last_step: rows after this step belong to training that was lost, and are dropped
+    """
+
+    def __init__(self, path: Path, constant: dict[str, Any], last_step: int) -> None:
+        self.path, self.constant = path, constant
+        rows = list(csv.DictReader(path.open())) if path.exists() else []
+        with path.open("w", newline="") as file:
+            writer = csv.DictWriter(file, COLUMNS)
+            writer.writeheader()
+            writer.writerows(row for row in rows if int(row["step"]) <= last_step)
+
+    def append(self, **measured: Any) -> None:
+        """Add one row."""
+        with self.path.open("a", newline="") as file:
+            csv.DictWriter(file, COLUMNS).writerow(self.constant | measured)
+
+
+def commit() -> str:
+    """The commit of this checkout, with a + where the package differs from it."""
+    git = ["git", "-C", str(Path(__file__).parent)]
+    done = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
+    changed = subprocess.run([*git, "status", "--porcelain", "--", "../sb3_dreamer"], capture_output=True, text=True)
+    return done.stdout.strip() + ("+" if changed.stdout.strip() else "")
+
+
+def machine() -> str:
+    """Processor, cores and PyTorch build."""
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    processor = names[0] if names else platform.processor() or platform.machine()
+    return f"{processor}, {os.cpu_count()} cores, torch {th.__version__}"
+
+
+def evaluate(model: BaseAlgorithm, name: str, episodes: int, seed: int) -> dict[str, Any]:
+    """Deterministic episodes side by side in environments of their own."""
+    env = make_vec_env(lambda: make_env(name), n_envs=min(episodes, 10), seed=seed)
+    returns, _ = evaluate_policy(model, env, n_eval_episodes=episodes, return_episode_rewards=True)
+    env.close()
+    return {"return_mean": np.mean(returns), "return_std": np.std(returns), "n_episodes": len(returns)}
+
+
+def train(run: Run, out: Path, args: argparse.Namespace) -> None:
+    """Learn, evaluate, write a row, save; until `args.steps` simulator steps are done."""
+    repeat = action_repeat(run.env)
+    env = make_vec_env(lambda: make_env(run.env), seed=run.seed)
+    model, progress = load_checkpoint(out, run, env) or (new_model(run, env, args.steps // repeat), Progress())
+    model.set_logger(configure(str(out / f"log_from_{progress.step}"), ["csv"]))
+    results = Results(out / "results.csv", constant_columns(run, args), progress.step)
+    episodes, saved = EpisodeReturns(), progress.step
+    started = time.perf_counter() - progress.wall_clock
+    while progress.step < args.steps:
+        chunk = min(args.eval_every - progress.step % args.eval_every, args.steps - progress.step) // repeat
+        before = time.perf_counter()
+        model.learn(max(chunk, 1), callback=episodes, reset_num_timesteps=False)
+        step = model.num_timesteps * repeat
+        train_seconds = progress.train_seconds + time.perf_counter() - before
+        score = evaluate(model, run.env, args.eval_episodes, seed=10_000 + 1_000 * run.seed + step)
+        progress = Progress(step, time.perf_counter() - started, train_seconds)
+        row = {**score, **progress._asdict(), "train_return": episodes.pop_mean()}
+        results.append(**{key: _rounded(value) for key, value in row.items()}, updates=getattr(model, "_n_updates", 0))
+        print(json.dumps({key: _rounded(value) for key, value in row.items()}), flush=True)
+        if step - saved >= args.save_every or step >= args.steps:
+            save_checkpoint(out, model, run, progress)
+            saved = step
+    env.close()
+
+
+def constant_columns(run: Run, args: argparse.Namespace) -> dict[str, Any]:
+    """The columns that say what ran, and on what."""
+    settings = {"overrides": run.overrides, "threads": args.threads, "eval_every": args.eval_every}
+    return {
+        **{key: getattr(run, key) for key in ("env", "algo", "seed")},
+        "commit": commit(),
+        "machine": machine(),
+        "settings": json.dumps(settings),
+    }
+
+
+def _rounded(value: Any) -> Any:
+    return round(float(value), 3) if isinstance(value, float | np.floating) else value
+
+
+def main() -> None:
+    """Read the command line and train."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--env", required=True, help="a Gymnasium id, dmc/<domain>-<task>, Pendulum-no-velocity, ...")
+    parser.add_argument("--algo", choices=ALGORITHMS, default="dreamer")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--steps", type=int, required=True, help="simulator steps: an action repeated twice counts two")
+    parser.add_argument("--eval-every", type=int, help="simulator steps, a tenth of --steps if not given")
+    parser.add_argument("--eval-episodes", type=int, default=10)
+    parser.add_argument("--save-every", type=int, default=0, help="simulator steps, every evaluation if not given")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--out", type=Path, help="folder, runs/<env>-<algo>-<seed> if not given")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="arguments of the agent's constructor")
+    args = parser.parse_intermixed_args()
+
+    th.set_num_threads(args.threads)
+    args.eval_every = args.eval_every or max(args.steps // 10, 1)
+    run = Run(args.env, args.algo, args.seed, parse_overrides(args.overrides))
+    out = args.out or Path("runs") / f"{args.env.replace('/', '-')}-{args.algo}-{args.seed}"
+    out.mkdir(parents=True, exist_ok=True)
+    train(run, out, args)
+
+
+if __name__ == "__main__":
+    main()

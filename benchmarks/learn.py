@@ -73,7 +73,7 @@ class EpisodeReturns(BaseCallback):
 
 
 def algorithm(name: str) -> type[BaseAlgorithm]:
-    """The class behind `--algo`."""
+    """The class behind `--algo`; the optional packages load only when asked for."""
     if name == "dreamer":
         from sb3_dreamer import Dreamer
 
@@ -82,7 +82,7 @@ def algorithm(name: str) -> type[BaseAlgorithm]:
         from sb3_contrib import CrossQ
 
         return CrossQ
-    return {"sac": SAC, "ppo": PPO}[name]
+    return SAC if name == "sac" else PPO
 
 
 def policy_alias(space: spaces.Space) -> str:
@@ -199,7 +199,7 @@ def evaluate(model: BaseAlgorithm, name: str, episodes: int, seed: int) -> dict[
     env = make_vec_env(lambda: make_env(name), n_envs=min(episodes, 10), seed=seed)
     returns, _ = evaluate_policy(model, env, n_eval_episodes=episodes, return_episode_rewards=True)
     env.close()
-    return {"return_mean": np.mean(returns), "return_std": np.std(returns), "n_episodes": len(returns)}
+    return {"return_mean": np.mean(returns), "return_std": np.std(returns), "n_episodes": episodes}
 
 
 def train(run: Run, out: Path, args: argparse.Namespace) -> None:

@@ -16,11 +16,11 @@ ENV_ID = "Humanoid-v4"
 
 
 def evaluate(model: Dreamer, episodes: int) -> str:
-    """Return and length of deterministic episodes in an environment of their own."""
+    """The return of deterministic episodes in an environment of their own."""
     env = Monitor(gym.make(ENV_ID))
-    returns, lengths = evaluate_policy(model, env, n_eval_episodes=episodes, return_episode_rewards=True)
+    mean, std = evaluate_policy(model, env, n_eval_episodes=episodes)
     env.close()
-    return f"return {sum(returns) / episodes:.0f}, length {sum(lengths) / episodes:.0f} (mean of {episodes} episodes)"
+    return f"return {mean:.0f} +- {std:.0f} over {episodes} episodes"
 
 
 def main() -> None:

@@ -1,0 +1,154 @@
+"""Draw learning curves beside published ones: a panel for each task, seeds thin, their mean thick.
+
+python benchmarks/plot.py results/*.csv --reference gym_v4.csv --algorithms SAC CrossQ --out curves.png
+
+Two forms of reference file are read:
+task,algorithm,env_steps,mean_return,std_over_seeds,n_seeds,source       a row for each point
+algorithm,...,env,r100k,r200k,...,r1M,source                             a column for each point
+"""
+
+import argparse
+import json
+import math
+import re
+from collections.abc import Iterator
+from itertools import cycle
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter
+
+COLOURS = ("#0173b2", "#de8f05", "#029e73", "#cc78bc", "#ca9161", "#56b4e9", "#d55e00")
+GREYS = ("#333333", "#8c8c8c", "#b0803c", "#7c6fb0", "#5a8a5a", "#a05050")
+STYLES = tuple(zip(GREYS, "os^Dv*"))  # of published results
+UNITS = {"k": 1_000, "M": 1_000_000}
+
+
+def task_of(env: str) -> str:
+    """`dmc/ball_in_cup-catch` and `ball-in-cup-catch` are one task."""
+    return env.removeprefix("dmc/").replace("_", "-") if env.startswith("dmc/") else env
+
+
+def read_results(paths: list[Path]) -> pd.DataFrame:
+    """Rows of `benchmarks/learn.py`, with the task and what stands in the legend."""
+    rows = pd.concat([pd.read_csv(path) for path in paths], ignore_index=True)
+    rows["task"] = rows["env"].map(task_of)
+    rows["curve"] = [_curve_name(algo, settings) for algo, settings in zip(rows["algo"], rows["settings"])]
+    return rows
+
+
+def _curve_name(algo: str, settings: str) -> str:
+    overrides = json.loads(settings)["overrides"]
+    return ", ".join([algo, *(f"{key}={value}" for key, value in overrides.items())])
+
+
+def read_references(paths: list[Path], algorithms: list[str] | None) -> pd.DataFrame:
+    """Published points as rows of (task, algorithm, env_steps, mean_return, n_seeds, source)."""
+    rows = pd.concat([pd.DataFrame({"task": [], "algorithm": []}), *map(_read_reference, paths)], ignore_index=True)
+    return rows[rows["algorithm"].isin(algorithms)] if algorithms else rows
+
+
+def _read_reference(path: Path) -> pd.DataFrame:
+    rows = pd.read_csv(path)
+    if "env_steps" in rows:
+        return rows
+    points = [column for column in rows if re.fullmatch(r"r\d+[kM]", column)]
+    kept = ["env", "algorithm", "n_seeds", "source"]
+    rows = rows.melt(kept, points, var_name="env_steps", value_name="mean_return")
+    rows["env_steps"] = [int(name[1:-1]) * UNITS[name[-1]] for name in rows["env_steps"]]
+    return rows.rename(columns={"env": "task"})
+
+
+def draw_curve(axes: Axes, runs: pd.DataFrame, name: str, colour: str, column: str) -> None:
+    """Seeds thin, their mean at the steps that all of them have reached."""
+    by_seed = runs.pivot_table(index="step", columns="seed", values=column).dropna(how="all")
+    for seed in by_seed:
+        single = by_seed[seed].dropna()
+        axes.plot(single.index, single, color=colour, linewidth=0.8, alpha=0.45)
+    mean = by_seed.dropna().mean(axis=1)
+    seeds = by_seed.shape[1]
+    label = f"{name} ({seeds} seed{'s' if seeds > 1 else ''})"
+    axes.plot(mean.index, mean, color=colour, linewidth=2.2, marker=".", markersize=6, label=label)
+
+
+def draw_reference(axes: Axes, points: pd.DataFrame, name: str, style: tuple[str, str], last_step: float) -> None:
+    """Published points up to the end of our runs, or the first one behind it where there is none."""
+    points = points.dropna(subset=["mean_return"]).sort_values("env_steps")
+    within = points[points["env_steps"] <= 1.02 * last_step]
+    shown = points.head(1) if within.empty else within
+    colour, marker = style
+    label = f"published {name} ({shown['n_seeds'].iloc[0]:.0f} seeds; {shown['source'].iloc[0]})"
+    axes.plot(shown["env_steps"], shown["mean_return"], "--", color=colour, marker=marker, markersize=6, label=label)
+
+
+def panels(tasks: list[str]) -> tuple[Figure, Iterator[Axes]]:
+    """A figure with a panel for each task."""
+    columns = min(math.ceil(math.sqrt(len(tasks))), 4)
+    lines = math.ceil(len(tasks) / columns)
+    figure, grid = plt.subplots(lines, columns, figsize=(6.0 * columns, 4.2 * lines), squeeze=False)
+    for unused in grid.flat[len(tasks) :]:
+        unused.set_visible(False)
+    return figure, iter(grid.flat)
+
+
+def decorate(axes: Axes, task: str, column: str) -> None:
+    """Title, axes, grid."""
+    axes.set_title(task, fontsize=12, fontweight="bold")
+    axes.set_xlabel("environment steps")
+    axes.set_ylabel("evaluation return" if column == "return_mean" else "training return")
+    axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+    axes.set_xlim(left=0)
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def draw(results: pd.DataFrame, reference: pd.DataFrame, column: str) -> Figure:
+    """All panels above one legend."""
+    tasks = sorted(results["task"].unique())
+    colours = dict(zip(results["curve"].unique(), cycle(COLOURS)))
+    styles = dict(zip(reference["algorithm"].unique(), cycle(STYLES)))
+    figure, axes_of = panels(tasks)
+    for task, axes in zip(tasks, axes_of):
+        ours, theirs = (rows[rows["task"] == task] for rows in (results, reference))
+        for name, runs in ours.groupby("curve", sort=False):
+            draw_curve(axes, runs, str(name), colours[name], column)
+        for name, points in theirs.groupby("algorithm", sort=False):
+            draw_reference(axes, points, str(name), styles[name], ours["step"].max())
+        decorate(axes, task, column)
+    figure.tight_layout()
+    add_legend(figure)
+    return figure
+
+
+def add_legend(figure: Figure) -> None:
+    """Below the panels, each entry once."""
+    entries = {label: handle for axes in figure.axes for handle, label in zip(*axes.get_legend_handles_labels())}
+    columns = min(len(figure.axes), 2)
+    handles = list(entries.values())
+    figure.legend(handles, list(entries), loc="upper center", bbox_to_anchor=(0.5, 0), frameon=False, ncols=columns)
+
+
+def main() -> None:
+    """Read the command line, draw, write the picture."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("results", type=Path, nargs="+", help="CSV files written by benchmarks/learn.py")
+    parser.add_argument("--reference", type=Path, nargs="+", default=[], help="CSV files of published results")
+    parser.add_argument("--algorithms", nargs="+", help="which of the reference's algorithms; all if not given")
+    parser.add_argument("--column", choices=("return_mean", "train_return"), default="return_mean")
+    parser.add_argument("--out", type=Path, required=True, help="the picture, .png or .svg")
+    args = parser.parse_args()
+
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    reference = read_references(args.reference, args.algorithms)
+    draw(read_results(args.results), reference, args.column).savefig(args.out, dpi=130, bbox_inches="tight")
+    print(args.out)
+
+
+if __name__ == "__main__":
+    main()

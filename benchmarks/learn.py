@@ -165,7 +165,7 @@ class Results:
 
     def __init__(self, path: Path, constant: dict[str, Any], last_step: int) -> None:
         self.path, self.constant = path, constant
-        rows = list(csv.DictReader(path.open())) if path.exists() else []
+        rows = list(csv.DictReader(path.read_text().splitlines())) if path.exists() else []
         with path.open("w", newline="") as file:
             writer = csv.DictWriter(file, COLUMNS)
             writer.writeheader()
@@ -225,6 +225,7 @@ def train(run: Run, out: Path, args: argparse.Namespace) -> None:
         if step - saved >= args.save_every or step >= args.steps:
             save_checkpoint(out, model, run, progress)
             saved = step
+    model.logger.close()
     env.close()
 
 

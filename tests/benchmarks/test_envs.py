@@ -1,0 +1,44 @@
+import numpy as np
+import pytest
+from stable_baselines3.common.env_checker import check_env
+
+from benchmarks.envs import action_repeat, make_env
+
+
+def test_dm_control_is_one_float32_vector():
+    env = make_env("dmc/walker-walk")
+    observation, _ = env.reset(seed=0)
+    assert env.observation_space.shape == (24,)
+    assert observation.dtype == np.float32
+    assert env.observation_space.contains(observation)
+
+
+def test_dm_control_episode_is_500_decisions_of_2_simulator_steps_and_ends_by_truncation():
+    env = make_env("dmc/cartpole-swingup")
+    env.reset(seed=0)
+    action = np.zeros(env.action_space.shape)
+    ends = [env.step(action)[2:4] for _ in range(500)]
+    assert ends == [(False, False)] * 499 + [(False, True)]
+    assert env.unwrapped._env.physics.time() == pytest.approx(10.0)
+    assert action_repeat("dmc/cartpole-swingup") == 2
+
+
+def test_action_repeat_sums_the_rewards():
+    once, twice = make_env("dmc/cartpole-swingup").env, make_env("dmc/cartpole-swingup")
+    action = np.full(1, 0.5)
+    once.reset(seed=3)
+    twice.reset(seed=3)
+    expected = sum(once.step(action)[1] for _ in range(2))
+    assert twice.step(action)[1] == pytest.approx(expected, rel=1e-6)
+    assert expected > 0
+
+
+@pytest.mark.parametrize(
+    ("name", "full", "kept"),
+    [("Pendulum-no-velocity", "Pendulum-v1", [0, 1]), ("CartPole-no-velocity", "CartPole-v1", [0, 2])],
+)
+def test_hidden_velocity_leaves_the_positions(name: str, full: str, kept: list[int]):
+    hidden, shown = make_env(name), make_env(full)
+    check_env(hidden, warn=False)
+    np.testing.assert_array_equal(hidden.reset(seed=1)[0], shown.reset(seed=1)[0][kept])
+    assert action_repeat(name) == 1

@@ -1,0 +1,88 @@
+import argparse
+import csv
+from pathlib import Path
+
+import pytest
+from stable_baselines3 import SAC
+
+from benchmarks.learn import (
+    Progress,
+    Results,
+    Run,
+    load_checkpoint,
+    make_env,
+    make_vec_env,
+    new_model,
+    parse_overrides,
+    save_checkpoint,
+    train,
+)
+
+RUN = Run("Pendulum-v1", "sac", 0, {"learning_starts": 10, "batch_size": 8, "policy_kwargs": {"net_arch": [8]}})
+
+
+def pendulum():
+    return make_vec_env(lambda: make_env("Pendulum-v1"), seed=0)
+
+
+def options(steps: int, eval_every: int) -> argparse.Namespace:
+    return argparse.Namespace(steps=steps, eval_every=eval_every, eval_episodes=2, save_every=0, threads=1)
+
+
+def rows_of(out: Path) -> list[dict[str, str]]:
+    with (out / "results.csv").open() as file:
+        return list(csv.DictReader(file))
+
+
+def test_overrides_are_python_literals_words_and_nested_names():
+    words = ["learning_rate=1e-4", "device=cpu", "policy_kwargs.units=64", "policy_kwargs.sizes=(1, 2)"]
+    expected = {"learning_rate": 1e-4, "device": "cpu", "policy_kwargs": {"units": 64, "sizes": (1, 2)}}
+    assert parse_overrides(words) == expected
+
+
+def test_an_override_without_value_is_refused():
+    with pytest.raises(SystemExit, match="expected key=value"):
+        parse_overrides(["learning_rate"])
+
+
+def test_a_row_for_each_evaluation_and_a_resumed_run_continues_the_counts(tmp_path: Path):
+    train(RUN, tmp_path, options(steps=40, eval_every=20))
+    train(RUN, tmp_path, options(steps=60, eval_every=20))
+    rows = rows_of(tmp_path)
+    assert [int(row["step"]) for row in rows] == [20, 40, 60]
+    assert [int(row["updates"]) for row in rows] == [10, 30, 50]
+    seconds = [float(row["wall_clock"]) for row in rows]
+    assert seconds == sorted(seconds)
+    assert all(float(row["train_seconds"]) <= float(row["wall_clock"]) for row in rows)
+
+
+def test_evaluation_does_not_change_the_training(tmp_path: Path):
+    for every in (20, 60):
+        (tmp_path / str(every)).mkdir()
+        train(RUN, tmp_path / str(every), options(steps=60, eval_every=every))
+    often, once = rows_of(tmp_path / "20"), rows_of(tmp_path / "60")
+    assert often[-1]["return_mean"] == once[-1]["return_mean"]
+
+
+def test_checkpoint_survives_a_kill_between_the_two_renames(tmp_path: Path):
+    model = new_model(RUN, pendulum(), decisions=100)
+    save_checkpoint(tmp_path, model, RUN, Progress(step=7))
+    (tmp_path / "checkpoint").rename(tmp_path / "checkpoint.old")
+    loaded = load_checkpoint(tmp_path, RUN, pendulum())
+    assert loaded is not None
+    assert isinstance(loaded[0], SAC)
+    assert loaded[1].step == 7
+
+
+def test_a_folder_of_another_run_is_refused(tmp_path: Path):
+    save_checkpoint(tmp_path, new_model(RUN, pendulum(), decisions=100), RUN, Progress())
+    with pytest.raises(SystemExit, match="holds another run"):
+        load_checkpoint(tmp_path, RUN._replace(seed=1), pendulum())
+
+
+def test_rows_behind_the_checkpoint_are_dropped(tmp_path: Path):
+    results = Results(tmp_path / "results.csv", {"env": "Pendulum-v1"}, last_step=0)
+    results.append(step=10)
+    results.append(step=20)
+    Results(tmp_path / "results.csv", {}, last_step=10)
+    assert [row["step"] for row in rows_of(tmp_path)] == ["10"]

@@ -1,0 +1,43 @@
+import json
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from benchmarks.plot import draw, read_references, read_results
+
+
+@pytest.fixture
+def results(tmp_path: Path) -> pd.DataFrame:
+    rows = [
+        {"env": "dmc/walker-walk", "algo": "dreamer", "seed": seed, "step": step, "return_mean": step * (1 + seed)}
+        for seed, steps in ((0, (10, 20, 30)), (1, (10, 20)))
+        for step in steps
+    ]
+    settings = json.dumps({"overrides": {"learning_rate": 1e-4}})
+    pd.DataFrame(rows).assign(settings=settings).to_csv(tmp_path / "results.csv")
+    return read_results([tmp_path / "results.csv"])
+
+
+def test_both_forms_of_reference_give_the_same_points(tmp_path: Path):
+    long, wide = tmp_path / "long.csv", tmp_path / "wide.csv"
+    long.write_text("task,algorithm,env_steps,mean_return,n_seeds,source\nHopper-v4,SAC,100000,1103,10,them\n")
+    wide.write_text("algorithm,n_seeds,env,r100k,source\nSAC,10,Hopper-v4,1103,them\n")
+    columns = ["task", "algorithm", "env_steps", "mean_return", "n_seeds", "source"]
+    first, second = (read_references([path], None)[columns].values.tolist() for path in (long, wide))
+    assert first == second == [["Hopper-v4", "SAC", 100_000, 1103, 10, "them"]]
+
+
+def test_the_mean_is_drawn_where_all_seeds_have_arrived(results: pd.DataFrame):
+    axes = draw(results, read_references([], None), "return_mean").axes[0]
+    mean = next(line for line in axes.lines if line.get_label() == "dreamer, learning_rate=0.0001 (2 seeds)")
+    assert list(mean.get_xdata()) == [10, 20]
+    assert list(mean.get_ydata()) == [15, 30]
+
+
+def test_the_legend_quotes_the_source_of_published_points(results: pd.DataFrame, tmp_path: Path):
+    path = tmp_path / "reference.csv"
+    path.write_text("task,algorithm,env_steps,mean_return,n_seeds,source\nwalker-walk,dreamerv3,50,213,5,paper\n")
+    figure = draw(results, read_references([path], ["dreamerv3"]), "return_mean")
+    labels = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert "published dreamerv3 (5 seeds; paper)" in labels

@@ -21,6 +21,7 @@ from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedul
 
 from sb3_dreamer.behavior.actor_critic import actor_loss, critic_loss, replay_critic_loss
 from sb3_dreamer.behavior.imagination import imagine, lambda_returns
+from sb3_dreamer.nets.layers import fast_bfloat16
 from sb3_dreamer.policies import CnnPolicy, DreamerPolicy, MlpPolicy, MultiInputPolicy, PolicyState
 from sb3_dreamer.replay import SequenceReplayBuffer
 from sb3_dreamer.types import Batch
@@ -286,17 +287,18 @@ class Dreamer(OffPolicyAlgorithm):
         # Learn what happens.
         losses, states, info = world_model.loss(batch)
 
-        # Dream on from there, and see what it was worth.
-        starts = self._imagination_starts(batch.reward.numel())
-        dream = imagine(world_model, actor, states.detach().flatten()[starts], self.imagination_horizon)
-        logits = critic(dream.features)
-        values = critic.fast.mean(logits.detach())
-        returns = lambda_returns(dream.reward, dream.discount, values, self.gae_lambda)
-        scale = self.policy.return_scale.update(returns)
+        with th.autocast(self.device.type, th.bfloat16, enabled=fast_bfloat16(self.device)):
+            # Dream on from there, and see what it was worth.
+            starts = self._imagination_starts(batch.reward.numel())
+            dream = imagine(world_model, actor, states.detach().flatten()[starts], self.imagination_horizon)
+            logits = critic(dream.features)
+            values = critic.fast.mean(logits.detach())
+            returns = lambda_returns(dream.reward, dream.discount, values, self.gae_lambda)
+            scale = self.policy.return_scale.update(returns)
 
-        # Learn what to do, and what it is worth.
-        losses["actor"], actor_info = actor_loss(actor, dream, returns, values[:, :-1], scale, self.ent_coef)
-        losses["critic"] = critic_loss(critic, dream, logits[:, :-1], returns)
+            # Learn what to do, and what it is worth.
+            losses["actor"], actor_info = actor_loss(actor, dream, returns, values[:, :-1], scale, self.ent_coef)
+            losses["critic"] = critic_loss(critic, dream, logits[:, :-1], returns)
 
         # What really happened counts too; its bootstrap is what the dreams returned.
         features = states.features

@@ -26,7 +26,7 @@ class Actor(nn.Module):
         self.out = Linear(size.units, outputs, scale=0.01)
 
     def forward(self, features: th.Tensor) -> ActionDistribution:
-        out = self.out(self.mlp(features))
+        out = self.out(self.mlp(features)).to(features.dtype)
         if self.spec.kind == "vector":
             return BoundedNormal(out)
         return OneHots(out, self.spec.classes) if self.spec.kind == "discrete" else Bits(out)

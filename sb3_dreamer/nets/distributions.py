@@ -40,28 +40,39 @@ def twohot_mean(logits: th.Tensor, bins: th.Tensor) -> th.Tensor:
 
 def twohot_loss(logits: th.Tensor, target: th.Tensor, bins: th.Tensor) -> th.Tensor:
     """Cross-entropy to the target's two-hot code (paper, Eq. 9-10): logits (..., bins), target (...) -> (...)."""
-    log_probs = F.log_softmax(logits, -1)
     target = target.detach().clamp(bins[0], bins[-1])
     above = th.searchsorted(bins, target.contiguous(), right=True).clamp(1, bins.shape[0] - 1)
     low, high = bins[above - 1], bins[above]
     weight = (target - low) / (high - low)
-    chosen = log_probs.gather(-1, th.stack([above - 1, above], -1))  # (..., 2)
-    return -(chosen[..., 0] * (1 - weight) + chosen[..., 1] * weight)
+    chosen = logits.gather(-1, th.stack([above - 1, above], -1))  # (..., 2)
+    return th.logsumexp(logits, -1) - th.lerp(chosen[..., 0], chosen[..., 1], weight)
 
 
 # -- categorical latents -----------------------------------------------------------------------------------------------
 
 
-def unimix_probs(logits: th.Tensor, unimix: float = UNIMIX) -> th.Tensor:
-    """Softmax mixed with a uniform distribution, so that no class is ever impossible."""
-    return (1 - unimix) * F.softmax(logits, -1) + unimix / logits.shape[-1]
+def unimix_probs(logits: th.Tensor, dim: int = -1) -> th.Tensor:
+    """Softmax over ``dim`` mixed with 1% of a uniform distribution, so that no class is ever impossible."""
+    return F.softmax(logits, dim) * (1 - UNIMIX) + UNIMIX / logits.shape[dim]
 
 
-def sample_onehot(probs: th.Tensor) -> th.Tensor:
-    """One-hot samples (..., K), by a race of exponentials; no gradient."""
-    with th.no_grad():
-        winner = (probs / th.empty_like(probs).exponential_()).argmax(-1, keepdim=True)
-        return th.zeros_like(probs).scatter_(-1, winner, 1.0)
+def sample_onehot(probs: th.Tensor, dim: int = -1) -> th.Tensor:
+    """One-hot samples along ``dim``; no gradient."""
+    return sample_onehot_with(probs, th.rand_like(probs.narrow(dim, -1, 1)), dim)
+
+
+@th.no_grad()
+def sample_onehot_with(probs: th.Tensor, noise: th.Tensor, dim: int = -1) -> th.Tensor:
+    """One-hot samples along ``dim``, by inversion of the cumulative distribution.
+
+    :param noise: uniform numbers in [0, 1), of size 1 along ``dim``.
+    """
+    cumulative = probs.cumsum(dim)
+    reached = (noise * cumulative.narrow(dim, -1, 1) < cumulative).to(probs.dtype)  # 0 ... 0 1 ... 1 along dim
+    onehot = reached.clone()
+    classes = probs.shape[dim]
+    onehot.narrow(dim, 1, classes - 1).sub_(reached.narrow(dim, 0, classes - 1))
+    return onehot
 
 
 def straight_through(onehot: th.Tensor, probs: th.Tensor) -> th.Tensor:
@@ -70,7 +81,7 @@ def straight_through(onehot: th.Tensor, probs: th.Tensor) -> th.Tensor:
 
 
 def categorical_kl(p: th.Tensor, q: th.Tensor) -> th.Tensor:
-    """KL(p || q) of probabilities (..., S, K), summed over the S latents -> (...)."""
+    """KL(p || q) of S categoricals, summed: probabilities (..., K, S) -> (...)."""
     return (p * (p.log() - q.log())).sum((-2, -1))
 
 

@@ -43,7 +43,7 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(th.ones(width))
 
     def forward(self, x: th.Tensor) -> th.Tensor:
-        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+        return F.rms_norm(x.to(self.weight.dtype), self.weight.shape, self.weight, self.eps)
 
 
 class Dense(nn.Module):
@@ -81,6 +81,22 @@ class BlockLinear(nn.Module):
         self.bias = nn.Parameter(th.zeros(out_features))
 
     def forward(self, x: th.Tensor) -> th.Tensor:
-        rows = x.reshape(-1, self.blocks, self.weight.shape[1]).transpose(0, 1)  # (G, n, i)
-        out = th.bmm(rows, self.weight).transpose(0, 1)  # (n, G, o)
-        return out.reshape(*x.shape[:-1], -1) + self.bias
+        rows = x.reshape(-1, self.weight.shape[0] * self.weight.shape[1])
+        return self.by_block(rows).transpose(0, 1).reshape(*x.shape[:-1], -1)
+
+    def by_block(self, x: th.Tensor) -> th.Tensor:
+        """The same, blocks first: (n, G * i) -> (G, n, o)."""
+        bias = self.bias.view(self.blocks, 1, -1)
+        return th.baddbmm(bias, x.view(-1, self.blocks, self.weight.shape[1]).transpose(0, 1), self.weight)
+
+
+def fast_bfloat16(device: th.device) -> bool:
+    """Whether the device multiplies bfloat16 matrices faster than float32 ones."""
+    if device.type == "cpu":
+        return th.cpu._is_avx512_bf16_supported() or th.cpu._is_amx_tile_supported()
+    return device.type == "cuda" and th.cuda.is_bf16_supported(including_emulation=False)
+
+
+def fast_tanh(x: th.Tensor) -> th.Tensor:
+    """tanh(x) as 2 sigmoid(2 x) - 1, within 2e-7; several times faster on a CPU, where tanh is not vectorised."""
+    return th.sigmoid(2 * x) * 2 - 1

@@ -8,9 +8,10 @@ import torch as th
 import torch.nn.functional as F
 from torch import nn
 
-from sb3_dreamer.nets.distributions import categorical_kl, sample_onehot, straight_through, unimix_probs
+from sb3_dreamer.nets.distributions import categorical_kl, sample_onehot, unimix_probs
 from sb3_dreamer.nets.layers import Dense, Linear
 from sb3_dreamer.types import Size
+from sb3_dreamer.world_model.scan import FilterScan, Weights
 from sb3_dreamer.world_model.sequence import SEQUENCE_MODELS
 
 FREE_NATS = 1.0
@@ -21,7 +22,8 @@ class State:
     """What the model remembers of a moment. Opaque outside this file: flatten, detach, index, ask for features.
 
     :param deter: (..., D) deterministic state h.
-    :param stoch: (..., S * K) one-hot latents z.
+    :param stoch: (..., K * S) one-hot latents z, class by class: the S latents lie side by side for each class, since a
+        softmax over few classes is fast across latents and slow within one.
     """
 
     deter: th.Tensor
@@ -53,6 +55,8 @@ class RSSM(nn.Module):
     :param rssm_type: key of ``SEQUENCE_MODELS``.
     """
 
+    class_numbers: th.Tensor
+
     def __init__(self, embed_width: int, action_width: int, size: Size, rssm_type: str = "gru") -> None:
         super().__init__()
         if rssm_type not in SEQUENCE_MODELS:
@@ -64,6 +68,7 @@ class RSSM(nn.Module):
         self.posterior_logits = Linear(size.hidden, z_width)
         self.prior = nn.Sequential(Dense(size.deter, size.hidden), Dense(size.hidden, size.hidden))
         self.prior_logits = Linear(size.hidden, z_width)
+        self.register_buffer("class_numbers", th.arange(1.0, size.classes + 1)[:, None], persistent=False)
         self.feature_width = size.deter + z_width
         self.packed_width = size.deter + size.stoch
 
@@ -76,14 +81,14 @@ class RSSM(nn.Module):
 
     def pack(self, state: State) -> th.Tensor:
         """One float vector for each state, for the replay and for ``predict``: (..., L). Zeros are the initial state."""
-        onehot = state.stoch.unflatten(-1, (self.stoch, self.classes))
-        number = th.where(onehot.any(-1), onehot.argmax(-1) + 1, 0)
-        return th.cat([state.deter, number.to(state.deter.dtype)], -1)
+        onehot = state.stoch.unflatten(-1, (self.classes, self.stoch))
+        number = (onehot * self.class_numbers).sum(-2)
+        return th.cat([state.deter, number], -1)
 
     def unpack(self, packed: th.Tensor) -> State:
         """Inverse of :meth:`pack`: (..., L) -> state."""
         deter, number = packed.split([self.deter, self.stoch], -1)
-        onehot = F.one_hot(number.long(), self.classes + 1)[..., 1:]
+        onehot = number.unsqueeze(-2) == self.class_numbers  # (..., K, S)
         return State(deter, onehot.flatten(-2).to(deter.dtype))
 
     # -- one step ------------------------------------------------------------------------------------------------------
@@ -103,12 +108,12 @@ class RSSM(nn.Module):
         drive = self.sequence.drive(prev_action * keep)
         deter = self.sequence.step(state.deter * keep, state.stoch * keep, drive)
         probs = self._probs(self.posterior_logits(self.posterior(th.cat([deter, embed], -1))))
-        return State(deter, (sample_onehot(probs) if sample else most_likely(probs)).flatten(-2))
+        return State(deter, (sample_onehot(probs, -2) if sample else most_likely(probs)).flatten(-2))
 
     def imagine_step(self, state: State, action: th.Tensor) -> State:
         """The next state, as the model expects it: n states, actions (n, A) -> n states, sampled from the prior."""
         deter = self.sequence.step(state.deter, state.stoch, self.sequence.drive(action))
-        return State(deter, sample_onehot(self.prior_probs(deter)).flatten(-2))
+        return State(deter, sample_onehot(self.prior_probs(deter), -2).flatten(-2))
 
     # -- a whole sequence ----------------------------------------------------------------------------------------------
 
@@ -124,34 +129,34 @@ class RSSM(nn.Module):
         :param prev_action: (B, T, A), zero where ``is_first``.
         :param is_first: (B, T) bool.
         :param start: B states before the first entry.
-        :return: states (B, T), posterior probabilities (B, T, S, K).
+        :return: states (B, T), posterior probabilities (B, T, K, S).
         """
-        keep = (~is_first).to(embed.dtype)[..., None]
-        drive = self.sequence.drive(prev_action)
+        keep = (~is_first).to(embed.dtype).t()[..., None]
         layer = self.posterior.linear
         from_deter, from_embed = layer.weight.split([self.deter, embed.shape[-1]], -1)
-        seen = F.linear(embed, from_embed, layer.bias)
-        deter, stoch = start.deter, start.stoch
-        deters, stochs, posts = [], [], []
-        for t in range(embed.shape[1]):
-            deter = self.sequence.step(deter * keep[:, t], stoch * keep[:, t], drive[:, t])
-            hidden = self.posterior.activate(th.addmm(seen[:, t], deter, from_deter.t()))
-            probs = self._probs(self.posterior_logits(hidden))
-            stoch = straight_through(sample_onehot(probs), probs).flatten(-2)
-            deters.append(deter)
-            stochs.append(stoch)
-            posts.append(probs)
-        return State(th.stack(deters, 1), th.stack(stochs, 1)), th.stack(posts, 1)
+        drive = self.sequence.drive(prev_action.transpose(0, 1).contiguous())
+        seen = F.linear(embed.transpose(0, 1).contiguous(), from_embed, layer.bias)
+        noise = th.rand(*keep.shape, self.stoch, device=embed.device, dtype=embed.dtype)
+        weights = Weights(
+            *self.sequence.recurrent_weights(),
+            post_w=from_deter,
+            post_g=self.posterior.norm.weight,
+            logits_w=self.posterior_logits.weight,
+            logits_b=self.posterior_logits.bias,
+        )
+        outputs = FilterScan.apply(noise, keep, start.deter, start.stoch, drive, seen, *weights)
+        deter, stoch, logits = (x.transpose(0, 1) for x in outputs)
+        return State(deter, stoch), self._probs(logits)
 
     def prior_probs(self, deter: th.Tensor) -> th.Tensor:
-        """What the model expects before it sees the observation: h (..., D) -> (..., S, K)."""
+        """What the model expects before it sees the observation: h (..., D) -> (..., K, S)."""
         return self._probs(self.prior_logits(self.prior(deter)))
 
     def kl_loss(self, states: State, post: th.Tensor) -> tuple[dict[str, th.Tensor], dict[str, th.Tensor]]:
         """KL balancing with free nats (paper, Eq. 5): the prior learns fast, the posterior gives way slowly.
 
         :param states: (B, T) states.
-        :param post: (B, T, S, K) posterior probabilities.
+        :param post: (B, T, K, S) posterior probabilities.
         :return: losses "dyn" and "rep", (B, T) each; info.
         """
         prior = self.prior_probs(states.deter)
@@ -162,15 +167,15 @@ class RSSM(nn.Module):
         return losses, info
 
     def _probs(self, logits: th.Tensor) -> th.Tensor:
-        return unimix_probs(logits.unflatten(-1, (self.stoch, self.classes)))
+        return unimix_probs(logits.to(self.class_numbers.dtype).unflatten(-1, (self.classes, self.stoch)), -2)
 
 
 def entropy(probs: th.Tensor) -> th.Tensor:
-    """Mean entropy in nats of the S latents together: (..., S, K) -> ()."""
+    """Mean entropy in nats of the S latents together: (..., K, S) -> ()."""
     probs = probs.detach()
     return -(probs * probs.log()).sum((-2, -1)).mean()
 
 
 def most_likely(probs: th.Tensor) -> th.Tensor:
-    """One-hot of the most likely class: (..., S, K) -> (..., S, K)."""
-    return F.one_hot(probs.argmax(-1), probs.shape[-1]).to(probs.dtype)
+    """One-hot of the most likely class: (..., K, S) -> (..., K, S)."""
+    return F.one_hot(probs.argmax(-2), probs.shape[-2]).to(probs.dtype).transpose(-2, -1)

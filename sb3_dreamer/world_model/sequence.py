@@ -6,7 +6,7 @@ import torch as th
 import torch.nn.functional as F
 from torch import nn
 
-from sb3_dreamer.nets.layers import BlockLinear, Dense, RMSNorm, trunc_normal_
+from sb3_dreamer.nets.layers import BlockLinear, Dense, RMSNorm, fast_tanh, trunc_normal_
 from sb3_dreamer.types import Size
 
 
@@ -16,7 +16,7 @@ class BlockGRU(nn.Module):
     In the paper every block of the hidden layer reads its own share of h and, all blocks alike, the projections of
     (h, z, a). The part that all blocks share is one dense product here, the block's own part a block-diagonal one.
 
-    :param stoch_width: S * K.
+    :param stoch_width: K * S.
     :param action_width: A.
     :param size: widths.
     """
@@ -43,16 +43,25 @@ class BlockGRU(nn.Module):
         return th.matmul(projected, self.hidden_shared[2 * hidden :]) + self.hidden_bias
 
     def step(self, deter: th.Tensor, stoch: th.Tensor, drive: th.Tensor) -> th.Tensor:
-        """h_{t-1} (n, D), z_{t-1} (n, S * K), :meth:`drive` of a_{t-1} (n, D) -> h_t (n, D)."""
+        """h_{t-1} (n, D), z_{t-1} (n, K * S), :meth:`drive` of a_{t-1} (n, D) -> h_t (n, D)."""
         inputs = th.cat([self.from_deter(deter), self.from_stoch(stoch)], -1)
-        x = th.addmm(drive, inputs, self.hidden_shared[: inputs.shape[-1]])
-        own = th.bmm(deter.view(-1, self.blocks, self.hidden_own.shape[1]).transpose(0, 1), self.hidden_own)
-        x = x + own.transpose(0, 1).reshape(deter.shape)
-        x = F.silu(self.hidden_norm(x))
-        gates = self.gates(x).view(-1, self.blocks, 3, self.width // self.blocks)
-        reset, candidate, update = (g.reshape(deter.shape) for g in gates.unbind(2))
-        candidate = th.tanh(th.sigmoid(reset) * candidate)
-        return th.lerp(deter, candidate, th.sigmoid(update - 1))
+        shared = th.addmm(drive, inputs, self.hidden_shared[: inputs.shape[-1]])
+        h = deter.view(-1, self.blocks, self.width // self.blocks).transpose(0, 1)  # (n, D) -> (G, n, D/G)
+        own = th.bmm(h, self.hidden_own).transpose(0, 1).reshape(deter.shape)
+        x = F.silu(self.hidden_norm(shared + own))
+        reset, candidate, update = self.gates.by_block(x).to(deter.dtype).chunk(3, -1)
+        candidate = fast_tanh(th.sigmoid(reset) * candidate)
+        return th.lerp(h, candidate, th.sigmoid(update - 1)).transpose(0, 1).reshape(deter.shape)
+
+    def recurrent_weights(self) -> tuple[th.Tensor, ...]:
+        """The first eleven of :class:`~sb3_dreamer.world_model.scan.Weights`."""
+        deter, stoch = self.from_deter, self.from_stoch
+        return (
+            *(deter.linear.weight, deter.linear.bias, deter.norm.weight),
+            *(stoch.linear.weight, stoch.linear.bias, stoch.norm.weight),
+            *(self.hidden_shared[: -self.from_action.linear.out_features], self.hidden_own, self.hidden_norm.weight),
+            *(self.gates.weight, self.gates.bias),
+        )
 
 
 SEQUENCE_MODELS: dict[str, type[BlockGRU]] = {"gru": BlockGRU}

@@ -36,7 +36,7 @@ class TwoHotHead(nn.Module):
 
     def forward(self, features: th.Tensor) -> th.Tensor:
         """Features (..., F) -> logits (..., bins)."""
-        return self.out(self.mlp(features))
+        return self.out(self.mlp(features)).to(self.bins.dtype)
 
     def mean(self, logits: th.Tensor) -> th.Tensor:
         """Expected value of the logits: (..., bins) -> (...)."""
@@ -78,7 +78,7 @@ class WorldModel(nn.Module):
         self.continue_head = nn.Sequential(MLP(self.feature_width, size.units, layers=1), Linear(size.units, 1))
 
     def observe(self, batch: Batch) -> tuple[State, th.Tensor]:
-        """Filter a batch: states (B, T) and posterior probabilities (B, T, S, K)."""
+        """Filter a batch: states (B, T) and posterior probabilities (B, T, K, S)."""
         embed = self.encoder(batch.obs)
         return self.rssm.observe(embed, batch.prev_action, batch.is_first, self.rssm.unpack(batch.start))
 
@@ -107,4 +107,4 @@ class WorldModel(nn.Module):
 
     def predict_discount(self, features: th.Tensor) -> th.Tensor:
         """Probability that the episode goes on after a state, times gamma: (..., F) -> (...)."""
-        return th.sigmoid(self.continue_head(features)).squeeze(-1)
+        return th.sigmoid(self.continue_head(features).float()).squeeze(-1)

@@ -1,0 +1,175 @@
+"""What an entry is made of: one column per quantity. A column checks what it is given before anything is written.
+
+The spaces decide shape and dtype::
+
+    space           observation column            action column -> as served (A floats)
+    Box, floats     its shape, float32 (or 16)    (A,) float32  -> scaled to [-1, 1]
+    Box, integers   its shape and dtype           (A,) float32  -> scaled to [-1, 1]
+    Discrete        (), smallest integer          (1,) integer  -> one-hot
+    MultiDiscrete   its shape, smallest integer   (n,) integers -> one-hot vectors, one after the other
+    MultiBinary     its shape, int8               (n,) int8     -> zeros and ones
+    Dict            one column per key            -
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from math import prod
+from typing import Any
+
+import numpy as np
+from gymnasium import spaces
+
+ACTION_LIMIT = 1.001  # scaled actions, with room for rounding
+
+
+@dataclass(frozen=True)
+class Column:
+    """One quantity of the entries.
+
+    :param label: what messages call it.
+    :param shape: of one entry.
+    :param dtype: of storage.
+    :param low: smallest value that may be stored, scalar or one per element; NaN never passes.
+    :param high: largest value that may be stored.
+    :param aliases: other shapes of one entry that are understood.
+    :param takes_all: whether every value of ``dtype`` may be stored, so that equal dtypes need no check.
+    """
+
+    label: str
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    low: Any
+    high: Any
+    aliases: tuple[tuple[int, ...], ...] = ()
+    takes_all: bool = False
+
+    @property
+    def entry_bytes(self) -> int:
+        """Bytes of one entry."""
+        return prod(self.shape) * self.dtype.itemsize
+
+    def cast(self, value: Any, envs: np.ndarray, prefix: str = "") -> np.ndarray:
+        """Check the values of some environments and give them the shape and dtype of storage.
+
+        :param value: (n, *shape), one row per environment.
+        :param envs: (n,) the numbers of these environments.
+        :param prefix: put before the label in messages.
+        :return: (n, *shape) in the dtype of storage.
+        :raises ValueError: for another shape, NaN, infinity and values out of range.
+        """
+        array = np.asarray(value)
+        wanted = (len(envs), *self.shape)
+        if array.shape != wanted:
+            if array.shape[:1] != wanted[:1] or array.shape[1:] not in self.aliases:
+                raise ValueError(f"{prefix}{self.label} has shape {array.shape}, expected {wanted}")
+            array = array.reshape(wanted)
+        if self.takes_all and array.dtype == self.dtype:
+            return array
+        good = (array >= self.low) & (array <= self.high)
+        if not good.all():
+            self._refuse(array, good, envs, prefix)
+        if array.dtype.kind == "f" and self.dtype.kind != "f":
+            array = np.rint(array)  # whole numbers that a normaliser scaled and scaled back
+        return array.astype(self.dtype, copy=False)
+
+    def _refuse(self, array: np.ndarray, good: np.ndarray, envs: np.ndarray, prefix: str) -> None:
+        where = tuple(int(i) for i in np.argwhere(~good)[0])
+        element = f" at {where[1:]}" if len(where) > 1 else ""
+        low, high = (np.broadcast_to(bound, array.shape)[where] for bound in (self.low, self.high))
+        expected = f"numbers within [{low:g}, {high:g}]" if np.isfinite(array[where]) else "finite numbers"
+        raise ValueError(
+            f"{prefix}{self.label} of env {envs[where[0]]} holds {array[where]}{element}, expected {expected}"
+        )
+
+
+def float_column(label: str, shape: tuple[int, ...] = (), dtype: Any = np.float32) -> Column:
+    """Finite floats."""
+    limit = float(np.finfo(dtype).max)
+    return Column(label, shape, np.dtype(dtype), -limit, limit)
+
+
+def integer_column(label: str, shape: tuple[int, ...], low: Any, high: Any, *, none: bool = False) -> Column:
+    """Integers within [low, high], in the smallest signed dtype that holds them.
+
+    :param none: whether -1 has to fit too; it stands for "no action".
+    """
+    least, most = min(int(np.min(low)), -1 if none else 0), int(np.max(high))
+    kinds = (np.iinfo(kind) for kind in (np.int8, np.int16, np.int32, np.int64))
+    dtype = next(kind.dtype for kind in kinds if kind.min <= least and most <= kind.max)
+    return Column(label, shape, dtype, low, high, aliases=() if shape else ((1,),))
+
+
+def observation_column(label: str, space: spaces.Space) -> Column:
+    """The column of one observation space that is no Dict.
+
+    :raises ValueError: for a kind of space that has no column.
+    """
+    if isinstance(space, spaces.Box) and space.dtype.kind == "f":
+        return float_column(label, space.shape, np.float16 if space.dtype == np.float16 else np.float32)
+    if isinstance(space, spaces.Box):
+        low, high = (False, True) if space.dtype == bool else (np.iinfo(space.dtype).min, np.iinfo(space.dtype).max)
+        return Column(label, space.shape, np.dtype(space.dtype), low, high, takes_all=True)
+    if isinstance(space, spaces.Discrete):
+        return integer_column(label, (), int(space.start), int(space.start + space.n - 1))
+    if isinstance(space, spaces.MultiDiscrete):
+        start = np.asarray(getattr(space, "start", np.zeros_like(space.nvec)))
+        return integer_column(label, space.shape, start, start + space.nvec - 1)
+    if isinstance(space, spaces.MultiBinary):
+        return integer_column(label, space.shape, 0, 1)
+    raise ValueError(
+        f"{label}: {space} is not supported by the replay, "
+        "use Box, Discrete, MultiDiscrete, MultiBinary or a flat Dict of these"
+    )
+
+
+def observation_columns(space: spaces.Space) -> dict[str, Column]:
+    """Columns by key of the observation; a space that is no Dict has the single key "obs"."""
+    if isinstance(space, spaces.Dict):
+        return {key: observation_column(f"observation {key!r}", sub) for key, sub in space.spaces.items()}
+    return {"obs": observation_column("observation", space)}
+
+
+class ActionCode:
+    """How actions are stored (small), and served (floats for the model).
+
+    :param space: Box, Discrete, MultiDiscrete or MultiBinary.
+    :raises ValueError: for another space.
+    """
+
+    def __init__(self, space: spaces.Space) -> None:
+        self.classes: tuple[int, ...] = ()  # of each integer, for one-hot vectors
+        if isinstance(space, spaces.Box):
+            flat = (prod(space.shape),)
+            aliases = (space.shape,)
+            self.column = Column("action", flat, np.dtype(np.float32), -ACTION_LIMIT, ACTION_LIMIT, aliases)
+        elif isinstance(space, spaces.Discrete | spaces.MultiDiscrete):
+            nvec = np.atleast_1d(space.n if isinstance(space, spaces.Discrete) else space.nvec)
+            start = np.broadcast_to(getattr(space, "start", 0), nvec.shape).flatten()
+            self.classes = tuple(int(n) for n in nvec.flatten())
+            column = integer_column("action", (nvec.size,), start, start + nvec.flatten() - 1, none=True)
+            self.column = replace(column, aliases=(space.shape or (),))
+            self._start = start
+        elif isinstance(space, spaces.MultiBinary):
+            self.column = replace(integer_column("action", (prod(space.shape),), 0, 1), aliases=(space.shape,))
+        else:
+            raise ValueError(f"action space {space} is not supported, use Box, Discrete, MultiDiscrete or MultiBinary")
+        self.width = sum(self.classes) or prod(self.column.shape)
+        # row -1 of each table is zero: "no action", after the last observation of an episode
+        self._tables = [np.eye(n + 1, n, dtype=np.float32) for n in self.classes]
+
+    @property
+    def none(self) -> int:
+        """The stored value that is served as zeros."""
+        return -1 if self.classes else 0
+
+    def store(self, action: Any, envs: np.ndarray) -> np.ndarray:
+        """(n, *space.shape) scaled floats or integers -> (n, *column.shape) as stored, checked."""
+        stored = self.column.cast(action, envs)
+        return (stored - self._start).astype(stored.dtype) if self.classes else stored
+
+    def serve(self, stored: np.ndarray) -> np.ndarray:
+        """(..., *column.shape) as stored -> (..., A) float32."""
+        if not self.classes:
+            return stored.astype(np.float32, copy=False)
+        return np.concatenate([table[stored[..., i]] for i, table in enumerate(self._tables)], axis=-1)

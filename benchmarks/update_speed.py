@@ -42,7 +42,7 @@ def random_batch(model: Dreamer, device: str) -> Batch:
         is_first=first,
         is_terminal=th.zeros_like(first),
         is_last=first.roll(-1, 1),
-        start=th.zeros(b, model.policy.world_model.rssm.packed_width, device=device),
+        start=th.zeros(b, model.policy.world_model.rssm.latent_width, device=device),
         index=np.zeros((b, 2), np.int64),
     )
 
@@ -64,6 +64,7 @@ def main() -> None:
     """Read the settings, measure, print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model-size", default="size1m")
+    parser.add_argument("--rssm-type", default="gru")
     parser.add_argument("--obs-dim", type=int, default=17)
     parser.add_argument("--act-dim", type=int, default=6)
     parser.add_argument("--batch-size", type=int, default=16)
@@ -81,6 +82,7 @@ def main() -> None:
         "MlpPolicy",
         Shape(args.obs_dim, args.act_dim),
         model_size=args.model_size,
+        rssm_type=args.rssm_type,
         batch_size=args.batch_size,
         batch_length=args.batch_length,
         device=args.device,

@@ -56,7 +56,7 @@ class Dreamer(OffPolicyAlgorithm):
     :param gamma: discount.
     :param gae_lambda: lambda of the returns.
     :param ent_coef: weight of the actor's entropy.
-    :param rssm_type: sequence model, "gru".
+    :param rssm_type: sequence model, "gru" or "transformer".
     :param model_size: "debug", "size1m", "size12m", "size25m", "size50m", "size100m" or "size200m".
     :param replay_buffer_class: a subclass of :class:`~sb3_dreamer.replay.SequenceReplayBuffer`.
     :param replay_buffer_kwargs: further arguments of the buffer.
@@ -158,7 +158,7 @@ class Dreamer(OffPolicyAlgorithm):
             device=self.device,
             n_envs=self.n_envs,
             sequence_length=self.batch_length,
-            latent_size=self.policy.world_model.rssm.packed_width,
+            latent_size=self.policy.world_model.rssm.latent_width,
             **self.replay_buffer_kwargs,
         )
         self._convert_train_freq()
@@ -245,7 +245,8 @@ class Dreamer(OffPolicyAlgorithm):
                 for info in infos
             ]
         assert self._online_state is not None
-        self.replay_buffer.add(obs, next_obs, buffer_action, reward, dones, infos, latent=self._online_state[0])
+        latent = self._online_state[0][:, : self.policy.world_model.rssm.latent_width]
+        self.replay_buffer.add(obs, next_obs, buffer_action, reward, dones, infos, latent=latent)
         self._last_obs = new_obs
         self._last_original_obs = next_obs
         self._last_episode_starts = dones
@@ -280,7 +281,7 @@ class Dreamer(OffPolicyAlgorithm):
     def update(self, batch: Batch) -> tuple[th.Tensor, dict[str, th.Tensor]]:
         """One update of everything, from one batch (paper, Algorithm 1).
 
-        :return: packed states of the batch (B, T, L), metrics.
+        :return: what the replay keeps of the batch's states (B, T, L), metrics.
         """
         world_model, actor, critic = self.policy.world_model, self.policy.actor, self.policy.critic
 
@@ -317,7 +318,7 @@ class Dreamer(OffPolicyAlgorithm):
         metrics = {f"{key}_loss": value.detach().mean() for key, value in losses.items()}
         metrics.update(info, **actor_info, imagined_return=returns.mean(), value=values.mean(), return_scale=scale)
         metrics.update(imagined_reward=dream.reward[:, 1:].mean(), replay_return=replay_returns.mean())
-        return world_model.rssm.pack(states.detach()), metrics
+        return world_model.rssm.latents(states.detach()), metrics
 
     def _imagination_starts(self, n_states: int) -> th.Tensor:
         """Which of the batch's states dreams start from: indices (N,)."""

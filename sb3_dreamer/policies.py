@@ -62,7 +62,7 @@ class DreamerPolicy(BasePolicy):
     :param action_space: Box with finite bounds, Discrete, MultiDiscrete or MultiBinary.
     :param lr_schedule: learning rate as a function of the remaining progress.
     :param model_size: key of ``sb3_dreamer.types.SIZES``.
-    :param rssm_type: sequence model, "gru".
+    :param rssm_type: sequence model, "gru" or "transformer".
     :param gamma: discount.
     :param widths: single widths in place of those of ``model_size``, e.g. ``units=128``.
     """

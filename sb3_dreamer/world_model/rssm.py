@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch as th
 import torch.nn.functional as F
@@ -11,8 +11,8 @@ from torch import nn
 from sb3_dreamer.nets.distributions import categorical_kl, sample_onehot, unimix_probs
 from sb3_dreamer.nets.layers import Dense, Linear
 from sb3_dreamer.types import Size
-from sb3_dreamer.world_model.scan import FilterScan, Weights
-from sb3_dreamer.world_model.sequence import SEQUENCE_MODELS
+from sb3_dreamer.world_model.context import Context
+from sb3_dreamer.world_model.sequence import SEQUENCE_MODELS, SequenceModel
 
 FREE_NATS = 1.0
 
@@ -24,10 +24,12 @@ class State:
     :param deter: (..., D) deterministic state h.
     :param stoch: (..., K * S) one-hot latents z, class by class: the S latents lie side by side for each class, since a
         softmax over few classes is fast across latents and slow within one.
+    :param context: what the sequence model remembers beside them.
     """
 
     deter: th.Tensor
     stoch: th.Tensor
+    context: Context = field(default_factory=Context)
 
     @property
     def features(self) -> th.Tensor:
@@ -35,15 +37,15 @@ class State:
         return th.cat([self.deter, self.stoch], -1)
 
     def __getitem__(self, index: th.Tensor | slice | tuple) -> State:
-        return State(self.deter[index], self.stoch[index])
+        return State(self.deter[index], self.stoch[index], self.context[index])
 
     def flatten(self) -> State:
         """(B, T, .) -> (B * T, .)."""
-        return State(self.deter.flatten(0, 1), self.stoch.flatten(0, 1))
+        return State(self.deter.flatten(0, 1), self.stoch.flatten(0, 1), self.context.flatten())
 
     def detach(self) -> State:
         """The same values without gradient."""
-        return State(self.deter.detach(), self.stoch.detach())
+        return State(self.deter.detach(), self.stoch.detach(), self.context.detach())
 
 
 class RSSM(nn.Module):
@@ -63,33 +65,40 @@ class RSSM(nn.Module):
             raise ValueError(f'rssm_type="{rssm_type}" is unknown; use one of {sorted(SEQUENCE_MODELS)}')
         self.stoch, self.classes, self.deter = size.stoch, size.classes, size.deter
         z_width = size.stoch * size.classes
-        self.sequence = SEQUENCE_MODELS[rssm_type](z_width, action_width, size)
-        self.posterior = Dense(size.deter + embed_width, size.hidden)
+        self.sequence: SequenceModel = SEQUENCE_MODELS[rssm_type](z_width, action_width, size)
+        # How much of h the posterior and the next step need: a parallel model computes h last.
+        self.carried = 0 if self.sequence.parallel else size.deter
+        self.posterior = Dense(self.carried + embed_width, size.hidden)
         self.posterior_logits = Linear(size.hidden, z_width)
         self.prior = nn.Sequential(Dense(size.deter, size.hidden), Dense(size.hidden, size.hidden))
         self.prior_logits = Linear(size.hidden, z_width)
         self.register_buffer("class_numbers", th.arange(1.0, size.classes + 1)[:, None], persistent=False)
         self.feature_width = size.deter + z_width
-        self.packed_width = size.deter + size.stoch
+        self.latent_width = size.stoch + self.carried
+        self.packed_width = size.stoch + size.deter + self.sequence.context_width
 
     # -- states --------------------------------------------------------------------------------------------------------
 
     def initial(self, n: int) -> State:
-        """The state before an episode: zeros for ``n`` members."""
-        zeros = self.prior_logits.weight.new_zeros
-        return State(zeros(n, self.deter), zeros(n, self.stoch * self.classes))
+        """The state before an episode, for ``n`` members."""
+        return self.unpack(self.prior_logits.weight.new_zeros(n, self.latent_width))
+
+    def latents(self, state: State) -> th.Tensor:
+        """What the replay keeps of each state: (..., latent_width), the beginning of the packed state."""
+        onehot = state.stoch.unflatten(-1, (self.classes, self.stoch))
+        return th.cat([(onehot * self.class_numbers).sum(-2), state.deter[..., : self.carried]], -1)
 
     def pack(self, state: State) -> th.Tensor:
-        """One float vector for each state, for the replay and for ``predict``: (..., L). Zeros are the initial state."""
-        onehot = state.stoch.unflatten(-1, (self.classes, self.stoch))
-        number = (onehot * self.class_numbers).sum(-2)
-        return th.cat([state.deter, number], -1)
+        """One float vector for each of n states, for ``predict``: (n, packed_width). Zeros are the initial state."""
+        rest = state.deter[..., self.carried :]
+        return th.cat([self.latents(state), rest, self.sequence.pack(state.context, state.deter)], -1)
 
     def unpack(self, packed: th.Tensor) -> State:
-        """Inverse of :meth:`pack`: (..., L) -> state."""
-        deter, number = packed.split([self.deter, self.stoch], -1)
-        onehot = number.unsqueeze(-2) == self.class_numbers  # (..., K, S)
-        return State(deter, onehot.flatten(-2).to(deter.dtype))
+        """Inverse of :meth:`pack`, (n, packed_width), and of :meth:`latents`; what the latter lack starts afresh."""
+        number, deter, context = packed.tensor_split([self.stoch, self.stoch + self.deter], -1)
+        onehot = number.unsqueeze(-2) == self.class_numbers  # (n, K, S)
+        deter = F.pad(deter, (0, self.deter - deter.shape[-1]))
+        return State(deter, onehot.flatten(-2).to(deter.dtype), self.sequence.unpack(context))
 
     # -- one step ------------------------------------------------------------------------------------------------------
 
@@ -105,15 +114,16 @@ class RSSM(nn.Module):
         :param sample: sample the latents, else take the most likely.
         """
         keep = (~is_first).to(embed.dtype)[:, None]
-        drive = self.sequence.drive(prev_action * keep)
-        deter = self.sequence.step(state.deter * keep, state.stoch * keep, drive)
-        probs = self._probs(self.posterior_logits(self.posterior(th.cat([deter, embed], -1))))
-        return State(deter, (sample_onehot(probs, -2) if sample else most_likely(probs)).flatten(-2))
+        before = state.deter * keep, state.stoch * keep, prev_action * keep, state.context.restart(is_first)
+        deter, context = self.sequence(*before)
+        logits = self.posterior_logits(self.posterior(th.cat([deter[:, : self.carried], embed], -1)))
+        probs = self._probs(logits)
+        return State(deter, (sample_onehot(probs, -2) if sample else most_likely(probs)).flatten(-2), context)
 
     def imagine_step(self, state: State, action: th.Tensor) -> State:
         """The next state, as the model expects it: n states, actions (n, A) -> n states, sampled from the prior."""
-        deter = self.sequence.step(state.deter, state.stoch, self.sequence.drive(action))
-        return State(deter, sample_onehot(self.prior_probs(deter), -2).flatten(-2))
+        deter, context = self.sequence(state.deter, state.stoch, action, state.context)
+        return State(deter, sample_onehot(self.prior_probs(deter), -2).flatten(-2), context)
 
     # -- a whole sequence ----------------------------------------------------------------------------------------------
 
@@ -122,31 +132,15 @@ class RSSM(nn.Module):
     ) -> tuple[State, th.Tensor]:
         """Filter sequences of observations; the gradient reaches back through time and through the samples.
 
-        What does not depend on the recurrence (the action's drive, the embedding's share of the posterior) is
-        computed for all entries at once.
-
         :param embed: (B, T, E).
         :param prev_action: (B, T, A), zero where ``is_first``.
         :param is_first: (B, T) bool.
         :param start: B states before the first entry.
         :return: states (B, T), posterior probabilities (B, T, K, S).
         """
-        keep = (~is_first).to(embed.dtype).t()[..., None]
-        layer = self.posterior.linear
-        from_deter, from_embed = layer.weight.split([self.deter, embed.shape[-1]], -1)
-        drive = self.sequence.drive(prev_action.transpose(0, 1).contiguous())
-        seen = F.linear(embed.transpose(0, 1).contiguous(), from_embed, layer.bias)
-        noise = th.rand(*keep.shape, self.stoch, device=embed.device, dtype=embed.dtype)
-        weights = Weights(
-            *self.sequence.recurrent_weights(),
-            post_w=from_deter,
-            post_g=self.posterior.norm.weight,
-            logits_w=self.posterior_logits.weight,
-            logits_b=self.posterior_logits.bias,
-        )
-        outputs = FilterScan.apply(noise, keep, start.deter, start.stoch, drive, seen, *weights)
-        deter, stoch, logits = (x.transpose(0, 1) for x in outputs)
-        return State(deter, stoch), self._probs(logits)
+        entries = embed, prev_action, is_first
+        deter, stoch, logits, context = self.sequence.filter(self.posterior, self.posterior_logits, *entries, start)
+        return State(deter, stoch, context), self._probs(logits)
 
     def prior_probs(self, deter: th.Tensor) -> th.Tensor:
         """What the model expects before it sees the observation: h (..., D) -> (..., K, S)."""

@@ -2,12 +2,63 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Protocol
+
 import torch as th
 import torch.nn.functional as F
 from torch import nn
 
-from sb3_dreamer.nets.layers import BlockLinear, Dense, RMSNorm, fast_tanh, trunc_normal_
+from sb3_dreamer.nets.distributions import sample_onehot, straight_through, unimix_probs
+from sb3_dreamer.nets.layers import BlockLinear, Dense, Linear, RMSNorm, fast_tanh, trunc_normal_
 from sb3_dreamer.types import Size
+from sb3_dreamer.world_model.context import Cache, Context
+from sb3_dreamer.world_model.scan import FilterScan, Weights
+
+if TYPE_CHECKING:
+    from sb3_dreamer.world_model.rssm import State
+
+
+class SequenceModel(Protocol):
+    """The seam. All that the rest knows of a sequence model.
+
+    :param parallel: whether a sequence is filtered all at once. Then z_t is drawn before h_t is there: the posterior
+        must not read h, and z and the context are all that the next step needs.
+    :param context_width: floats of a packed context.
+    """
+
+    parallel: bool
+    context_width: int
+
+    def __call__(
+        self, deter: th.Tensor, stoch: th.Tensor, action: th.Tensor, context: Context
+    ) -> tuple[th.Tensor, Context]:
+        """h_{t-1} (n, D), z_{t-1} (n, K * S), a_{t-1} (n, A), n contexts -> h_t (n, D), n contexts."""
+
+    def filter(
+        self,
+        posterior: Dense,
+        to_logits: Linear,
+        embed: th.Tensor,
+        prev_action: th.Tensor,
+        is_first: th.Tensor,
+        start: State,
+    ) -> tuple[th.Tensor, th.Tensor, th.Tensor, Context]:
+        """Steps and samples of the posterior over whole sequences.
+
+        :param posterior: reads [h_t, embedding], or the embedding alone if the model is ``parallel``.
+        :param to_logits: from there to the logits of z_t.
+        :param embed: (B, T, E).
+        :param prev_action: (B, T, A), zero where ``is_first``.
+        :param is_first: (B, T) bool.
+        :param start: B states before the first entry.
+        :return: h (B, T, D), z (B, T, K * S) with the gradient of its probabilities, logits of z, contexts (B, T).
+        """
+
+    def pack(self, context: Context, like: th.Tensor) -> th.Tensor:
+        """n contexts -> (n, context_width), in the dtype of ``like`` (n, .); zeros if nothing has happened yet."""
+
+    def unpack(self, packed: th.Tensor) -> Context:
+        """Inverse of :meth:`pack`; (n, 0) is unpacked to n fresh contexts."""
 
 
 class BlockGRU(nn.Module):
@@ -21,9 +72,12 @@ class BlockGRU(nn.Module):
     :param size: widths.
     """
 
+    parallel = False
+    context_width = 0
+
     def __init__(self, stoch_width: int, action_width: int, size: Size) -> None:
         super().__init__()
-        self.width, self.blocks = size.deter, size.blocks
+        self.width, self.blocks, self.stoch = size.deter, size.blocks, size.stoch
         self.from_deter = Dense(size.deter, size.hidden)
         self.from_stoch = Dense(stoch_width, size.hidden)
         self.from_action = Dense(action_width, size.hidden)
@@ -53,15 +107,186 @@ class BlockGRU(nn.Module):
         candidate = fast_tanh(th.sigmoid(reset) * candidate)
         return th.lerp(h, candidate, th.sigmoid(update - 1)).transpose(0, 1).reshape(deter.shape)
 
-    def recurrent_weights(self) -> tuple[th.Tensor, ...]:
-        """The first eleven of :class:`~sb3_dreamer.world_model.scan.Weights`."""
+    def forward(
+        self, deter: th.Tensor, stoch: th.Tensor, action: th.Tensor, context: Context
+    ) -> tuple[th.Tensor, Context]:
+        return self.step(deter, stoch, self.drive(action)), context
+
+    def filter(
+        self,
+        posterior: Dense,
+        to_logits: Linear,
+        embed: th.Tensor,
+        prev_action: th.Tensor,
+        is_first: th.Tensor,
+        start: State,
+    ) -> tuple[th.Tensor, th.Tensor, th.Tensor, Context]:
+        """See :meth:`SequenceModel.filter`.
+
+        What does not depend on the recurrence (the action's drive, the embedding's share of the posterior) is
+        computed for all entries at once.
+        """
+        keep = (~is_first).to(embed.dtype).t()[..., None]
+        from_deter, from_embed = posterior.linear.weight.split([self.width, embed.shape[-1]], -1)
+        drive = self.drive(prev_action.transpose(0, 1).contiguous())
+        seen = F.linear(embed.transpose(0, 1).contiguous(), from_embed, posterior.linear.bias)
+        noise = th.rand(*keep.shape, self.stoch, device=embed.device, dtype=embed.dtype)
+        weights = self._scan_weights(from_deter, posterior.norm.weight, to_logits)
+        outputs = FilterScan.apply(noise, keep, start.deter, start.stoch, drive, seen, *weights)
+        deter, stoch, logits = (x.transpose(0, 1) for x in outputs)
+        return deter, stoch, logits, start.context
+
+    def _scan_weights(self, post_w: th.Tensor, post_g: th.Tensor, to_logits: Linear) -> Weights:
         deter, stoch = self.from_deter, self.from_stoch
-        return (
+        return Weights(
             *(deter.linear.weight, deter.linear.bias, deter.norm.weight),
             *(stoch.linear.weight, stoch.linear.bias, stoch.norm.weight),
             *(self.hidden_shared[: -self.from_action.linear.out_features], self.hidden_own, self.hidden_norm.weight),
             *(self.gates.weight, self.gates.bias),
+            *(post_w, post_g, to_logits.weight, to_logits.bias),
         )
 
+    def pack(self, context: Context, like: th.Tensor) -> th.Tensor:
+        """Nothing: (n, 0)."""
+        return like[..., :0]
 
-SEQUENCE_MODELS: dict[str, type[BlockGRU]] = {"gru": BlockGRU}
+    def unpack(self, packed: th.Tensor) -> Context:
+        """Nothing."""
+        return Context()
+
+
+class AttentionLayer(nn.Module):
+    """Self-attention and a two-layer MLP, each on the normed input and added to it.
+
+    Positions enter as a learned bias on the attention by head and by distance (Raffel et al. 2020), which starts from
+    straight lines of different slope (Press et al. 2022): the same in a sequence and in a cache that slides.
+
+    :param width: M.
+    :param heads: how many.
+    :param window: number of distances, 0 being the entry itself.
+    """
+
+    def __init__(self, width: int, heads: int, window: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.norm, self.mlp_norm = RMSNorm(width), RMSNorm(width)
+        self.query_key_value, self.attended = Linear(width, 3 * width), Linear(width, width)
+        slopes = th.logspace(-8 / heads, -8, heads, base=2.0)
+        self.bias = nn.Parameter(-slopes[:, None] * th.arange(window))
+        self.mlp = nn.Sequential(Linear(width, 2 * width), nn.SiLU(), Linear(2 * width, width))
+
+    def forward(
+        self, x: th.Tensor, past: th.Tensor, distance: th.Tensor, seen: th.Tensor
+    ) -> tuple[th.Tensor, th.Tensor]:
+        """One layer for T new entries that follow P old ones.
+
+        :param x: (n, T, M).
+        :param past: (2, n, P, M) keys and values of the old entries.
+        :param distance: (T, P + T) how far back from each new entry, within the window.
+        :param seen: (n, 1, T, P + T) bool, what may be attended to.
+        :return: (n, T, M); keys and values of all entries (2, n, P + T, M).
+        """
+        query, *new = self.query_key_value(self.norm(x)).chunk(3, -1)
+        tape = th.cat([past.to(query.dtype), th.stack(new)], 2)
+        query, key, value = (y.unflatten(-1, (self.heads, -1)).transpose(1, 2) for y in (query, *tape))
+        bias = self.bias[:, distance].masked_fill(~seen, -th.inf).to(query.dtype)
+        attended = F.scaled_dot_product_attention(query, key, value, attn_mask=bias)
+        x = x + self.attended(attended.transpose(1, 2).flatten(-2))
+        return x + self.mlp(self.mlp_norm(x)), tape
+
+
+class Transformer(nn.Module):
+    """Causal transformer over tokens (z_{t-1}, a_{t-1}); h_t is its output at the newest of them.
+
+    Attention reaches ``window`` entries back at most and never across the start of an episode, in a sequence of the
+    replay as in the cache of a single step: both are one and the same computation. About as many weights as the GRU.
+
+    :param stoch_width: K * S.
+    :param action_width: A.
+    :param size: widths; M is twice ``hidden``, and there are as many heads as ``blocks``.
+    :raises ValueError: if the heads do not divide M.
+    """
+
+    parallel = True
+    window = 64  # the default length of a training sequence: what no update has ever shown is not looked at either
+    layers = 2
+
+    def __init__(self, stoch_width: int, action_width: int, size: Size) -> None:
+        super().__init__()
+        self.width, self.stoch = 2 * size.hidden, size.stoch
+        if self.width % size.blocks:
+            raise ValueError(
+                f"hidden={size.hidden} and blocks={size.blocks} do not fit: each of the {size.blocks} heads takes an "
+                f"equal share of 2 * hidden = {self.width}; make blocks a divisor of it"
+            )
+        self.context_width = 1 + self.layers * 2 * (self.window - 1) * self.width
+        self.token = Linear(stoch_width + action_width, self.width)
+        self.stack = nn.ModuleList(AttentionLayer(self.width, size.blocks, self.window) for _ in range(self.layers))
+        self.norm = RMSNorm(self.width)
+        self.out = Dense(self.width, size.deter)
+
+    def forward(
+        self, deter: th.Tensor, stoch: th.Tensor, action: th.Tensor, context: Context
+    ) -> tuple[th.Tensor, Context]:
+        assert isinstance(context, Cache)
+        h, contexts = self.attend(stoch[:, None], action[:, None], context.age[:, None] + 1, context)
+        return h[:, 0], contexts[:, 0]
+
+    def filter(
+        self,
+        posterior: Dense,
+        to_logits: Linear,
+        embed: th.Tensor,
+        prev_action: th.Tensor,
+        is_first: th.Tensor,
+        start: State,
+    ) -> tuple[th.Tensor, th.Tensor, th.Tensor, Context]:
+        """See :meth:`SequenceModel.filter`."""
+        assert isinstance(start.context, Cache)
+        logits = to_logits(posterior(embed))
+        probs = unimix_probs(logits.unflatten(-1, (-1, self.stoch)), -2)
+        stoch = straight_through(sample_onehot(probs, -2), probs).flatten(-2)
+        before = th.cat([start.stoch[:, None], stoch[:, :-1]], 1) * ~is_first[..., None]
+        number = th.arange(embed.shape[1], device=embed.device)
+        began = th.where(is_first, number, -start.context.age[:, None]).cummax(1).values
+        h, contexts = self.attend(before, prev_action, number - began + 1, start.context)
+        return h, stoch, logits, contexts
+
+    def attend(self, stoch: th.Tensor, action: th.Tensor, age: th.Tensor, before: Cache) -> tuple[th.Tensor, Cache]:
+        """T new entries after what n caches hold: (n, T, K * S), (n, T, A), (n, T) -> h (n, T, D), contexts (n, T)."""
+        n, length = age.shape
+        past = before.last(self.window - 1)
+        n_past = past[0].shape[2]
+        place = th.arange(n_past + length, device=age.device)
+        distance = place[n_past:, None] - place
+        seen = (distance >= 0) & (distance < age.clamp(max=self.window)[:, None, :, None])
+        distance = distance.clamp(0, self.window - 1)
+        x = self.token(th.cat([stoch, action / action.abs().clamp(min=1.0).detach()], -1))
+        tapes = []
+        for layer, kept in zip(self.stack, past, strict=True):
+            x, tape = layer(x, kept, distance, seen)
+            tapes.append(tape)
+        row = th.arange(n, device=age.device)[:, None].expand(n, length)
+        return self.out(self.norm(x)), Cache(tuple(tapes), row, place[n_past:].expand(n, length) + 1, age)
+
+    def pack(self, context: Context, like: th.Tensor) -> th.Tensor:
+        """[age, the last keys and values of all layers], zeros where there are none."""
+        assert isinstance(context, Cache)
+        kept = th.stack(context.last(self.window - 1), 1)  # (2, layers, n, P, M)
+        kept = F.pad(kept, (0, 0, self.window - 1 - kept.shape[3], 0)).movedim(2, 0)
+        age = context.age[:, None].clamp(max=self.window)
+        older = th.arange(self.window - 1, 0, -1, device=age.device) > age
+        kept = kept.masked_fill(older[:, None, None, :, None], 0.0)
+        return th.cat([age.to(like.dtype), kept.flatten(1).to(like.dtype)], -1)
+
+    def unpack(self, packed: th.Tensor) -> Context:
+        """Inverse of :meth:`pack`; (n, 0) is unpacked to n fresh contexts."""
+        n = packed.shape[0]
+        age, kept = packed.tensor_split([1], -1)
+        tapes = kept.reshape(n, 2, self.layers, -1, self.width).movedim(0, 2).unbind(1)
+        row = th.arange(n, device=packed.device)
+        end = th.full_like(row, tapes[0].shape[2])
+        return Cache(tapes, row, end, age.sum(-1).long())
+
+
+SEQUENCE_MODELS: dict[str, type[BlockGRU] | type[Transformer]] = {"gru": BlockGRU, "transformer": Transformer}

@@ -56,7 +56,7 @@ class WorldModel(nn.Module):
     :param obs_specs: key -> spec of the observations.
     :param action_spec: spec of the actions.
     :param size: widths.
-    :param rssm_type: "gru".
+    :param rssm_type: "gru" or "transformer".
     :param gamma: discount; the continue head learns (1 - terminal) * gamma.
     """
 

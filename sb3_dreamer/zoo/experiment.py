@@ -1,0 +1,103 @@
+"""rl_zoo3's experiment with what only Dreamer needs. Imports rl_zoo3: import it after ``register()`` only."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import inspect
+import pickle
+from pathlib import Path
+from typing import Any
+
+from rl_zoo3.exp_manager import ExperimentManager
+
+from sb3_dreamer.dreamer import Dreamer
+from sb3_dreamer.zoo.registration import ALGO, hyperparams_file
+
+# what the Zoo takes out of a block of hyperparameters for itself
+ZOO_KEYS = {
+    "n_timesteps", "n_envs", "policy", "normalize", "frame_stack", "callback",
+    "env_wrapper", "vec_env_wrapper", "env_kwargs", "monitor_kwargs",
+}  # fmt: skip
+# arguments of the constructor that the Zoo passes itself
+PASSED_BY_ZOO = {"self", "env", "tensorboard_log", "verbose", "seed", "device", "_init_setup_model"}
+
+
+def experiment_manager(args: argparse.Namespace, algo: str, *rest: Any, **kwargs: Any) -> ExperimentManager:
+    """What ``rl_zoo3.train.train`` calls instead of its own class; other algorithms get that class unchanged."""
+    chosen = DreamerExperiment if algo == ALGO else ExperimentManager
+    return chosen(args, algo, *rest, **kwargs)
+
+
+class DreamerExperiment(ExperimentManager):
+    """Finds the packaged hyperparameters, checks names, and writes the plots of a study to files.
+
+    :param config: file of hyperparameters (``-conf``); None: the packaged one.
+    """
+
+    def __init__(self, *args: Any, config: str | None = None, **kwargs: Any) -> None:
+        kwargs["config"] = config or str(hyperparams_file())
+        super().__init__(*args, **kwargs)
+
+    def read_hyperparameters(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        """As in rl_zoo3, then checked.
+
+        :raises ValueError: for a name or a number that would only fail later, or never.
+        """
+        hyperparams, saved = super().read_hyperparameters()
+        check_hyperparameters(hyperparams, self.config)
+        return hyperparams, saved
+
+    def hyperparameters_optimization(self) -> None:
+        """As in rl_zoo3, but its two plots become pictures beside the report: a server has no browser to show them."""
+        draw, self.no_optim_plots = not self.no_optim_plots, True
+        super().hyperparameters_optimization()
+        if draw:
+            reports = Path(self.log_folder, self.algo).glob(f"report_{self.env_name}_*.pkl")
+            draw_study(max(reports, key=lambda report: report.stat().st_mtime))
+
+
+def check_hyperparameters(hyperparams: dict[str, Any], source: str) -> None:
+    """Refuse names that nothing reads, and numbers that YAML takes for text.
+
+    :param hyperparams: one block.
+    :param source: where it is from, for the message.
+    :raises ValueError: naming the nearest known name, or how to write the number.
+    """
+    known = sorted(ZOO_KEYS | inspect.signature(Dreamer.__init__).parameters.keys() - PASSED_BY_ZOO)
+    for name, value in hyperparams.items():
+        if name not in known:
+            nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
+            raise ValueError(
+                f'"{name}" (from {source} or -params) is no hyperparameter of Dreamer; did you mean "{nearest}"? '
+                f"There are: {', '.join(known)}"
+            )
+        if isinstance(value, str) and _is_number(value):
+            raise ValueError(f"{name}: {value} is text to YAML; write {name}: !!float {value}")
+
+
+def draw_study(report: Path) -> None:
+    """``<report>_optimization_history.png`` and, if the trials tell so much, ``<report>_param_importances.png``.
+
+    :param report: the pickled study.
+    """
+    import matplotlib.pyplot as plt
+    from optuna.visualization import matplotlib as plots
+
+    with report.open("rb") as file:
+        study = pickle.load(file)
+    for name in ("optimization_history", "param_importances"):
+        try:
+            figure = getattr(plots, f"plot_{name}")(study).figure
+        except (ValueError, RuntimeError):  # too few finished trials
+            continue
+        figure.savefig(report.with_name(f"{report.stem}_{name}.png"), bbox_inches="tight")
+        plt.close(figure)
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True

@@ -1,0 +1,59 @@
+"""Which settings of Dreamer a study tries.
+
+``model_size`` is not among them: it sets the price of a trial, so it is the user's
+(``-params "model_size:'size12m'"``). The space is static, because the Zoo's TPE sampler is multivariate.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import optuna
+
+
+def sample_dreamer_params(
+    trial: optuna.Trial, n_actions: int, n_envs: int, additional_args: dict[str, Any]
+) -> dict[str, Any]:
+    """Draw arguments of Dreamer's constructor; rl_zoo3 calls it once for each trial.
+
+    :param trial: where the numbers come from.
+    :param n_actions: not used; ``train_ratio`` does not depend on it, nor on the next two.
+    :param n_envs: not used.
+    :param additional_args: not used, they are about HER.
+    """
+    sampled = {
+        # The paper's 4e-5 is for 100 times more updates than a laptop affords.
+        "learning_rate": trial.suggest_float("learning_rate", 3e-5, 1e-3, log=True),
+        # Horizons of 30 to 1000 steps.
+        "one_minus_gamma": trial.suggest_float("one_minus_gamma", 1e-3, 0.03, log=True),
+        # 0.5 looks 2 steps ahead before it trusts the critic, 0.99 the whole dream.
+        "one_minus_gae_lambda": trial.suggest_float("one_minus_gae_lambda", 0.01, 0.5, log=True),
+        # Returns are divided by their range first, so the paper has one value for all tasks; around it.
+        "ent_coef": trial.suggest_float("ent_coef", 3e-5, 1e-2, log=True),
+        "imagination_horizon": trial.suggest_int("imagination_horizon", 5, 25, step=5),
+        # 16 .. 64 entries: at the same train_ratio, shorter sequences mean more updates on less memory.
+        "batch_length_pow": trial.suggest_int("batch_length_pow", 4, 6),
+        # 64 .. 1024 replayed entries per step: the price of a trial grows with it.
+        "train_ratio_pow": trial.suggest_int("train_ratio_pow", 6, 10),
+    }
+    params = convert_dreamer_params(sampled)
+    for name in ("gamma", "gae_lambda", "batch_length", "train_ratio"):  # the values themselves, for the report
+        trial.set_user_attr(name, params[name])
+    return params
+
+
+def convert_dreamer_params(sampled_params: dict[str, Any]) -> dict[str, Any]:
+    """From the numbers of a study to arguments of the constructor; also used by ``--trial-id``.
+
+    :param sampled_params: ``one_minus_<name>`` stands for ``1 - <name>``, ``<name>_pow`` for its power of two.
+    """
+    params: dict[str, Any] = {}
+    for name, value in sampled_params.items():
+        if name.startswith("one_minus_"):
+            params[name.removeprefix("one_minus_")] = 1 - value
+        elif name.endswith("_pow"):
+            params[name.removesuffix("_pow")] = 2**value
+        else:
+            params[name] = value
+    return params

@@ -17,6 +17,7 @@ from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.noise import ActionNoise
 from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 from stable_baselines3.common.policies import BasePolicy
+from stable_baselines3.common.save_util import load_from_pkl
 from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedule
 
 from sb3_dreamer.behavior.actor_critic import actor_loss, critic_loss, replay_critic_loss
@@ -345,6 +346,25 @@ class Dreamer(OffPolicyAlgorithm):
     ) -> tuple[np.ndarray, PolicyState | None]:
         """See :meth:`sb3_dreamer.policies.DreamerPolicy.predict`."""
         return self.policy.predict(observation, state, episode_start, deterministic)
+
+    def load_replay_buffer(
+        self, path: str | pathlib.Path | io.BufferedIOBase, truncate_last_traj: bool = True
+    ) -> None:
+        """Go on with a saved replay; the next entry begins an episode.
+
+        :param path: what :meth:`save_replay_buffer` was given.
+        :param truncate_last_traj: only for SB3's signature, it is about HER.
+        :raises ValueError: if it holds no replay of sequences, or one of another shape than this agent's.
+        """
+        buffer = load_from_pkl(path, self.verbose)
+        if not isinstance(buffer, SequenceReplayBuffer):
+            raise ValueError(f"{path} holds a {type(buffer).__name__}, but Dreamer replays a SequenceReplayBuffer")
+        for name in ("observation_space", "action_space", "n_envs", "sequence_length", "latent_size"):
+            saved, own = getattr(buffer, name), getattr(self.replay_buffer, name)
+            if saved != own:
+                raise ValueError(f"the replay in {path} has {name}={saved}, this agent {own}: load it with the same")
+        buffer.device = self.device
+        self.replay_buffer = buffer
 
     def save(
         self,

@@ -299,8 +299,8 @@ class Dreamer(OffPolicyAlgorithm):
             scale = self.policy.return_scale.update(returns)
 
             # Learn what to do, and what it is worth.
-            losses["actor"], actor_info = actor_loss(actor, dream, returns, values[:, :-1], scale, self.ent_coef)
-            losses["critic"] = critic_loss(critic, dream, logits[:, :-1], returns)
+            losses["actor"], actor_info = actor_loss(actor, dream, returns, values, scale, self.ent_coef)
+            losses["critic"] = critic_loss(critic, dream, logits, returns)
 
         # What really happened counts too; its bootstrap is what the dreams returned.
         features = states.features

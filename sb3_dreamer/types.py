@@ -4,7 +4,7 @@ Dimension key, used in every shape comment::
 
     B  sequences in a batch          T  entries of a sequence
     N  imagined trajectories         H  imagination horizon
-    A  width of an encoded action    F  width of the model features (D + S * K)
+    A  width of an encoded action    F  width of the model features (D + K * S)
     D  deterministic state           S  categorical latents, K classes each
     L  width of a packed state       (...)  any leading dimensions
 

@@ -435,7 +435,7 @@ def test_actor_loss_of_each_trajectory_matches_the_jax_reference(
     losses = []
     for one in rows(dream(world_model)):
         returns, values = dreamt_returns(critic, one)
-        loss, _ = actor_loss(actor, one, returns, values[:, :-1], expected(f"{name}_scale"), ENTROPY)
+        loss, _ = actor_loss(actor, one, returns, values, expected(f"{name}_scale"), ENTROPY)
         losses.append(loss)
     assert_equal(th.stack(losses), expected(f"{name}_policy_loss").mean(1))
 
@@ -444,15 +444,15 @@ def test_critic_loss_of_each_trajectory_matches_the_jax_reference(world_model: W
     losses = []
     for one in rows(dream(world_model)):
         returns, _ = dreamt_returns(critic, one)
-        losses.append(critic_loss(critic, one, critic(one.features[:, :-1]), returns))
+        losses.append(critic_loss(critic, one, critic(one.features), returns))
     assert_equal(th.stack(losses), expected("imag1_value_loss").mean(1))
 
 
 def test_gradients_of_actor_and_critic_match_the_jax_reference(world_model: WorldModel, actor: Actor, critic: Critic):
     data = dream(world_model)
     returns, values = dreamt_returns(critic, data)
-    loss, _ = actor_loss(actor, data, returns, values[:, :-1], expected("imag1_scale"), ENTROPY)
-    (loss + critic_loss(critic, data, critic(data.features[:, :-1]), returns)).backward()
+    loss, _ = actor_loss(actor, data, returns, values, expected("imag1_scale"), ENTROPY)
+    (loss + critic_loss(critic, data, critic(data.features), returns)).backward()
     assert_same_gradients(actor, actor_table(below("grad/imag1/")))
     assert_same_gradients(critic.fast, head(below("grad/imag1/"), "val", 3))
 
@@ -490,8 +490,8 @@ def test_whole_training_loss_and_its_gradients_match_the_jax_reference(
     losses, states, _ = world_model.loss(data)
     dreams = imagine(world_model, actor, states.detach().flatten(), horizon=4)
     returns, values = dreamt_returns(critic, dreams)
-    policy_loss, _ = actor_loss(actor, dreams, returns, values[:, :-1], scale.update(returns), ENTROPY)
-    value_loss = critic_loss(critic, dreams, critic(dreams.features[:, :-1]), returns)
+    policy_loss, _ = actor_loss(actor, dreams, returns, values, scale.update(returns), ENTROPY)
+    value_loss = critic_loss(critic, dreams, critic(dreams.features), returns)
     replayed = replayed_returns(returns[:, 0].view(3, 6))
     replay_loss = replay_critic_loss(critic, states.features, critic(states.features), replayed, data.is_last)
     total = world_model_total(losses) + policy_loss + value_loss + 0.3 * replay_loss

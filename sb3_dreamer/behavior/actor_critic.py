@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 
 import torch as th
+import torch.nn.functional as F
 from torch import nn
 
 from sb3_dreamer.nets.distributions import ActionDistribution, Bits, BoundedNormal, OneHots
@@ -26,7 +27,7 @@ class Actor(nn.Module):
         self.out = Linear(size.units, outputs, scale=0.01)
 
     def forward(self, features: th.Tensor) -> ActionDistribution:
-        out = self.out(self.mlp(features)).to(features.dtype)
+        out = self.out(self.mlp(features)).to(self.out.weight.dtype)
         if self.spec.kind == "vector":
             return BoundedNormal(out)
         return OneHots(out, self.spec.classes) if self.spec.kind == "discrete" else Bits(out)
@@ -58,7 +59,7 @@ class Critic(nn.Module):
         """Regress to the returns and to the slow copy: (..., bins), (..., F), (...) -> (...)."""
         with th.no_grad():
             slow = self.slow.mean(self.slow(features))
-        return self.fast.loss(logits, target) + self.fast.loss(logits, slow)
+        return self.fast.loss(logits, target, slow)
 
     @th.no_grad()
     def update_slow(self) -> None:
@@ -74,16 +75,16 @@ def actor_loss(
     :param actor: the policy.
     :param dream: N trajectories of H actions.
     :param returns: (N, H) lambda-returns.
-    :param values: (N, H) critic at the states where the actions were taken.
+    :param values: (N, H+1) critic at the states of the dream.
     :param scale: () return scale.
     :param ent_coef: weight of the entropy.
     :return: mean loss (); info.
     """
-    policy = actor(dream.features[:, :-1])
-    advantage = ((returns - values) / scale).detach()
+    policy = actor(dream.features)
+    advantage = ((returns - values[:, :-1]) / scale).detach()
     entropy = policy.entropy()
-    loss = -(policy.log_prob(dream.action) * advantage + ent_coef * entropy)
-    return (loss * weights(dream)[:, :-1]).mean(), {
+    gain = policy.log_prob(F.pad(dream.action, (0, 0, 0, 1))) * F.pad(advantage, (0, 1)) + ent_coef * entropy
+    return -(gain * weights(dream)).sum() / returns.numel(), {
         "entropy": entropy.detach().mean(),
         "advantage_magnitude": advantage.abs().mean(),
     }
@@ -94,11 +95,12 @@ def critic_loss(critic: Critic, dream: Dream, logits: th.Tensor, returns: th.Ten
 
     :param critic: the critic.
     :param dream: N trajectories.
-    :param logits: (N, H, bins) of the critic at the states of the dream but the last.
+    :param logits: (N, H+1, bins) of the critic at the states of the dream.
     :param returns: (N, H).
     :return: mean loss ().
     """
-    return (critic.loss(logits, dream.features[:, :-1], returns.detach()) * weights(dream)[:, :-1]).mean()
+    loss = critic.loss(logits, dream.features, F.pad(returns.detach(), (0, 1)))
+    return (loss * weights(dream)).sum() / returns.numel()
 
 
 def replay_critic_loss(
@@ -117,5 +119,10 @@ def replay_critic_loss(
 
 
 def weights(dream: Dream) -> th.Tensor:
-    """(N, H+1) probability times discount that the dream is still going on at each state."""
-    return dream.discount.cumprod(1)
+    """(N, H+1) probability times discount that the dream is still going on; 0 at its last state, which has no action.
+
+    Losses are computed at all states and weighted: cheaper than to cut the last one off large arrays.
+    """
+    going_on = dream.discount.cumprod(1)
+    going_on[:, -1] = 0.0
+    return going_on

@@ -6,6 +6,7 @@ import torch as th
 from torch import nn
 
 from sb3_dreamer.behavior.actor_critic import Actor
+from sb3_dreamer.nets.layers import for_products
 from sb3_dreamer.types import Dream
 from sb3_dreamer.world_model import WorldModel
 from sb3_dreamer.world_model.rssm import State
@@ -24,15 +25,35 @@ def imagine(world_model: WorldModel, actor: Actor, start: State, horizon: int) -
     :param start: N states.
     :param horizon: number H of actions.
     """
-    state, states, actions = start, [start], []
+    state, features, actions = start, [for_products(start.features)], []
     for _ in range(horizon):
-        actions.append(actor(state.features).sample())
+        actions.append(actor(features[-1]).sample())
         state = world_model.rssm.imagine_step(state, actions[-1])
-        states.append(state)
-    features = th.stack([s.features for s in states], 1)
+        features.append(for_products(state.features))
+    return _dream(world_model, features, th.stack(actions, 1))
+
+
+@th.no_grad()
+def imagine_actions(world_model: WorldModel, start: State, action: th.Tensor) -> Dream:
+    """Dream on with given actions, for example those that were really taken.
+
+    :param world_model: the model.
+    :param start: N states.
+    :param action: (N, H, A) encoded; entry 0 is taken at the start.
+    """
+    state, features = start, [for_products(start.features)]
+    for a in action.unbind(1):
+        state = world_model.rssm.imagine_step(state, a)
+        features.append(for_products(state.features))
+    return _dream(world_model, features, action)
+
+
+def _dream(world_model: WorldModel, steps: list[th.Tensor], action: th.Tensor) -> Dream:
+    """N trajectories from the features (N, F) of each of their H+1 states."""
+    features = th.stack(steps, 1)
     return Dream(
         features=features,
-        action=th.stack(actions, 1),
+        action=action,
         reward=world_model.predict_reward(features),
         discount=world_model.predict_discount(features),
     )

@@ -32,20 +32,26 @@ def symexp_bins(bins: int = 255) -> th.Tensor:
 
 
 def twohot_mean(logits: th.Tensor, bins: th.Tensor) -> th.Tensor:
-    """Expected value (..., bins) -> (...), summed symmetrically, so that uniform logits give exactly zero."""
-    m = bins.shape[0] // 2
-    weighted = F.softmax(logits, -1) * bins
-    return (weighted[..., :m].flip(-1) + weighted[..., m + 1 :]).sum(-1) + weighted[..., m]
+    """Expected value (..., bins) -> (...), by pairs of mirrored bins, so that uniform logits give exactly zero."""
+    probs, m = F.softmax(logits, -1), bins.shape[0] // 2
+    return (probs[..., m + 1 :] - probs[..., :m].flip(-1)) @ bins[m + 1 :]
 
 
 def twohot_loss(logits: th.Tensor, target: th.Tensor, bins: th.Tensor) -> th.Tensor:
-    """Cross-entropy to the target's two-hot code (paper, Eq. 9-10): logits (..., bins), target (...) -> (...)."""
+    """Cross-entropy to the two-hot codes of one or more targets, summed over them (paper, Eq. 9-10).
+
+    :param logits: (..., bins).
+    :param target: (..., n) targets of the same prediction.
+    :param bins: (bins,) their centres.
+    :return: (...).
+    """
     target = target.detach().clamp(bins[0], bins[-1])
-    above = th.searchsorted(bins, target.contiguous(), right=True).clamp(1, bins.shape[0] - 1)
+    above = th.searchsorted(bins, target, right=True).clamp(1, bins.shape[0] - 1)
     low, high = bins[above - 1], bins[above]
     weight = (target - low) / (high - low)
-    chosen = logits.gather(-1, th.stack([above - 1, above], -1))  # (..., 2)
-    return th.logsumexp(logits, -1) - th.lerp(chosen[..., 0], chosen[..., 1], weight)
+    chosen = logits.gather(-1, th.cat([above - 1, above], -1))  # (..., 2 n)
+    picked = (chosen * th.cat([1 - weight, weight], -1)).sum(-1)
+    return target.shape[-1] * th.logsumexp(logits, -1) - picked
 
 
 # -- categorical latents -----------------------------------------------------------------------------------------------

@@ -159,7 +159,6 @@ class FilterScan(th.autograd.Function):
             )
         ]
         deter_n, stoch_n, hidden_n, post_n = by_norm
-        gate_slopes, carry = gate_derivatives(tape, blocks)
         softmax = F.softmax(tape.logits.view(length, batch, -1, ctx.stoch), -2)
         own_t, gates_t = w.own.transpose(1, 2), w.gates_w.transpose(1, 2)
         dh_next, dz_next = th.zeros_like(d_deter[0]), th.zeros_like(d_stoch[0])
@@ -174,13 +173,14 @@ class FilterScan(th.autograd.Function):
             dh = th.addmm(d_deter[t] + dh_next, grads.post_a[t], w.post_w)
             # h_t to gates, hidden layer, h_{t-1}, z_{t-1}
             dg = grads.gates[t].view(batch, blocks, 3, -1)
-            th.mul(dh.view(batch, blocks, 1, -1), gate_slopes[t], out=dg)
+            slopes, carry = gate_derivatives(tape.gates[t], tape.h[t], blocks)
+            th.mul(dh.view(batch, blocks, 1, -1), slopes, out=dg)
             grads.x[t] = block_product(grads.gates[t], gates_t)
             hidden_n.at(t, grads.x[t], out=grads.hidden_a[t])
             th.mm(grads.hidden_a[t], w.shared.t(), out=grads.inputs[t])
             deter_n.at(t, grads.inputs[t, :, :hidden], out=grads.deter_a[t])
             stoch_n.at(t, grads.inputs[t, :, hidden:], out=grads.stoch_a[t])
-            dh = th.addmm(dh * carry[t], grads.deter_a[t], w.deter_w)
+            dh = th.addmm(dh * carry, grads.deter_a[t], w.deter_w)
             dh_next = (dh + block_product(grads.hidden_a[t], own_t)) * keep[t]
             dz_next = th.mm(grads.stoch_a[t], w.stoch_w) * keep[t]
 
@@ -204,17 +204,16 @@ class FilterScan(th.autograd.Function):
         return None, None, None, None, grads.hidden_a, grads.post_a, *weights
 
 
-def gate_derivatives(tape: Tape, blocks: int) -> tuple[th.Tensor, th.Tensor]:
-    """d h_t / d (reset, candidate, update), (T, B, G, 3, D/G), and d h_t / d h' along the direct path, (T, B, D)."""
-    length, batch, width = tape.h.shape
-    reset, candidate, update = tape.gates.view(length, batch, blocks, 3, -1).unbind(3)
+def gate_derivatives(gates: th.Tensor, h: th.Tensor, blocks: int) -> tuple[th.Tensor, th.Tensor]:
+    """Of one entry: d h_t / d (reset, candidate, update), (B, G, 3, D/G), and d h_t / d h' directly, (B, D)."""
+    reset, candidate, update = gates.view(len(h), blocks, 3, -1).unbind(2)
     reset, update = th.sigmoid(reset), th.sigmoid(update - 1)
+    carry = 1 - update
     squashed = fast_tanh(reset * candidate)
-    through = update * (1 - squashed.square())
-    d_reset = through * candidate * reset * (1 - reset)
-    d_update = (squashed - tape.h.view_as(squashed)) * update * (1 - update)
-    slopes = th.stack([d_reset, through * reset, d_update], 3)
-    return slopes, (1 - update).reshape(length, batch, width)
+    d_candidate = th.addcmul(update, update * squashed, squashed, value=-1) * reset
+    d_reset = d_candidate * candidate * (1 - reset)
+    d_update = (squashed - h.view_as(squashed)) * update * carry
+    return th.stack([d_reset, d_candidate, d_update], 2), carry.view_as(h)
 
 
 def block_product(x: th.Tensor, weight: th.Tensor) -> th.Tensor:

@@ -42,9 +42,9 @@ class TwoHotHead(nn.Module):
         """Expected value of the logits: (..., bins) -> (...)."""
         return twohot_mean(logits, self.bins)
 
-    def loss(self, logits: th.Tensor, target: th.Tensor) -> th.Tensor:
-        """Cross-entropy to the two-hot code of the target: (..., bins), (...) -> (...)."""
-        return twohot_loss(logits, target, self.bins)
+    def loss(self, logits: th.Tensor, *targets: th.Tensor) -> th.Tensor:
+        """Cross-entropy to the two-hot codes of the targets, summed over them: (..., bins), (...) each -> (...)."""
+        return twohot_loss(logits, th.stack(targets, -1), self.bins)
 
 
 class WorldModel(nn.Module):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch as th
 
@@ -28,6 +28,33 @@ class Context:
         return self
 
 
+class Tape:
+    """Keys and values of one layer. What is written stays; new entries come after the last one.
+
+    :param data: (2, rows, heads, places, width of a head); what lies after the entries in use is never read.
+    :param used: entries in use.
+    """
+
+    def __init__(self, data: th.Tensor, used: int) -> None:
+        self.data, self.used = data, used
+
+    def append(self, new: th.Tensor) -> th.Tensor:
+        """Write entries (2, rows, heads, T, .), in the dtype of the tape, and give all in use."""
+        end = self.used + new.shape[3]
+        self.data[:, :, :, self.used : end] = new
+        self.used = end
+        return self.data[:, :, :, :end]
+
+    def copy(self, row: th.Tensor, end: th.Tensor, length: int, room: int) -> Tape:
+        """The ``length`` entries before n places, each on a row of its own, with room for more. Before the first
+        entry of a row lies anything."""
+        places = (end[:, None] + th.arange(-length, 0, device=end.device)).clamp(min=0)
+        entries = self.data.transpose(2, 3)[:, row[:, None], places].transpose(2, 3)
+        data = self.data.new_empty(*entries.shape[:3], length + room, entries.shape[4])
+        data[:, :, :, :length] = entries
+        return Tape(data, length)
+
+
 @dataclass
 class Cache(Context):
     """Keys and values of what led to some moments. Many moments may lie on one row::
@@ -36,18 +63,22 @@ class Cache(Context):
                                 |------ age -----|
                                                  end (excluded)
 
-    The states of a training pass are such places on B rows; only those that are stepped from are ever copied out.
+    The states of a training pass are places on B rows; only what is stepped from is ever copied out.
 
-    :param tapes: of each layer the keys and values (2, rows, entries, M).
+    :param tapes: of each layer.
     :param row: (...) the row of each moment.
     :param end: (...) its place.
     :param age: (...) entries of the episode so far; older ones are never attended to.
+    :param tip: if moment i is on row i and all are at this same place: the place.
     """
 
-    tapes: tuple[th.Tensor, ...]
+    tapes: tuple[Tape, ...]
     row: th.Tensor
     end: th.Tensor
     age: th.Tensor
+    tip: int | None = None
+
+    spare = 16  # places for the steps to come, so that not every one of them copies the window
 
     def __getitem__(self, index: Index) -> Cache:
         return Cache(self.tapes, self.row[index], self.end[index], self.age[index])
@@ -58,15 +89,25 @@ class Cache(Context):
 
     def detach(self) -> Cache:
         """The same values without gradient."""
-        return Cache(tuple(tape.detach() for tape in self.tapes), self.row, self.end, self.age)
+        tapes = tuple(Tape(tape.data[:, :, :, : tape.used].detach(), tape.used) for tape in self.tapes)
+        return Cache(tapes, self.row, self.end, self.age)
 
     def restart(self, is_first: th.Tensor) -> Cache:
         """Forget everything where ``is_first`` (n,)."""
-        return Cache(self.tapes, self.row, self.end, self.age * ~is_first)
+        return replace(self, age=self.age * ~is_first)
 
-    def last(self, length: int) -> list[th.Tensor]:
-        """The last ``length`` keys and values before each of n moments, or all if the tape is shorter, of each layer:
-        (2, n, length, M). Entries older than ``age`` hold anything."""
-        length = min(length, self.tapes[0].shape[2])
-        places = (self.end[:, None] + th.arange(-length, 0, device=self.end.device)).clamp(min=0)
-        return [tape[:, self.row[:, None], places] for tape in self.tapes]
+    def last(self, length: int, room: int) -> tuple[Tape, ...]:
+        """Copies of the last entries before n moments: ``length`` of them, or all if the tapes are shorter."""
+        length = min(length, self.tapes[0].used)
+        return tuple(tape.copy(self.row, self.end, length, room) for tape in self.tapes)
+
+    def extendable(self, length: int, new: int) -> tuple[Tape, ...]:
+        """Tapes with at least the last ``length`` entries (or all) and room for ``new`` more.
+
+        These are the tapes themselves if no one else has gone on from here, and if no gradient needs them as they are.
+        """
+        if th.is_grad_enabled():
+            return self.last(length, new)
+        if all(t.used == self.tip and t.used + new <= t.data.shape[3] for t in self.tapes):
+            return self.tapes
+        return self.last(length, new + self.spare)

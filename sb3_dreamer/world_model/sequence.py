@@ -11,7 +11,7 @@ from torch import nn
 from sb3_dreamer.nets.distributions import sample_onehot, straight_through, unimix_probs
 from sb3_dreamer.nets.layers import BlockLinear, Dense, Linear, RMSNorm, fast_tanh, trunc_normal_
 from sb3_dreamer.types import Size
-from sb3_dreamer.world_model.context import Cache, Context
+from sb3_dreamer.world_model.context import Cache, Context, Tape
 from sb3_dreamer.world_model.scan import FilterScan, Weights
 
 if TYPE_CHECKING:
@@ -175,24 +175,24 @@ class AttentionLayer(nn.Module):
         self.bias = nn.Parameter(-slopes[:, None] * th.arange(window))
         self.mlp = nn.Sequential(Linear(width, 2 * width), nn.SiLU(), Linear(2 * width, width))
 
-    def forward(
-        self, x: th.Tensor, past: th.Tensor, distance: th.Tensor, seen: th.Tensor
-    ) -> tuple[th.Tensor, th.Tensor]:
-        """One layer for T new entries that follow P old ones.
+    def forward(self, x: th.Tensor, tape: Tape, distance: th.Tensor, seen: th.Tensor) -> th.Tensor:
+        """One layer for T new entries that follow P old ones: (n, T, M) -> (n, T, M).
 
-        :param x: (n, T, M).
-        :param past: (2, n, P, M) keys and values of the old entries.
+        Attention is computed in the dtype of the tape: on a CPU, bfloat16 is several times slower for single queries.
+
+        :param tape: the old entries; the new ones are added.
         :param distance: (T, P + T) how far back from each new entry, within the window.
         :param seen: (n, 1, T, P + T) bool, what may be attended to.
-        :return: (n, T, M); keys and values of all entries (2, n, P + T, M).
         """
-        query, *new = self.query_key_value(self.norm(x)).chunk(3, -1)
-        tape = th.cat([past.to(query.dtype), th.stack(new)], 2)
-        query, key, value = (y.unflatten(-1, (self.heads, -1)).transpose(1, 2) for y in (query, *tape))
-        bias = self.bias[:, distance].masked_fill(~seen, -th.inf).to(query.dtype)
-        attended = F.scaled_dot_product_attention(query, key, value, attn_mask=bias)
+        query, *new = (
+            y.unflatten(-1, (self.heads, -1)).transpose(1, 2) for y in self.query_key_value(self.norm(x)).chunk(3, -1)
+        )
+        key, value = tape.append(th.stack(new))[:, :, :, -distance.shape[1] :]
+        bias = self.bias[:, distance].masked_fill(~seen, -th.inf)
+        with th.autocast(x.device.type, enabled=False):
+            attended = F.scaled_dot_product_attention(query.to(key.dtype), key, value, attn_mask=bias)
         x = x + self.attended(attended.transpose(1, 2).flatten(-2))
-        return x + self.mlp(self.mlp_norm(x)), tape
+        return x + self.mlp(self.mlp_norm(x))
 
 
 class Transformer(nn.Module):
@@ -213,15 +213,15 @@ class Transformer(nn.Module):
 
     def __init__(self, stoch_width: int, action_width: int, size: Size) -> None:
         super().__init__()
-        self.width, self.stoch = 2 * size.hidden, size.stoch
-        if self.width % size.blocks:
+        self.width, self.heads, self.stoch = 2 * size.hidden, size.blocks, size.stoch
+        if self.width % self.heads:
             raise ValueError(
                 f"hidden={size.hidden} and blocks={size.blocks} do not fit: each of the {size.blocks} heads takes an "
                 f"equal share of 2 * hidden = {self.width}; make blocks a divisor of it"
             )
         self.context_width = 1 + self.layers * 2 * (self.window - 1) * self.width
         self.token = Linear(stoch_width + action_width, self.width)
-        self.stack = nn.ModuleList(AttentionLayer(self.width, size.blocks, self.window) for _ in range(self.layers))
+        self.stack = nn.ModuleList(AttentionLayer(self.width, self.heads, self.window) for _ in range(self.layers))
         self.norm = RMSNorm(self.width)
         self.out = Dense(self.width, size.deter)
 
@@ -229,8 +229,10 @@ class Transformer(nn.Module):
         self, deter: th.Tensor, stoch: th.Tensor, action: th.Tensor, context: Context
     ) -> tuple[th.Tensor, Context]:
         assert isinstance(context, Cache)
-        h, contexts = self.attend(stoch[:, None], action[:, None], context.age[:, None] + 1, context)
-        return h[:, 0], contexts[:, 0]
+        age = context.age + 1
+        h, tapes, places = self.attend(stoch[:, None], action[:, None], age[:, None], context)
+        row = th.arange(len(age), device=age.device)
+        return h[:, 0], Cache(tapes, row, places.expand_as(row), age, tip=tapes[0].used)
 
     def filter(
         self,
@@ -249,44 +251,54 @@ class Transformer(nn.Module):
         before = th.cat([start.stoch[:, None], stoch[:, :-1]], 1) * ~is_first[..., None]
         number = th.arange(embed.shape[1], device=embed.device)
         began = th.where(is_first, number, -start.context.age[:, None]).cummax(1).values
-        h, contexts = self.attend(before, prev_action, number - began + 1, start.context)
-        return h, stoch, logits, contexts
+        age = number - began + 1
+        h, tapes, places = self.attend(before, prev_action, age, start.context)
+        row = th.arange(len(age), device=age.device)[:, None].expand_as(age)
+        return h, stoch, logits, Cache(tapes, row, places.expand_as(age), age)
 
-    def attend(self, stoch: th.Tensor, action: th.Tensor, age: th.Tensor, before: Cache) -> tuple[th.Tensor, Cache]:
-        """T new entries after what n caches hold: (n, T, K * S), (n, T, A), (n, T) -> h (n, T, D), contexts (n, T)."""
-        n, length = age.shape
-        past = before.last(self.window - 1)
-        n_past = past[0].shape[2]
-        place = th.arange(n_past + length, device=age.device)
-        distance = place[n_past:, None] - place
+    def attend(
+        self, stoch: th.Tensor, action: th.Tensor, age: th.Tensor, before: Cache
+    ) -> tuple[th.Tensor, tuple[Tape, ...], th.Tensor]:
+        """T new entries after what n caches hold.
+
+        :param stoch: (n, T, K * S) z_{t-1}.
+        :param action: (n, T, A) a_{t-1}.
+        :param age: (n, T) entries of the episode so far, the new one included.
+        :param before: n caches.
+        :return: h (n, T, D); tapes with the new entries; the places (T,) after each of them.
+        """
+        length = age.shape[1]
+        tapes = before.extendable(self.window - 1, length)
+        used = tapes[0].used
+        past = min(used, self.window - 1)
+        place = th.arange(-past, length, device=age.device)
+        distance = place[past:, None] - place
         seen = (distance >= 0) & (distance < age.clamp(max=self.window)[:, None, :, None])
         distance = distance.clamp(0, self.window - 1)
         x = self.token(th.cat([stoch, action / action.abs().clamp(min=1.0).detach()], -1))
-        tapes = []
-        for layer, kept in zip(self.stack, past, strict=True):
-            x, tape = layer(x, kept, distance, seen)
-            tapes.append(tape)
-        row = th.arange(n, device=age.device)[:, None].expand(n, length)
-        return self.out(self.norm(x)), Cache(tuple(tapes), row, place[n_past:].expand(n, length) + 1, age)
+        for layer, tape in zip(self.stack, tapes, strict=True):
+            x = layer(x, tape, distance, seen)
+        return self.out(self.norm(x)), tapes, place[past:] + used + 1
 
     def pack(self, context: Context, like: th.Tensor) -> th.Tensor:
         """[age, the last keys and values of all layers], zeros where there are none."""
         assert isinstance(context, Cache)
-        kept = th.stack(context.last(self.window - 1), 1)  # (2, layers, n, P, M)
-        kept = F.pad(kept, (0, 0, self.window - 1 - kept.shape[3], 0)).movedim(2, 0)
-        age = context.age[:, None].clamp(max=self.window)
-        older = th.arange(self.window - 1, 0, -1, device=age.device) > age
-        kept = kept.masked_fill(older[:, None, None, :, None], 0.0)
-        return th.cat([age.to(like.dtype), kept.flatten(1).to(like.dtype)], -1)
+        kept = th.stack([tape.data for tape in context.last(self.window - 1, room=0)])
+        kept = F.pad(kept, (0, 0, self.window - 1 - kept.shape[4], 0)).movedim(2, 0)  # (n, layers, 2, H, window - 1, .)
+        age = context.age.clamp(max=self.window)
+        older = th.arange(self.window - 1, 0, -1, device=age.device) > age[:, None]
+        kept = kept.masked_fill(older[:, None, None, None, :, None], 0.0)
+        return th.cat([age[:, None], kept.flatten(1)], -1).to(like.dtype)
 
     def unpack(self, packed: th.Tensor) -> Context:
         """Inverse of :meth:`pack`; (n, 0) is unpacked to n fresh contexts."""
         n = packed.shape[0]
         age, kept = packed.tensor_split([1], -1)
-        tapes = kept.reshape(n, 2, self.layers, -1, self.width).movedim(0, 2).unbind(1)
+        length = kept.shape[1] * (self.window - 1) // (self.context_width - 1)
+        kept = kept.reshape(n, self.layers, 2, self.heads, length, self.width // self.heads).movedim(0, 2)
         row = th.arange(n, device=packed.device)
-        end = th.full_like(row, tapes[0].shape[2])
-        return Cache(tapes, row, end, age.sum(-1).long())
+        tapes = tuple(Tape(layer, length) for layer in kept)
+        return Cache(tapes, row, th.full_like(row, length), age.sum(-1).long())
 
 
 SEQUENCE_MODELS: dict[str, type[BlockGRU] | type[Transformer]] = {"gru": BlockGRU, "transformer": Transformer}

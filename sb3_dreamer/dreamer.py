@@ -47,6 +47,7 @@ class Dreamer(OffPolicyAlgorithm):
     :param policy: "MlpPolicy", "CnnPolicy" or "MultiInputPolicy".
     :param env: environment, VecEnv, or the id of a registered one.
     :param learning_rate: a number, or a function of the remaining progress (1 to 0).
+    :param warmup_updates: updates over which the learning rate rises from zero.
     :param buffer_size: capacity of the replay in entries, all environments together.
     :param learning_starts: environment steps with random actions before the first update.
     :param batch_size: sequences in a batch.
@@ -83,6 +84,7 @@ class Dreamer(OffPolicyAlgorithm):
         policy: str | type[DreamerPolicy],
         env: GymEnv | str | None,
         learning_rate: float | Schedule = 4e-4,
+        warmup_updates: int = 100,
         buffer_size: int = 1_000_000,
         learning_starts: int = 500,
         batch_size: int = 16,
@@ -125,6 +127,7 @@ class Dreamer(OffPolicyAlgorithm):
             sde_support=False,
             supported_action_spaces=(spaces.Box, spaces.Discrete, spaces.MultiDiscrete, spaces.MultiBinary),
         )
+        self.warmup_updates = warmup_updates
         self.batch_length = batch_length
         self.train_ratio = train_ratio
         self.imagination_starts = imagination_starts
@@ -149,6 +152,7 @@ class Dreamer(OffPolicyAlgorithm):
             model_size=self.model_size,
             rssm_type=self.rssm_type,
             gamma=self.gamma,
+            warmup_updates=self.warmup_updates,
             **self.policy_kwargs,
         ).to(self.device)
         buffer_class = self.replay_buffer_class or SequenceReplayBuffer

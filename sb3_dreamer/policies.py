@@ -12,7 +12,6 @@ from gymnasium import spaces
 from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.preprocessing import is_image_space
 from stable_baselines3.common.type_aliases import Schedule
-from torch import nn
 
 from sb3_dreamer.behavior.actor_critic import Actor, Critic
 from sb3_dreamer.behavior.imagination import ReturnScale
@@ -64,6 +63,7 @@ class DreamerPolicy(BasePolicy):
     :param model_size: key of ``sb3_dreamer.types.SIZES``.
     :param rssm_type: sequence model, "gru" or "transformer".
     :param gamma: discount.
+    :param warmup_updates: updates over which the learning rate rises from zero.
     :param widths: single widths in place of those of ``model_size``, e.g. ``units=128``.
     """
 
@@ -77,6 +77,7 @@ class DreamerPolicy(BasePolicy):
         model_size: str = "size1m",
         rssm_type: str = "gru",
         gamma: float = 0.997,
+        warmup_updates: int = 1000,
         **widths: int,
     ) -> None:
         super().__init__(observation_space, action_space, squash_output=isinstance(action_space, spaces.Box))
@@ -85,7 +86,9 @@ class DreamerPolicy(BasePolicy):
         known = {field.name for field in dataclasses.fields(SIZES[model_size])}
         if unknown := set(widths) - known:
             raise ValueError(f"policy_kwargs {sorted(unknown)} are unknown; single widths are {sorted(known)}")
-        self._arguments = dict(model_size=model_size, rssm_type=rssm_type, gamma=gamma, **widths)
+        self._arguments = dict(
+            model_size=model_size, rssm_type=rssm_type, gamma=gamma, warmup_updates=warmup_updates, **widths
+        )
         size = dataclasses.replace(SIZES[model_size], **widths)
         self.action_spec = spec_of(action_space)
         self.world_model = WorldModel(observation_specs(observation_space), self.action_spec, size, rssm_type, gamma)
@@ -94,7 +97,7 @@ class DreamerPolicy(BasePolicy):
         self.critic = Critic(features, size)
         self.return_scale = ReturnScale()
         learned = [p for p in self.parameters() if p.requires_grad]
-        self.optimizer = LaProp(learned, lr=lr_schedule(1.0))
+        self.optimizer = LaProp(learned, lr=lr_schedule(1.0), warmup_steps=warmup_updates)
 
     def _get_constructor_parameters(self) -> dict[str, Any]:
         data = super()._get_constructor_parameters()
@@ -211,7 +214,3 @@ class CnnPolicy(DreamerPolicy):
 class MultiInputPolicy(DreamerPolicy):
     """For Dict observations."""
 
-
-def learned_parameters(module: nn.Module) -> list[nn.Parameter]:
-    """Parameters that the optimiser moves."""
-    return [p for p in module.parameters() if p.requires_grad]

@@ -63,7 +63,8 @@ class LaProp(th.optim.Optimizer):
         th._foreach_add_(scale, group["eps"])
         th._foreach_mul_(mu, beta1)
         th._foreach_addcdiv_(mu, grads, scale, 1 - beta1)
-        rate = group["lr"] * min(1.0, (step - 1) / max(1, group["warmup_steps"]))
+        warmup = group["warmup_steps"]
+        rate = group["lr"] * (min(1.0, (step - 1) / warmup) if warmup else 1.0)
         th._foreach_add_(params, mu, alpha=-rate / (1 - beta1**step))
 
 

@@ -1,0 +1,73 @@
+"""Lambda-returns with literal numbers, the return scale, and the time of dreams."""
+
+from __future__ import annotations
+
+import pytest
+import torch as th
+
+from sb3_dreamer.behavior.actor_critic import Actor, weights
+from sb3_dreamer.behavior.imagination import ReturnScale, imagine, imagine_actions, lambda_returns
+from sb3_dreamer.types import SIZES, Dream, Spec
+from sb3_dreamer.world_model import WorldModel
+
+
+def row(*values: float) -> th.Tensor:
+    """A batch of one."""
+    return th.tensor([values], dtype=th.float32)
+
+
+def test_a_return_pairs_the_reward_of_the_next_entry_with_its_value() -> None:
+    # lambda 0: R_t = r_{t+1} + d_{t+1} v_{t+1}
+    returns = lambda_returns(row(100, 1, 2), row(0.5, 0.5, 0.5), row(100, 10, 20), 0.0)
+    assert returns.tolist() == [[1 + 0.5 * 10, 2 + 0.5 * 20]]
+
+
+def test_lambda_one_is_the_discounted_sum_up_to_the_bootstrap() -> None:
+    returns = lambda_returns(row(100, 1, 2, 3), row(0.5, 0.5, 0.5, 0.5), row(9, 9, 9, 8), 1.0)
+    assert returns.tolist() == [[1 + 0.5 * (2 + 0.5 * (3 + 0.5 * 8)), 2 + 0.5 * (3 + 0.5 * 8), 3 + 0.5 * 8]]
+
+
+def test_lambda_in_between_mixes_value_and_return() -> None:
+    returns = lambda_returns(row(0, 1, 2), row(1, 0.9, 0.9), row(0, 10, 20), 0.95)
+    last = 2 + 0.9 * 20
+    assert returns.tolist()[0] == pytest.approx([1 + 0.9 * (0.05 * 10 + 0.95 * last), last])
+
+
+def test_nothing_counts_after_a_terminal_entry() -> None:
+    returns = lambda_returns(row(0, 1, 50, 60), row(1, 0.0, 1, 1), row(70, 80, 90, 95), 0.95)
+    assert float(returns[0, 0]) == 1.0
+
+
+def test_a_time_limit_bootstraps_with_the_value_of_its_last_entry() -> None:
+    is_last = th.tensor([[False, True, False, False]])
+    returns = lambda_returns(row(0, 1, 50, 60), row(1, 0.9, 1, 1), row(70, 80, 90, 95), 0.95, is_last)
+    assert float(returns[0, 0]) == pytest.approx(1 + 0.9 * 80)
+
+
+def test_the_return_scale_is_a_moving_percentile_range_and_never_below_one() -> None:
+    scale = ReturnScale(rate=0.5)
+    assert float(scale.update(th.zeros(10))) == 1.0
+    assert float(scale.update(th.linspace(0, 100, 101))) == pytest.approx(45.0)
+    assert (float(scale.low), float(scale.high)) == pytest.approx((2.5, 47.5))
+
+
+def test_the_last_state_of_a_dream_has_no_weight_and_a_likely_end_lowers_those_after_it() -> None:
+    dream = Dream(th.zeros(1, 4, 2), th.zeros(1, 3, 1), row(0, 0, 0, 0), row(1.0, 0.5, 0.5, 1.0))
+    assert weights(dream).tolist() == [[1.0, 0.5, 0.25, 0.0]]
+
+
+def test_a_dream_starts_at_its_start_and_given_its_own_actions_it_is_the_same_dream() -> None:
+    size = SIZES["debug"]
+    action_spec = Spec("vector", (2,))
+    model = WorldModel({"obs": Spec("vector", (3,))}, action_spec, size)
+    actor = Actor(model.feature_width, action_spec, size)
+    start = model.rssm.initial(5)
+    th.manual_seed(1)
+    dream = imagine(model, actor, start, horizon=4)
+    assert dream.features.shape == (5, 5, model.feature_width)
+    assert (dream.action.shape, dream.reward.shape) == ((5, 4, 2), (5, 5))
+    assert th.equal(dream.features[:, 0], start.features)
+    assert th.equal(dream.reward, th.zeros(5, 5))  # a fresh reward head predicts zero
+    again = imagine_actions(model, start, dream.action)
+    deter = slice(0, size.deter)
+    assert th.allclose(again.features[:, 1, deter], dream.features[:, 1, deter])

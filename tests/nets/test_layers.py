@@ -1,0 +1,54 @@
+"""Layers and their initialisation."""
+
+from __future__ import annotations
+
+import pytest
+import torch as th
+
+from sb3_dreamer.nets.layers import BlockLinear, Dense, Linear, RMSNorm, fast_tanh, for_products
+
+
+def test_rms_norm_makes_the_root_mean_square_one() -> None:
+    y = RMSNorm(4)(th.tensor([[2.0, -2.0, 2.0, -2.0]]))
+    assert th.allclose(y, th.tensor([[1.0, -1.0, 1.0, -1.0]]), atol=1e-4)
+
+
+def test_a_layer_of_scale_zero_predicts_exactly_zero() -> None:
+    assert th.equal(Linear(5, 3, scale=0.0)(th.randn(2, 5)), th.zeros(2, 3))
+
+
+def test_weights_have_unit_variance_over_fan_in_and_no_tails() -> None:
+    th.manual_seed(0)
+    weight = Linear(400, 500).weight.detach()
+    assert float(weight.std()) == pytest.approx(1 / 20, rel=0.02)
+    assert float(weight.abs().max()) <= 2 * 1.1368 / 20 + 1e-6
+
+
+def test_a_block_of_the_output_reads_its_own_block_of_the_input_only() -> None:
+    layer = BlockLinear(8, 12, blocks=4)
+    x = th.randn(3, 8, requires_grad=True)
+    layer(x)[:, 3:6].sum().backward()  # block 1 of the output
+    assert x.grad is not None
+    touched = x.grad.abs().sum(0) > 0
+    assert touched.tolist() == [False, False, True, True, False, False, False, False]
+
+
+def test_a_block_linear_map_is_the_block_diagonal_matrix() -> None:
+    layer = BlockLinear(6, 4, blocks=2)
+    x = th.randn(5, 6)
+    dense = th.block_diag(*layer.weight)
+    assert th.allclose(layer(x), x @ dense + layer.bias, atol=1e-6)
+    assert th.allclose(layer.by_block(x).transpose(0, 1).flatten(1), layer(x))
+
+
+def test_fast_tanh_is_tanh() -> None:
+    x = th.linspace(-12, 12, 1001)
+    assert th.allclose(fast_tanh(x), th.tanh(x), atol=3e-7)
+
+
+def test_norms_compute_in_float32_inside_autocast() -> None:
+    layer, x = Dense(8, 8), th.randn(2, 8)
+    with th.autocast("cpu", th.bfloat16):
+        assert for_products(x).dtype == th.bfloat16
+        assert layer(x).dtype == th.float32
+    assert for_products(x) is x

@@ -1,0 +1,111 @@
+"""The scan written out by hand computes what plain autograd over single steps computes, in float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch as th
+import torch.nn.functional as F
+
+from sb3_dreamer.nets.distributions import sample_onehot_with, straight_through
+from sb3_dreamer.types import SIZES
+from sb3_dreamer.world_model.rssm import RSSM, State
+
+B, T, EMBED, ACTION = 3, 7, 5, 2
+SIZE = SIZES["debug"]
+
+
+@pytest.fixture
+def rssm() -> RSSM:
+    """A small RSSM in float64, no parameter at its initial value."""
+    th.manual_seed(0)
+    model = RSSM(EMBED, ACTION, SIZE).double()
+    for param in model.parameters():
+        param.data.add_(0.3 * th.randn_like(param))
+    return model
+
+
+def inputs() -> tuple[th.Tensor, th.Tensor, th.Tensor, State]:
+    """Embeddings that take gradients, actions, episode starts inside and at the edge, and a start in mid-episode."""
+    embed = th.randn(B, T, EMBED, dtype=th.float64, requires_grad=True)
+    action = th.randn(B, T, ACTION, dtype=th.float64)
+    first = th.zeros(B, T, dtype=th.bool)
+    first[1, 3] = first[2, 0] = True
+    onehot = F.one_hot(th.randint(0, SIZE.classes, (B, SIZE.stoch)), SIZE.classes).transpose(1, 2).flatten(1)
+    return embed, action * ~first[..., None], first, State(th.randn(B, SIZE.deter).double(), onehot.double())
+
+
+def observe_step_by_step(
+    rssm: RSSM, embed: th.Tensor, action: th.Tensor, first: th.Tensor, start: State, noise: th.Tensor
+) -> tuple[State, th.Tensor]:
+    """The definition: one step after the other, through autograd."""
+    state, states, posts = start, [], []
+    for t in range(T):
+        keep = (~first[:, t]).double()[:, None]
+        drive = rssm.sequence.drive(action[:, t])
+        deter = rssm.sequence.step(state.deter * keep, state.stoch * keep, drive)
+        logits = rssm.posterior_logits(rssm.posterior(th.cat([deter, embed[:, t]], -1)))
+        probs = rssm._probs(logits)
+        state = State(deter, straight_through(sample_onehot_with(probs, noise[t], -2), probs).flatten(-2))
+        states.append(state)
+        posts.append(probs)
+    deter, stoch = th.stack([s.deter for s in states], 1), th.stack([s.stoch for s in states], 1)
+    return State(deter, stoch), th.stack(posts, 1)
+
+
+def test_scan_and_single_steps_agree_in_values_and_in_all_gradients(rssm: RSSM) -> None:
+    embed, action, first, start = inputs()
+    th.manual_seed(1)
+    noise = th.rand(T, B, 1, SIZE.stoch, dtype=th.float64)
+    weight = [th.randn(B, T, n, dtype=th.float64) for n in (SIZE.deter, SIZE.stoch * SIZE.classes)]
+    results = []
+    for scan in (False, True):
+        rssm.zero_grad()
+        embed.grad = None
+        th.manual_seed(1)  # observe draws the same noise
+        if scan:
+            states, post = rssm.observe(embed, action, first, start)
+        else:
+            states, post = observe_step_by_step(rssm, embed, action, first, start, noise)
+        loss = (states.deter * weight[0]).sum() + (states.stoch * weight[1]).sum() + (post.log() ** 2).sum()
+        loss.backward()
+        assert embed.grad is not None
+        grads = {name: p.grad.clone() for name, p in rssm.named_parameters() if p.grad is not None}
+        results.append((states.features.detach(), post.detach(), {"embed": embed.grad.clone(), **grads}))
+    (features, post, grads), (features_scan, post_scan, grads_scan) = results
+    assert th.allclose(features, features_scan, atol=1e-12)
+    assert th.allclose(post, post_scan, atol=1e-12)
+    assert grads.keys() == grads_scan.keys()
+    for name, grad in grads.items():
+        assert float((grad - grads_scan[name]).abs().max()) < 1e-10 * float(grad.abs().max() + 1), name
+
+
+def test_nothing_before_an_episode_start_reaches_the_states_after_it(rssm: RSSM) -> None:
+    embed, action, first, start = inputs()
+    changed = th.cat([embed[:, :3] + 1.0, embed[:, 3:]], 1).detach()
+    th.manual_seed(2)
+    before, _ = rssm.observe(embed, action, first, start)
+    th.manual_seed(2)
+    after, _ = rssm.observe(changed, action, first, start)
+    assert th.equal(before.features[1, 3:], after.features[1, 3:])  # reset at t = 3
+    assert not th.equal(before.features[0, 3:], after.features[0, 3:])  # no reset
+
+
+def test_a_packed_state_unpacks_to_itself_and_zeros_are_the_state_before_an_episode(rssm: RSSM) -> None:
+    *_, start = inputs()
+    again = rssm.unpack(rssm.pack(start))
+    assert th.equal(again.deter, start.deter)
+    assert th.equal(again.stoch, start.stoch)
+    assert th.equal(rssm.pack(rssm.initial(2)), th.zeros(2, rssm.packed_width))
+    assert th.equal(rssm.unpack(th.zeros(2, rssm.packed_width)).features, rssm.initial(2).features)
+
+
+def test_acting_step_by_step_filters_as_training_does(rssm: RSSM) -> None:
+    embed, action, first, start = inputs()
+    with th.no_grad():
+        states, _ = rssm.observe(embed, action, first, start)
+        state = start
+        for t in range(T):
+            # the deterministic part at t depends on the sample at t - 1: hand it the one that training drew
+            state = rssm.observe_step(state, embed[:, t], action[:, t], first[:, t])
+            assert th.allclose(state.deter, states.deter[:, t], atol=1e-12)
+            state = states[:, t]

@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 from gymnasium import spaces
 
+FIRST, LAST, TERMINAL = 1, 2, 4  # bits of the column "flags"
 ACTION_LIMIT = 1.001  # scaled actions, with room for rounding
 
 
@@ -66,11 +67,11 @@ class Column:
             array = array.reshape(wanted)
         if self.takes_all and array.dtype == self.dtype:
             return array
+        if array.dtype.kind == "f" and self.dtype.kind != "f":
+            array = np.rint(array)  # whole numbers that a normaliser scaled and scaled back
         good = (array >= self.low) & (array <= self.high)
         if not good.all():
             self._refuse(array, good, envs, prefix)
-        if array.dtype.kind == "f" and self.dtype.kind != "f":
-            array = np.rint(array)  # whole numbers that a normaliser scaled and scaled back
         return array.astype(self.dtype, copy=False)
 
     def _refuse(self, array: np.ndarray, good: np.ndarray, envs: np.ndarray, prefix: str) -> None:
@@ -173,3 +174,70 @@ class ActionCode:
         if not self.classes:
             return stored.astype(np.float32, copy=False)
         return np.concatenate([table[stored[..., i]] for i, table in enumerate(self._tables)], axis=-1)
+
+
+class EntryCode:
+    """How whole entries are stored: column name -> (n, *shape) for n environments.
+
+    :param observation_space: any that ``observation_columns`` takes.
+    :param action_space: any that ``ActionCode`` takes.
+    :param latent_size: width L of the packed latents, 0 for none.
+    """
+
+    def __init__(self, observation_space: spaces.Space, action_space: spaces.Space, latent_size: int) -> None:
+        self.is_dict = isinstance(observation_space, spaces.Dict)
+        self.observation = observation_columns(observation_space)
+        self.action = ActionCode(action_space)
+        self.reward = float_column("reward")
+        self.latent = float_column("latent", (latent_size,), np.float16) if latent_size else None
+
+    def columns(self) -> dict[str, Column]:
+        """All columns by name."""
+        columns = {f"obs/{key}": column for key, column in self.observation.items()}
+        columns |= {"action": self.action.column, "reward": self.reward}
+        columns["flags"] = Column("flags", (), np.dtype(np.uint8), 0, FIRST | LAST | TERMINAL)
+        return columns if self.latent is None else {**columns, "latent": self.latent}
+
+    def store(self, obs: Any, action: Any, latent: Any, envs: np.ndarray) -> dict[str, np.ndarray]:
+        """Check what belongs to an entry; reward and flags are left to the caller.
+
+        :param obs: (n, *shape), by key for Dict spaces.
+        :param action: (n, *shape) scaled floats or integers.
+        :param latent: (n, L) floats, or None for zeros.
+        :param envs: (n,) numbers of the environments.
+        :raises ValueError: for what a column refuses.
+        """
+        entry = self._store_observation(obs, envs)
+        entry["action"] = self.action.store(action, envs)
+        if self.latent is not None:
+            no_latent = np.zeros((len(envs), *self.latent.shape), np.float16)
+            entry["latent"] = no_latent if latent is None else self.latent.cast(latent, envs)
+        return entry
+
+    def store_final(self, infos: list[dict[str, Any]], reward: np.ndarray, envs: np.ndarray) -> dict[str, np.ndarray]:
+        """Check the last entries of episodes, complete with reward and flags; action and latent are none.
+
+        :param infos: of all environments, with "terminal_observation" and "TimeLimit.truncated".
+        :param reward: (n_envs,) of all environments.
+        :param envs: (n,) numbers of the environments where an episode ended.
+        :raises ValueError: for what a column refuses, and without a last observation.
+        """
+        missing = [int(env) for env in envs if "terminal_observation" not in infos[env]]
+        if missing:
+            raise ValueError(f"done without infos[i]['terminal_observation'] for i in {missing}, use an SB3 VecEnv")
+        last = [infos[env]["terminal_observation"] for env in envs]
+        obs = (
+            {key: np.stack([one[key] for one in last]) for key in self.observation} if self.is_dict else np.stack(last)
+        )
+        entry = self._store_observation(obs, envs, "terminal ")
+        time_limit = np.array([bool(infos[env].get("TimeLimit.truncated", False)) for env in envs])
+        entry["action"] = np.full((len(envs), *self.action.column.shape), self.action.none, self.action.column.dtype)
+        entry["reward"] = reward[envs]
+        entry["flags"] = np.where(time_limit, LAST, LAST | TERMINAL).astype(np.uint8)
+        if self.latent is not None:
+            entry["latent"] = np.zeros((len(envs), *self.latent.shape), np.float16)
+        return entry
+
+    def _store_observation(self, obs: Any, envs: np.ndarray, prefix: str = "") -> dict[str, np.ndarray]:
+        by_key = obs if self.is_dict else {"obs": obs}
+        return {f"obs/{key}": column.cast(by_key[key], envs, prefix) for key, column in self.observation.items()}

@@ -1,13 +1,45 @@
 """Where the entries lie: arrays of rows in memory, or memory-mapped files in a folder.
 
 Both know rows and columns only; what the rows mean in time is the buffer's business.
+
+On disk, a folder holds one ``.npy`` file per column, ``replay.json`` (what the columns are) and ``lock``. There is no
+file of write heads to keep in step: every row carries the number of its entry, which is taken away before the row is
+overwritten and put back after the last byte of the entry::
+
+    number   0   0   0   0       nothing yet (entry n is marked n + 1)
+    number   1   2   3   0       3 entries; row 3 is free, or is being written
+    number   5   2   3   4       entry 4 took the place of entry 0
+    number   5   0   3   4       entry 5 is being written: after a kill here, entries 2, 3, 4 are served
+
+What is guaranteed. When the process dies at any moment (``kill -9``, out of memory), every entry whose ``write``
+returned is there when the folder is opened again, and no half-written one is: the pages belong to the system, not to
+the process. After a loss of power this holds for what was stored before the last ``flush``, provided that nothing was
+stored after it; otherwise pages may have reached the disk in any order, and the folder should be deleted. Latents
+are refreshed in place and may be half refreshed after a kill; they are approximations at all times.
+The disk space of all rows is taken when the folder is created, so that a full disk is an error there and not later.
 """
 
 from __future__ import annotations
 
+import errno
+import json
+import os
+import shutil
+import sys
+import uuid
+from pathlib import Path
+from typing import IO, Any
+from urllib.parse import quote
+
 import numpy as np
 
 from sb3_dreamer.replay.columns import Column
+
+if sys.platform != "win32":
+    import fcntl
+
+DESCRIPTION = "replay.json"
+_LOCKS: dict[Path, IO[str]] = {}  # folders that this process writes; a lock lasts until the process ends
 
 
 class RamStorage:
@@ -17,6 +49,8 @@ class RamStorage:
     :param n_envs: number of environments.
     :param rows: entries kept of each.
     """
+
+    writable = True
 
     def __init__(self, columns: dict[str, Column], n_envs: int, rows: int) -> None:
         self.n_envs, self.rows = n_envs, rows
@@ -32,16 +66,171 @@ class RamStorage:
         for name, value in values.items():
             self.arrays[name][row] = value
 
-    def filled(self, used: int) -> dict[str, np.ndarray]:
-        """The first ``used`` rows of each environment, (n_envs, used, *shape)."""
+    def claim(self, head: np.ndarray) -> None:
+        """Become writable. Memory always is."""
+
+    def flush(self) -> None:
+        """Memory has nothing to flush."""
+
+    def dump(self, used: int) -> Any:
+        """What a pickle has to hold: the first ``used`` rows of each environment, (n_envs, used, *shape)."""
         return {name: a.reshape(self.n_envs, self.rows, *a.shape[1:])[:, :used] for name, a in self.arrays.items()}
 
-    def refill(self, filled: dict[str, np.ndarray]) -> None:
-        """Put back what ``filled`` gave."""
-        for name, part in self.filled(next(iter(filled.values())).shape[1]).items():
-            part[:] = filled[name]
+    def restore(self, dumped: dict[str, np.ndarray]) -> None:
+        """Put back what ``dump`` gave."""
+        used = next(iter(dumped.values())).shape[1]
+        for name, part in self.dump(used).items():
+            part[:] = dumped[name]
 
     @property
     def nbytes(self) -> int:
         """Bytes of all arrays."""
         return sum(array.nbytes for array in self.arrays.values())
+
+
+class DiskStorage(RamStorage):
+    """The same arrays as memory-mapped files. A folder that holds a replay is opened, another one is created.
+
+    :param folder: where the files are.
+    :param columns: what an entry is made of.
+    :param n_envs: number of environments.
+    :param rows: entries kept of each.
+    :param spaces: the spaces in words; a folder made for others is refused.
+    :raises ValueError: if the folder holds a replay of other columns, spaces or sizes.
+    :raises OSError: if the disk is too small; what was in the folder stays as it was.
+    """
+
+    def __init__(
+        self, folder: Path, columns: dict[str, Column], n_envs: int, rows: int, spaces: dict[str, str]
+    ) -> None:
+        self.folder, self.n_envs, self.rows = folder, n_envs, rows
+        shapes = {name: ((n_envs * rows, *c.shape), c.dtype) for name, c in columns.items()}
+        shapes["number"] = ((n_envs * rows,), np.dtype(np.int64))
+        wanted = {
+            "format": 1,
+            "n_envs": n_envs,
+            "entries of each environment": rows,
+            **spaces,
+            **{f"column {name}": f"{dtype} {shape[1:]}" for name, (shape, dtype) in shapes.items()},
+        }
+        self.writable = False
+        if not self.exists(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            _lock(folder.resolve())
+            _create_files({self._file(name): shape for name, shape in shapes.items()}, folder)
+            _write_json(folder / DESCRIPTION, {**wanted, "id": uuid.uuid4().hex})
+        found = json.loads((folder / DESCRIPTION).read_text("utf-8"))
+        self.id = found.pop("id")
+        if found != wanted:
+            names = [name for name in {**found, **wanted} if found.get(name) != wanted.get(name)]
+            told = "; ".join(f"{name}: {found.get(name)} there, {wanted.get(name)} now" for name in names)
+            raise ValueError(f"the replay in {folder} is of another kind ({told}): use it as it was, or another folder")
+        self._maps = {name: np.lib.format.open_memmap(self._file(name), mode="r+") for name in shapes}
+        self.arrays = {name: np.asarray(file) for name, file in self._maps.items()}
+
+    @staticmethod
+    def exists(folder: Path) -> bool:
+        """Whether the folder holds a replay."""
+        return (folder / DESCRIPTION).exists()
+
+    def write(self, row: np.ndarray, number: np.ndarray, values: dict[str, np.ndarray]) -> None:
+        """As in memory; the entries count from the last line on."""
+        self.arrays["number"][row] = 0
+        super().write(row, number, values)
+        self.arrays["number"][row] = number + 1
+
+    def claim(self, head: np.ndarray) -> None:
+        """Become the one process that writes here, and drop entries from a future that will not come.
+
+        :param head: (n_envs,) entries of each environment; a buffer loaded from an older file writes again from there.
+        :raises RuntimeError: if another process writes to the folder.
+        """
+        _lock(self.folder.resolve())
+        number = self.arrays["number"].reshape(self.n_envs, self.rows)
+        number[number > head[:, None]] = 0
+        self.writable = True
+
+    def heads(self) -> np.ndarray:
+        """(n_envs,) entries ever written."""
+        return self.arrays["number"].reshape(self.n_envs, self.rows).max(axis=1)
+
+    def oldest(self, head: np.ndarray) -> np.ndarray:
+        """(n_envs,) number of the entry from which on all below ``head`` are there, complete and in order."""
+        oldest = np.maximum(head - self.rows, 0)
+        behind = np.arange(self.rows)
+        for env, number in enumerate(self.arrays["number"].reshape(self.n_envs, self.rows)):
+            wanted = head[env] - (head[env] - 1 - behind) % self.rows  # number + 1 of the newest entry of each row
+            lost = wanted[(number != wanted) & (wanted > 0)]
+            oldest[env] = lost.max(initial=oldest[env])
+        return oldest
+
+    def flush(self) -> None:
+        """Write all pages to the disk."""
+        for file in self._maps.values():
+            file.flush()
+
+    def dump(self, used: int) -> str:
+        """A pickle holds no entries, only which replay it was."""
+        return self.id
+
+    def restore(self, dumped: Any) -> None:
+        """Check that the folder holds the replay that was pickled.
+
+        :raises ValueError: if it holds another one.
+        """
+        if dumped != self.id:
+            raise ValueError(f"{self.folder} holds another replay than the one that was saved")
+
+    def _file(self, name: str) -> Path:
+        return self.folder / f"{quote(name, safe='')}.npy"
+
+
+def _create_files(shapes: dict[Path, tuple[tuple[int, ...], np.dtype]], folder: Path) -> None:
+    """Make ``.npy`` files of zeros, and take the disk space of every byte.
+
+    :raises OSError: if there is not enough; no file is left then.
+    """
+    needed = sum(int(np.prod(shape)) * dtype.itemsize for shape, dtype in shapes.values())
+    free = shutil.disk_usage(folder).free
+    try:
+        if free < needed:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        for path, (shape, dtype) in shapes.items():
+            np.lib.format.open_memmap(path, mode="w+", dtype=dtype, shape=shape)
+            if hasattr(os, "posix_fallocate"):
+                with path.open("r+b") as file:
+                    os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
+    except OSError as error:
+        for path in shapes:
+            path.unlink(missing_ok=True)
+        raise OSError(
+            error.errno,
+            f"{error.strerror}: the replay in {folder} needs {needed} bytes, {free} are free: "
+            "use a smaller buffer_size or another storage_path",
+        ) from error
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    """Write a file that is there as a whole or not at all."""
+    temporary = path.with_suffix(".tmp")
+    with temporary.open("w", encoding="utf-8") as file:
+        json.dump(content, file, indent=1)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+def _lock(folder: Path) -> None:
+    """Keep other processes from writing to the folder for as long as this one lives.
+
+    :raises RuntimeError: if another process holds it.
+    """
+    if sys.platform == "win32" or folder in _LOCKS:
+        return
+    file = (folder / "lock").open("a")
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        file.close()
+        raise RuntimeError(f"{folder} is written by another process, give each run its own") from None
+    _LOCKS[folder] = file

@@ -1,0 +1,89 @@
+"""Which entries are there, where they lie, and which sequences of them are served next.
+
+Each environment has its own ring of rows and counts its entries from 0 for ever; entry ``n`` lies in row ``n % rows``.
+The count of entries is the write head. No sequence crosses it, because sequences are drawn as entry numbers::
+
+    rows = 8, head = 23
+    numbers    ... 13 14 | 15   16   17   18   19   20   21   22 | 23 ...
+    overwritten          | kept                                  | not yet written
+                           ^    |--- sequence of 4 ---|
+                      oldest    first start that is served: the entry before it is still there,
+                                so its action (prev_action) and its latent (start) are known
+"""
+
+from __future__ import annotations
+
+from collections import deque
+
+import numpy as np
+
+
+class Rings:
+    """Write heads and the choice of sequences.
+
+    :param n_envs: number of environments.
+    :param rows: entries kept of each.
+    :param length: entries T of a sequence.
+    """
+
+    def __init__(self, n_envs: int, rows: int, length: int) -> None:
+        self.rows, self.length = rows, length
+        self.head = np.zeros(n_envs, np.int64)  # entries ever written
+        self.lower_bound = np.zeros(n_envs, np.int64)  # entries below this number are lost
+        self._queued = np.zeros(n_envs, np.int64)  # entries below this number have been queued
+        self._queue: deque[tuple[int, int]] = deque(maxlen=n_envs * (rows // length))
+        # SB3 seeds numpy's global generator; from here on the replay has its own, which is pickled
+        self._rng = np.random.default_rng(np.random.randint(2**31 - 1))  # noqa: NPY002
+
+    def resume(self, head: np.ndarray, lower_bound: np.ndarray) -> None:
+        """Begin with the entries that somebody else has written; none of them counts as new."""
+        self.head, self.lower_bound, self._queued = head.copy(), lower_bound, head.copy()
+
+    def advance(self, envs: np.ndarray) -> None:
+        """One entry has been written for each of ``envs``; as soon as T are new they are queued as a sequence."""
+        self.head[envs] += 1
+        for env in np.flatnonzero(self.head - self._queued >= self.length):
+            self._queue.append((int(env), int(self._queued[env])))
+            self._queued[env] += self.length
+
+    def row(self, env: np.ndarray, number: np.ndarray) -> np.ndarray:
+        """Rows of entries, in arrays (n_envs * rows, ...)."""
+        return env * self.rows + number % self.rows
+
+    def oldest(self) -> np.ndarray:
+        """(n_envs,) number of the oldest entry kept."""
+        return np.maximum(self.head - self.rows, self.lower_bound)
+
+    def stored(self) -> np.ndarray:
+        """(n_envs,) entries kept."""
+        return self.head - self.oldest()
+
+    def servable(self) -> tuple[np.ndarray, np.ndarray]:
+        """(n_envs,) the first start that can be served, and how many starts there are from there on."""
+        oldest = self.oldest()
+        first = oldest + (oldest > 0)  # entry 0 begins an episode, any other needs the entry before it
+        return first, np.maximum(self.head - self.length + 1 - first, 0)
+
+    def draw(self, batch_size: int) -> np.ndarray:
+        """Choose sequences: new ones first, in the order of their coming, then uniformly over all starts.
+
+        :return: (B, 2) environments and numbers of the first entries.
+        :raises ValueError: if no environment has enough entries.
+        """
+        first, count = self.servable()
+        total = int(count.sum())
+        if total == 0:
+            raise ValueError(
+                f"no sequence to sample: the environments have {self.stored().tolist()} entries, "
+                f"a sequence needs {self.length} of one environment"
+            )
+        fresh: list[tuple[int, int]] = []
+        while self._queue and len(fresh) < batch_size:
+            env, start = self._queue.popleft()
+            if start >= first[env]:
+                fresh.append((env, start))
+        drawn = self._rng.integers(total, size=batch_size - len(fresh))
+        until = np.cumsum(count)
+        envs = np.searchsorted(until, drawn, side="right")
+        starts = first[envs] + drawn - (until - count)[envs]
+        return np.concatenate([np.array(fresh, np.int64).reshape(-1, 2), np.stack([envs, starts], axis=1)])

@@ -219,9 +219,10 @@ def train(run: Run, out: Path, args: argparse.Namespace) -> None:
         train_seconds = progress.train_seconds + time.perf_counter() - before
         score = evaluate(model, run.env, args.eval_episodes, seed=10_000 + 1_000 * run.seed + step)
         progress = Progress(step, time.perf_counter() - started, train_seconds)
-        row = {**score, **progress._asdict(), "train_return": episodes.pop_mean()}
-        results.append(**{key: _rounded(value) for key, value in row.items()}, updates=getattr(model, "_n_updates", 0))
-        print(json.dumps({key: _rounded(value) for key, value in row.items()}), flush=True)
+        row = {**score, **progress._asdict(), "train_return": episodes.pop_mean(), "updates": model._n_updates}
+        row = {key: _rounded(value) for key, value in row.items()}
+        results.append(**row)
+        print(json.dumps(row), flush=True)
         if step - saved >= args.save_every or step >= args.steps:
             save_checkpoint(out, model, run, progress)
             saved = step
@@ -241,7 +242,10 @@ def constant_columns(run: Run, args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _rounded(value: Any) -> Any:
-    return round(float(value), 3) if isinstance(value, float | np.floating) else value
+    """Three decimals; no number becomes an empty cell and a JSON null."""
+    if not isinstance(value, float | np.floating):
+        return value
+    return None if np.isnan(value) else round(float(value), 3)
 
 
 def main() -> None:

@@ -15,6 +15,7 @@ entries at once, outside. Plain autograd over ``RSSM.observe_step`` gives the sa
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch as th
@@ -77,13 +78,14 @@ class NormSiluGrad:
         s = th.sigmoid(v)
         self.slope = s.addcmul(v * s, 1 - s)  # dSiLU/dv
         self.slope_gain = self.slope * gain
-        self.scaled = self.normed / a.shape[-1]
+        self.by_entry = list(zip(self.slope_gain, self.normed, self.normed / a.shape[-1], self.rstd, strict=True))
 
     def at(self, t: int, dy: th.Tensor, out: th.Tensor) -> th.Tensor:
         """Gradient with respect to ``a[t]``, written to ``out``."""
-        dn = dy * self.slope_gain[t]
-        along = (dn * self.scaled[t]).sum(-1, keepdim=True)
-        return th.mul(th.addcmul(dn, self.normed[t], along, value=-1), self.rstd[t], out=out)
+        slope_gain, normed, scaled, rstd = self.by_entry[t]
+        dn = dy * slope_gain
+        along = (dn * scaled).sum(-1, keepdim=True)
+        return th.mul(th.addcmul(dn, normed, along, value=-1), rstd, out=out)
 
     def gain_grad(self, dy: th.Tensor) -> th.Tensor:
         """Gradient with respect to the gain, from dy of all entries."""
@@ -117,24 +119,22 @@ class FilterScan(th.autograd.Function):
         widths = (width, z_width, hidden, hidden, 2 * hidden, width, width, 3 * width, width, hidden, hidden)
         tape = Tape(*(drive.new_empty(length, batch, n) for n in (*widths, z_width, z_width)))
         deter, stoch = deter0, stoch0
-        for t in range(length):
-            h, z = th.mul(deter, keep[t], out=tape.h[t]), th.mul(stoch, keep[t], out=tape.z[t])
-            tape.inputs[t, :, :hidden] = norm_silu(th.addmm(w.deter_b, h, w.deter_w.t(), out=tape.deter_a[t]), w.deter_g)
-            tape.inputs[t, :, hidden:] = norm_silu(th.addmm(w.stoch_b, z, w.stoch_w.t(), out=tape.stoch_a[t]), w.stoch_g)
-            shared = th.addmm(drive[t], tape.inputs[t], w.shared)
-            th.add(shared, block_product(h, w.own), out=tape.hidden_a[t])
-            tape.x[t] = norm_silu(tape.hidden_a[t], w.hidden_g)
-            th.add(block_product(tape.x[t], w.gates_w), w.gates_b, out=tape.gates[t])
-            reset, candidate, update = tape.gates[t].view(batch, blocks, 3, -1).unbind(2)
+        for now, keep_t, noise_t, drive_t, seen_t in zip(steps(tape), keep, noise, drive, seen, strict=True):
+            h, z = th.mul(deter, keep_t, out=now.h), th.mul(stoch, keep_t, out=now.z)
+            now.inputs[:, :hidden] = norm_silu(th.addmm(w.deter_b, h, w.deter_w.t(), out=now.deter_a), w.deter_g)
+            now.inputs[:, hidden:] = norm_silu(th.addmm(w.stoch_b, z, w.stoch_w.t(), out=now.stoch_a), w.stoch_g)
+            th.add(th.addmm(drive_t, now.inputs, w.shared), block_product(h, w.own), out=now.hidden_a)
+            now.x.copy_(norm_silu(now.hidden_a, w.hidden_g))
+            th.add(block_product(now.x, w.gates_w), w.gates_b, out=now.gates)
+            reset, candidate, update = now.gates.view(batch, blocks, 3, -1).unbind(2)
             candidate = fast_tanh(th.sigmoid(reset) * candidate)
-            deter = tape.deter[t]
+            deter = now.deter
             th.lerp(h.view_as(candidate), candidate, th.sigmoid(update - 1), out=deter.view_as(candidate))
-            th.addmm(seen[t], deter, w.post_w.t(), out=tape.post_a[t])
-            tape.y[t] = norm_silu(tape.post_a[t], w.post_g)
-            logits = th.addmm(w.logits_b, tape.y[t], w.logits_w.t(), out=tape.logits[t])
-            probs = unimix_probs(logits.view(batch, -1, noise.shape[-1]), -2)
-            stoch = tape.stoch[t]
-            stoch.copy_(sample_onehot_with(probs, noise[t], -2).view_as(stoch))
+            th.addmm(seen_t, deter, w.post_w.t(), out=now.post_a)
+            now.y.copy_(norm_silu(now.post_a, w.post_g))
+            th.addmm(w.logits_b, now.y, w.logits_w.t(), out=now.logits)
+            probs = unimix_probs(now.logits.view(batch, -1, noise.shape[-1]), -2)
+            stoch = now.stoch.copy_(sample_onehot_with(probs, noise_t, -2).flatten(1))
         ctx.save_for_backward(keep, *tape, *weights)
         ctx.stoch = noise.shape[-1]
         return tape.deter, tape.stoch, tape.logits
@@ -146,43 +146,32 @@ class FilterScan(th.autograd.Function):
         keep, *saved = ctx.saved_tensors
         tape, w = Tape(*saved[: len(Tape._fields)]), Weights(*saved[len(Tape._fields) :])
         grads = Tape(*(th.empty_like(x) for x in tape))  # gradients of what the tape holds, by the same names
-        length, batch, width = tape.h.shape
         hidden, blocks = w.deter_w.shape[0], w.own.shape[0]
-
-        by_norm = [
-            NormSiluGrad(a, g)
-            for a, g in (
-                (tape.deter_a, w.deter_g),
-                (tape.stoch_a, w.stoch_g),
-                (tape.hidden_a, w.hidden_g),
-                (tape.post_a, w.post_g),
-            )
-        ]
-        deter_n, stoch_n, hidden_n, post_n = by_norm
-        softmax = F.softmax(tape.logits.view(length, batch, -1, ctx.stoch), -2)
-        own_t, gates_t = w.own.transpose(1, 2), w.gates_w.transpose(1, 2)
+        deter_n = NormSiluGrad(tape.deter_a, w.deter_g)
+        stoch_n = NormSiluGrad(tape.stoch_a, w.stoch_g)
+        hidden_n = NormSiluGrad(tape.hidden_a, w.hidden_g)
+        post_n = NormSiluGrad(tape.post_a, w.post_g)
+        softmax = F.softmax(tape.logits.unflatten(-1, (-1, ctx.stoch)), -2)
+        own_t, gates_t, shared_t = w.own.transpose(1, 2), w.gates_w.transpose(1, 2), w.shared.t()
         dh_next, dz_next = th.zeros_like(d_deter[0]), th.zeros_like(d_stoch[0])
-        for t in range(length - 1, -1, -1):
+        each = zip(steps(tape), steps(grads), keep, d_deter, d_stoch, d_logits, softmax, strict=True)
+        for t, (now, grad, keep_t, d_deter_t, d_stoch_t, d_logits_t, probs) in reversed(list(enumerate(each))):
             # z_t to logits (straight through), posterior, h_t
-            dz = (d_stoch[t] + dz_next).view_as(softmax[t])
-            along = (dz * softmax[t]).sum(-2, keepdim=True)
-            dl = (softmax[t] * (dz - along)).view_as(d_logits[t])
-            th.add(d_logits[t], dl, alpha=1 - UNIMIX, out=grads.logits[t])
-            th.mm(grads.logits[t], w.logits_w, out=grads.y[t])
-            post_n.at(t, grads.y[t], out=grads.post_a[t])
-            dh = th.addmm(d_deter[t] + dh_next, grads.post_a[t], w.post_w)
+            dz = (d_stoch_t + dz_next).view_as(probs)
+            dl = probs * (dz - (dz * probs).sum(-2, keepdim=True))
+            th.add(d_logits_t, dl.flatten(1), alpha=1 - UNIMIX, out=grad.logits)
+            post_n.at(t, th.mm(grad.logits, w.logits_w, out=grad.y), out=grad.post_a)
+            dh = th.addmm(d_deter_t + dh_next, grad.post_a, w.post_w)
             # h_t to gates, hidden layer, h_{t-1}, z_{t-1}
-            dg = grads.gates[t].view(batch, blocks, 3, -1)
-            slopes, carry = gate_derivatives(tape.gates[t], tape.h[t], blocks)
-            th.mul(dh.view(batch, blocks, 1, -1), slopes, out=dg)
-            grads.x[t] = block_product(grads.gates[t], gates_t)
-            hidden_n.at(t, grads.x[t], out=grads.hidden_a[t])
-            th.mm(grads.hidden_a[t], w.shared.t(), out=grads.inputs[t])
-            deter_n.at(t, grads.inputs[t, :, :hidden], out=grads.deter_a[t])
-            stoch_n.at(t, grads.inputs[t, :, hidden:], out=grads.stoch_a[t])
-            dh = th.addmm(dh * carry, grads.deter_a[t], w.deter_w)
-            dh_next = (dh + block_product(grads.hidden_a[t], own_t)) * keep[t]
-            dz_next = th.mm(grads.stoch_a[t], w.stoch_w) * keep[t]
+            dh = gates_backward(dh, now.gates, now.h, blocks, out=grad.gates)
+            grad.x.copy_(block_product(grad.gates, gates_t))
+            hidden_n.at(t, grad.x, out=grad.hidden_a)
+            th.mm(grad.hidden_a, shared_t, out=grad.inputs)
+            deter_n.at(t, grad.inputs[:, :hidden], out=grad.deter_a)
+            stoch_n.at(t, grad.inputs[:, hidden:], out=grad.stoch_a)
+            dh = th.addmm(dh, grad.deter_a, w.deter_w)
+            dh_next = (dh + block_product(grad.hidden_a, own_t)) * keep_t
+            dz_next = th.mm(grad.stoch_a, w.stoch_w) * keep_t
 
         weights = Weights(
             deter_w=outer(grads.deter_a, tape.h),
@@ -204,16 +193,30 @@ class FilterScan(th.autograd.Function):
         return None, None, None, None, grads.hidden_a, grads.post_a, *weights
 
 
-def gate_derivatives(gates: th.Tensor, h: th.Tensor, blocks: int) -> tuple[th.Tensor, th.Tensor]:
-    """Of one entry: d h_t / d (reset, candidate, update), (B, G, 3, D/G), and d h_t / d h' directly, (B, D)."""
+def gates_backward(dh: th.Tensor, gates: th.Tensor, h: th.Tensor, blocks: int, out: th.Tensor) -> th.Tensor:
+    """Through h_t = h' + sig(u-1) (tanh(sig(r) c) - h') of one entry.
+
+    :param dh: (B, D) gradient of h_t.
+    :param gates: (B, 3 D) what the gates were computed from: block by block r, c, u.
+    :param h: (B, D) h'.
+    :param out: (B, 3 D) gradient of ``gates``, written here.
+    :return: (B, D) gradient of h' along the direct path.
+    """
     reset, candidate, update = gates.view(len(h), blocks, 3, -1).unbind(2)
-    reset, update = th.sigmoid(reset), th.sigmoid(update - 1)
-    carry = 1 - update
-    squashed = fast_tanh(reset * candidate)
-    d_candidate = th.addcmul(update, update * squashed, squashed, value=-1) * reset
-    d_reset = d_candidate * candidate * (1 - reset)
-    d_update = (squashed - h.view_as(squashed)) * update * carry
-    return th.stack([d_reset, d_candidate, d_update], 2), carry.view_as(h)
+    d_reset, d_candidate, d_update = out.view(len(h), blocks, 3, -1).unbind(2)
+    reset, update, dh = th.sigmoid(reset), th.sigmoid(update - 1), dh.view_as(reset)
+    squashed, taken = fast_tanh(reset * candidate), dh * update
+    carried = dh - taken
+    dc = th.addcmul(taken, taken * squashed, squashed, value=-1) * reset
+    d_candidate.copy_(dc)
+    th.mul(dc * candidate, 1 - reset, out=d_reset)
+    th.mul(carried * update, squashed - h.view_as(reset), out=d_update)
+    return carried.reshape(h.shape)
+
+
+def steps(tape: Tape) -> Iterator[Tape]:
+    """The tape of one entry after the other: views (B, .)."""
+    return map(Tape, *(x.unbind(0) for x in tape))
 
 
 def block_product(x: th.Tensor, weight: th.Tensor) -> th.Tensor:

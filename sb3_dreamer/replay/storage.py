@@ -28,7 +28,7 @@ import shutil
 import sys
 import uuid
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 from urllib.parse import quote
 
 import numpy as np
@@ -39,7 +39,7 @@ if sys.platform != "win32":
     import fcntl
 
 DESCRIPTION = "replay.json"
-_LOCKS: dict[Path, IO[str]] = {}  # folders that this process writes; a lock lasts until the process ends
+_LOCKS: set[tuple[int, int]] = set()  # device and inode of the lock files that this process holds until it ends
 
 
 class RamStorage:
@@ -116,7 +116,7 @@ class DiskStorage(RamStorage):
         self.writable = False
         if not self.exists(folder):
             folder.mkdir(parents=True, exist_ok=True)
-            _lock(folder.resolve())
+            _lock(folder)
             _create_files({self._file(name): shape for name, shape in shapes.items()}, folder)
             _write_json(folder / DESCRIPTION, {**wanted, "id": uuid.uuid4().hex})
         found = json.loads((folder / DESCRIPTION).read_text("utf-8"))
@@ -145,7 +145,7 @@ class DiskStorage(RamStorage):
         :param head: (n_envs,) entries of each environment; a buffer loaded from an older file writes again from there.
         :raises RuntimeError: if another process writes to the folder.
         """
-        _lock(self.folder.resolve())
+        _lock(self.folder)
         number = self.arrays["number"].reshape(self.n_envs, self.rows)
         number[number > head[:, None]] = 0
         self.writable = True
@@ -225,12 +225,17 @@ def _lock(folder: Path) -> None:
 
     :raises RuntimeError: if another process holds it.
     """
-    if sys.platform == "win32" or folder in _LOCKS:
+    if sys.platform == "win32":
         return
-    file = (folder / "lock").open("a")
+    path = folder / "lock"
+    path.touch()
+    inode = path.stat().st_dev, path.stat().st_ino
+    if inode in _LOCKS:  # to open and close it once more would end the lock
+        return
+    file = os.open(path, os.O_RDWR)
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
-        file.close()
-        raise RuntimeError(f"{folder} is written by another process, give each run its own") from None
-    _LOCKS[folder] = file
+        os.close(file)
+        raise RuntimeError(f"{folder} is written by another process, give each run its own storage_path") from None
+    _LOCKS.add(inode)

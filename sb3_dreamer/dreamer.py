@@ -290,10 +290,10 @@ class Dreamer(OffPolicyAlgorithm):
         """
         world_model, actor, critic = self.policy.world_model, self.policy.actor, self.policy.critic
 
-        # Learn what happens.
-        losses, states, info = world_model.loss(batch)
-
         with th.autocast(self.device.type, th.bfloat16, enabled=fast_bfloat16(self.device)):
+            # Learn what happens.
+            losses, states, info = world_model.loss(batch)
+
             # Dream on from there, and see what it was worth.
             starts = self._imagination_starts(batch.reward.numel())
             dream = imagine(world_model, actor, states.detach().flatten()[starts], self.imagination_horizon)
@@ -306,13 +306,15 @@ class Dreamer(OffPolicyAlgorithm):
             losses["actor"], actor_info = actor_loss(actor, dream, returns, values, scale, self.ent_coef)
             losses["critic"] = critic_loss(critic, dream, logits, returns)
 
-        # What really happened counts too; its bootstrap is what the dreams returned.
-        features = states.features
-        logits = critic(features)
-        bootstrap = critic.fast.mean(logits.detach()).flatten().index_copy(0, starts, returns[:, 0]).view_as(batch.reward)
-        discount = (~batch.is_terminal).to(bootstrap.dtype) * self.gamma
-        replay_returns = lambda_returns(batch.reward, discount, bootstrap, self.gae_lambda, batch.is_last)
-        losses["replay_critic"] = replay_critic_loss(critic, features, logits, replay_returns, batch.is_last)
+            # What really happened counts too; its bootstrap is what the dreams returned.
+            features = states.features
+            logits = critic(features)
+            bootstrap = critic.fast.mean(logits.detach()).flatten().index_copy(0, starts, returns[:, 0])
+            discount = (~batch.is_terminal).to(bootstrap.dtype) * self.gamma
+            replay_returns = lambda_returns(
+                batch.reward, discount, bootstrap.view_as(batch.reward), self.gae_lambda, batch.is_last
+            )
+            losses["replay_critic"] = replay_critic_loss(critic, features, logits, replay_returns, batch.is_last)
 
         loss = sum(LOSS_SCALES[key] * value.mean() for key, value in losses.items())
         self.policy.optimizer.zero_grad()

@@ -105,7 +105,7 @@ class Decoder(nn.Module):
 
     def loss(self, features: th.Tensor, obs: Mapping[str, th.Tensor]) -> th.Tensor:
         """Reconstruction loss, summed over keys and dimensions: (..., F) -> (...)."""
-        total = features.new_zeros(features.shape[:-1])
+        total = th.zeros((), device=features.device)
         for key, out in self(features).items():
             spec = self.specs[key]
             if spec.kind == "image":

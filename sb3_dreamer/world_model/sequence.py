@@ -94,7 +94,7 @@ class BlockGRU(nn.Module):
         """The part of the hidden layer that depends on the action alone: (..., A) -> (..., D)."""
         projected = self.from_action(action / action.abs().clamp(min=1.0).detach())
         hidden = projected.shape[-1]
-        return th.matmul(projected, self.hidden_shared[2 * hidden :]) + self.hidden_bias
+        return projected @ self.hidden_shared[2 * hidden :] + self.hidden_bias
 
     def step(self, deter: th.Tensor, stoch: th.Tensor, drive: th.Tensor) -> th.Tensor:
         """h_{t-1} (n, D), z_{t-1} (n, K * S), :meth:`drive` of a_{t-1} (n, D) -> h_t (n, D)."""
@@ -132,7 +132,9 @@ class BlockGRU(nn.Module):
         seen = F.linear(embed.transpose(0, 1).contiguous(), from_embed, posterior.linear.bias)
         noise = th.rand(*keep.shape, self.stoch, device=embed.device, dtype=embed.dtype)
         weights = self._scan_weights(from_deter, posterior.norm.weight, to_logits)
-        outputs = FilterScan.apply(noise, keep, start.deter, start.stoch, drive, seen, *weights)
+        drive, seen = drive.to(keep.dtype), seen.to(keep.dtype)
+        with th.autocast(embed.device.type, enabled=False):  # small products, where bfloat16 gains nothing
+            outputs = FilterScan.apply(noise, keep, start.deter, start.stoch, drive, seen, *weights)
         deter, stoch, logits = (x.transpose(0, 1) for x in outputs)
         return deter, stoch, logits, start.context
 
@@ -221,6 +223,7 @@ class Transformer(nn.Module):
             )
         self.context_width = 1 + self.layers * 2 * (self.window - 1) * self.width
         self.token = Linear(stoch_width + action_width, self.width)
+        trunc_normal_(self.token.bias, 1)  # z = a = 0 where an episode starts, and a norm is steep at zero
         self.stack = nn.ModuleList(AttentionLayer(self.width, self.heads, self.window) for _ in range(self.layers))
         self.norm = RMSNorm(self.width)
         self.out = Dense(self.width, size.deter)

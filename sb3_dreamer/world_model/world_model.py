@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from sb3_dreamer.nets.distributions import symexp_bins, twohot_loss, twohot_mean
-from sb3_dreamer.nets.layers import MLP, Linear
+from sb3_dreamer.nets.layers import MLP, Linear, for_products
 from sb3_dreamer.types import Batch, Size, Spec
 from sb3_dreamer.world_model.decoders import Decoder
 from sb3_dreamer.world_model.encoders import Encoder
@@ -89,7 +89,7 @@ class WorldModel(nn.Module):
         """
         states, post = self.observe(batch)
         losses, info = self.rssm.kl_loss(states, post)
-        features = states.features
+        features = for_products(states.features)
         losses["reconstruction"] = self.decoder.loss(features, batch.obs)
         losses["reward"] = self.reward_head.loss(self.reward_head(features), batch.reward)
         losses["continue"] = self.continue_loss(features, batch.is_terminal)
@@ -97,8 +97,8 @@ class WorldModel(nn.Module):
 
     def continue_loss(self, features: th.Tensor, is_terminal: th.Tensor) -> th.Tensor:
         """Cross-entropy of the continue head to (1 - terminal) * gamma: (..., F), (...) -> (...)."""
-        target = (~is_terminal).to(features.dtype) * self.gamma
-        logits = self.continue_head(features).squeeze(-1)
+        logits = self.continue_head(features).squeeze(-1).to(self.reward_head.bins.dtype)
+        target = (~is_terminal).to(logits.dtype) * self.gamma
         return F.binary_cross_entropy_with_logits(logits, target, reduction="none")
 
     def predict_reward(self, features: th.Tensor) -> th.Tensor:
@@ -107,4 +107,5 @@ class WorldModel(nn.Module):
 
     def predict_discount(self, features: th.Tensor) -> th.Tensor:
         """Probability that the episode goes on after a state, times gamma: (..., F) -> (...)."""
-        return th.sigmoid(self.continue_head(features).float()).squeeze(-1)
+        logits = self.continue_head(features).squeeze(-1)
+        return th.sigmoid(logits.to(self.reward_head.bins.dtype))

@@ -1,0 +1,96 @@
+"""Look at the dreams of a trained model: writes one HTML page.
+
+python -m sb3_dreamer.dreams model.zip --env Hopper-v4 --out dreams/
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+import gymnasium as gym
+import torch as th
+from stable_baselines3.common.env_util import make_vec_env
+from stable_baselines3.common.vec_env import VecEnv, VecNormalize
+
+from sb3_dreamer.dreamer import Dreamer
+from sb3_dreamer.dreams.collect import collect, peek
+from sb3_dreamer.dreams.extras import MissingExtra
+from sb3_dreamer.dreams.report import write_report
+from sb3_dreamer.dreams.videos import Body
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    parser = argparse.ArgumentParser("python -m sb3_dreamer.dreams", description=__doc__)
+    parser.add_argument("model", type=Path, help="what Dreamer.save wrote")
+    parser.add_argument("--env", required=True, help="id of the environment, as in gymnasium.make")
+    parser.add_argument("--out", type=Path, default=Path("dreams"), help="folder for the page")
+    parser.add_argument("--vecnormalize", type=Path, help="statistics that VecNormalize.save wrote, if trained with it")
+    parser.add_argument("--steps", type=int, default=2_000, help="fresh steps in the environment")
+    parser.add_argument("--sequences", type=int, default=32, help="sequences drawn from them")
+    parser.add_argument("--context", type=int, default=15, help="entries that the model sees")
+    parser.add_argument("--horizon", type=int, default=50, help="steps that it dreams on")
+    parser.add_argument("--samples", type=int, default=32, help="dreams of each sequence")
+    parser.add_argument("--dims", nargs="*", help='dimensions to plot, such as "obs[3]"; default: the largest errors')
+    parser.add_argument("--random-actions", action="store_true", help="chance acts instead of the model")
+    parser.add_argument("--seed", type=int, default=0)
+    return parser
+
+
+def make_env(env_id: str, vecnormalize: Path | None, seed: int) -> VecEnv:
+    """One environment of the task, normalised as in training, its statistics left as they are."""
+    env = make_vec_env(env_id, seed=seed)
+    if vecnormalize is None:
+        return env
+    normalized = VecNormalize.load(str(vecnormalize), env)
+    normalized.training = False
+    return normalized
+
+
+def find_body(env_id: str) -> Body | str:
+    """The body of a MuJoCo task, or the reason why there is none to see."""
+    try:
+        return Body(gym.make(env_id))
+    except (MissingExtra, ValueError) as error:
+        return f"No video of the body: {error}."
+
+
+def main(argv: list[str] | None = None) -> Path:
+    """Load, collect, dream, write.
+
+    :param argv: arguments; None: those of the command line.
+    :return: the page.
+    """
+    args = parser().parse_args(argv)
+    if sys.platform == "linux" and "DISPLAY" not in os.environ:
+        os.environ.setdefault("MUJOCO_GL", "egl")
+    env = make_env(args.env, args.vecnormalize, args.seed)
+    model = Dreamer.load(args.model, env=env, buffer_size=env.num_envs * 1_000)
+    model.set_random_seed(args.seed)
+    replay, real_return = collect(model, env, args.steps, args.context + args.horizon, args.random_actions)
+    batch = peek(replay, args.sequences)
+    body = find_body(args.env)
+    with th.no_grad():
+        page = write_report(
+            model,
+            batch,
+            args.out / "index.html",
+            title=f"Dreams of {args.model.stem} in {args.env}",
+            real_return=real_return,
+            context=args.context,
+            samples=args.samples,
+            dims=args.dims,
+            body=body,
+        )
+    if isinstance(body, Body):
+        body.env.close()
+    env.close()
+    sys.stdout.write(f"{page}\n")
+    return page
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,144 @@
+"""Dreams in the training log: numbers everywhere, figures and videos in TensorBoard, warnings once."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+import torch as th
+from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.logger import Figure, TensorBoardOutputFormat
+
+from sb3_dreamer.dreamer import Dreamer
+from sb3_dreamer.dreams.collect import original_units, peek
+from sb3_dreamer.dreams.extras import MissingExtra, need
+from sb3_dreamer.dreams.figures import horizon_figure, open_loop_figure
+from sb3_dreamer.dreams.horizon import HorizonError, horizon_errors
+from sb3_dreamer.dreams.open_loop import OpenLoop, open_loop
+from sb3_dreamer.dreams.trouble import RealReturns, find_trouble, signs_of
+from sb3_dreamer.dreams.videos import Body, body_video, encode, image_video
+from sb3_dreamer.types import Batch
+
+NOT_FOR_PICTURES = ("stdout", "log", "json", "csv")
+
+
+class DreamCallback(BaseCallback):
+    """Looks at the dreams from time to time. Training goes on as if it did not: no random number of it is drawn.
+
+    >>> model.learn(100_000, callback=DreamCallback(every=10_000))
+
+    :param every: environment steps between two looks.
+    :param context: entries that the model sees before it dreams on to the end of a sequence.
+    :param sequences: replayed sequences that the numbers are made from.
+    :param samples: dreams of each.
+    :param dims: names of the dimensions to plot, such as ``obs[3]``; None: those with the largest error.
+    :param body_env: environment of a MuJoCo task, not the one trained in: adds a video of the dreamed body.
+    """
+
+    model: Dreamer
+
+    def __init__(
+        self,
+        every: int = 10_000,
+        context: int = 10,
+        sequences: int = 16,
+        samples: int = 16,
+        dims: Sequence[str] | None = None,
+        body_env: gym.Env | None = None,
+        verbose: int = 0,
+    ) -> None:
+        super().__init__(verbose)
+        self.every, self.context, self.sequences, self.samples, self.dims = every, context, sequences, samples, dims
+        self.body = None if body_env is None else Body(body_env)
+        self._last_look = 0
+        self._told: set[str] = set()
+
+    def _on_training_start(self) -> None:
+        self._real = RealReturns(self.model.gamma)
+        self._last_look = self.num_timesteps
+
+    def _on_step(self) -> bool:
+        self._real.add(self.locals["rewards"], self.locals["dones"], self.locals["infos"])
+        due = self.num_timesteps - self._last_look >= self.every
+        if due and self.model._n_updates > 0 and self.model.replay_buffer.can_sample():
+            self._last_look = self.num_timesteps
+            self._look()
+        return True
+
+    def _look(self) -> None:
+        model = self.model
+        on_cuda = [model.device] if model.device.type == "cuda" else []
+        with th.random.fork_rng(on_cuda):
+            th.manual_seed(0)  # the same noise at each look
+            batch = peek(model.replay_buffer, self.sequences, env=model.get_vec_normalize_env())
+            loop = open_loop(model.policy, batch, self.context, self.samples)
+            errors = horizon_errors(loop)
+            self._record_numbers(batch, errors)
+            self._record_pictures(loop, errors)
+
+    def _record_numbers(self, batch: Batch, errors: dict[str, HorizonError]) -> None:
+        for name, error in errors.items():
+            for k in error.steps:
+                self.logger.record(f"dreams/{name}_error_{k}", float(error.dream[k - 1]))
+                self.logger.record(f"dreams/{name}_unchanged_{k}", float(error.unchanged[k - 1]))
+                self.logger.record(f"dreams/{name}_mean_{k}", float(error.mean[k - 1]))
+        signs = signs_of(self.model, batch, errors, self._real.mean)
+        for name, sign in signs.items():
+            self.logger.record(f"dreams/{name}", sign)
+        for name, message in find_trouble(signs).items():
+            self._tell(name, f"{message} (at {self.num_timesteps} steps; said once)")
+
+    def _record_pictures(self, loop: OpenLoop, errors: dict[str, HorizonError]) -> None:
+        writers = [out.writer for out in self.logger.output_formats if isinstance(out, TensorBoardOutputFormat)]
+        if not writers:
+            return
+        first = int(loop.best_sequences[0])
+        figures: dict[str, Callable[[], Any]] = {
+            "open_loop": partial(open_loop_figure, loop, first, self.dims),
+            "horizon_error": partial(horizon_figure, errors),
+        }
+        for name, draw in figures.items():
+            try:
+                self.logger.record(f"dreams/{name}", Figure(draw(), close=True), exclude=NOT_FOR_PICTURES)
+            except MissingExtra as error:
+                self._tell("matplotlib", str(error))
+        images = [key for key, spec in loop.specs.items() if spec.kind == "image"]
+        films: dict[str, Callable[[], np.ndarray]] = {key: partial(image_video, loop, first, key) for key in images}
+        if self.body is not None:
+            films["body"] = partial(body_video, loop, first, self.body, self._in_units)
+        for name, film in films.items():
+            try:
+                add_gif(writers, f"dreams/{name}_video", film(), self.num_timesteps)
+            except MissingExtra as error:
+                self._tell(f"{name}_video", str(error))
+
+    def _in_units(self, obs: np.ndarray) -> np.ndarray:
+        return original_units(self.model.get_env(), obs)
+
+    def _tell(self, name: str, message: str) -> None:
+        if name not in self._told:
+            self._told.add(name)
+            warnings.warn(message, stacklevel=2)
+
+
+def add_gif(writers: list[Any], tag: str, frames: np.ndarray, step: int) -> None:
+    """Put a video among TensorBoard's images.
+
+    SB3's own ``Video`` goes through torch's ``add_video``, which writes nothing with moviepy 2 or newer.
+
+    :param writers: TensorBoard's summary writers.
+    :param tag: name of the video.
+    :param frames: (T, height, width, 3) uint8.
+    :param step: environment steps so far.
+    :raises MissingExtra: without moviepy.
+    """
+    summary = need("tensorboard.compat.proto.summary_pb2", "dreams").Summary
+    _, height, width, _ = frames.shape
+    gif = encode(frames, ".gif")
+    image = summary.Image(height=height, width=width, colorspace=3, encoded_image_string=gif)
+    for writer in writers:
+        writer.file_writer.add_summary(summary(value=[summary.Value(tag=tag, image=image)]), step)

@@ -1,0 +1,73 @@
+"""Fresh data: a trained model, or chance, acts in an environment, and everything lies in a replay of its own."""
+
+from __future__ import annotations
+
+import copy
+
+import numpy as np
+from gymnasium import spaces
+from stable_baselines3.common.vec_env import VecEnv, VecNormalize
+
+from sb3_dreamer.dreamer import Dreamer
+from sb3_dreamer.dreams.trouble import RealReturns
+from sb3_dreamer.replay import SequenceReplayBuffer
+from sb3_dreamer.types import Batch
+
+
+def collect(
+    model: Dreamer, env: VecEnv, n_steps: int, sequence_length: int = 64, random_actions: bool = False
+) -> tuple[SequenceReplayBuffer, float]:
+    """Let the model act, and keep what happens.
+
+    :param model: acts as in training, its actions sampled; the model itself does not change.
+    :param env: environments of its spaces; they are reset first.
+    :param n_steps: steps of each environment.
+    :param sequence_length: entries of the sequences that the replay serves.
+    :param random_actions: actions are drawn from the action space instead.
+    :return: the replay, which holds what the model is given (normalised if ``env`` normalises); the mean real return.
+    """
+    buffer = SequenceReplayBuffer(
+        max((n_steps * 2 + 1) * env.num_envs, env.num_envs * (sequence_length + 1)),  # an episode has an entry more
+        model.observation_space,
+        model.action_space,
+        device=model.device,
+        n_envs=env.num_envs,
+        sequence_length=sequence_length,
+        latent_size=model.policy.world_model.rssm.latent_width,
+    )
+    returns = RealReturns(model.gamma, newest=10**6)
+    obs, state, start = env.reset(), None, np.ones(env.num_envs, bool)
+    for _ in range(n_steps):
+        actions, state = model.predict(obs, state, start)  # type: ignore[arg-type]
+        assert state is not None
+        if random_actions:
+            actions = np.array([model.action_space.sample() for _ in range(env.num_envs)])
+            state = (state[0], model.policy.encode_action(actions))
+        scaled = model.policy.scale_action(actions) if isinstance(model.action_space, spaces.Box) else actions
+        next_obs, rewards, start, infos = env.step(actions)
+        buffer.add(obs, next_obs, scaled, rewards, start, infos, latent=state[0][:, : buffer.latent_size])  # type: ignore[arg-type]
+        returns.add(rewards, start, infos)
+        obs = next_obs
+    return buffer, returns.mean
+
+
+def peek(replay: SequenceReplayBuffer, batch_size: int, env: VecNormalize | None = None) -> Batch:
+    """Sample from a replay that does not notice: what it serves next stays the same.
+
+    :param replay: the replay.
+    :param batch_size: number of sequences.
+    :param env: normalises observations and rewards.
+    :raises ValueError: if no environment has enough entries yet.
+    """
+    rings, replay._rings = replay._rings, copy.deepcopy(replay._rings)
+    try:
+        return replay.sample(batch_size, env=env)
+    finally:
+        replay._rings = rings
+
+
+def original_units(env: VecEnv | None, obs: np.ndarray) -> np.ndarray:
+    """Undo VecNormalize, if there is one."""
+    while env is not None and not isinstance(env, VecNormalize):
+        env = getattr(env, "venv", None)
+    return obs if env is None else env.unnormalize_obs(obs)  # type: ignore[return-value]

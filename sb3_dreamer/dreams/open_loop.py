@@ -1,0 +1,128 @@
+"""Open-loop prediction: from a context of real steps the model dreams on, with the actions that were really taken.
+
+Time, for a context of c entries::
+
+    entry    0     1    ...   c-1      c       c+1   ...   T-1
+    truth    o_0   o_1        o_{c-1}  o_c     o_{c+1}
+    dream    what is seen, decoded     dreamed without a look:  s_{c-1}, a_{c-1} -> s_c,  s_c, a_c -> s_{c+1}
+    ahead                     0        1       2
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch as th
+
+from sb3_dreamer.behavior.imagination import imagine_actions
+from sb3_dreamer.policies import DreamerPolicy
+from sb3_dreamer.types import Batch, Spec
+from sb3_dreamer.world_model.encoders import flat, one_hot
+
+
+class Pair(NamedTuple):
+    """One quantity as it was and as it was dreamed.
+
+    :param truth: (B, T, ...).
+    :param dream: (M, B, T, ...), M dreams of each sequence.
+    """
+
+    truth: np.ndarray
+    dream: np.ndarray
+
+
+@dataclass(frozen=True)
+class OpenLoop:
+    """M dreams of each of B sequences of T entries; only the first ``context`` entries were seen.
+
+    :param specs: observation key -> spec.
+    :param obs: observation key -> pair, in the units and dtype that the model is given.
+    :param reward: pair of (B, T).
+    :param goes_on: the probability that the episode goes on; its truth is 0 at a terminal entry, else 1.
+    :param value: the critic in the dream; its truth is the critic's own opinion when it sees every observation.
+    :param valid: (B, T) bool, false from the first entry after the context that begins another episode.
+    :param context: entries seen.
+    """
+
+    specs: dict[str, Spec]
+    obs: dict[str, Pair]
+    reward: Pair
+    goes_on: Pair
+    value: Pair
+    valid: np.ndarray
+    context: int
+
+    @property
+    def horizon(self) -> int:
+        """Steps dreamed."""
+        return self.valid.shape[1] - self.context
+
+    @property
+    def best_sequences(self) -> np.ndarray:
+        """The sequences, those first that can be compared longest."""
+        return np.argsort(-self.valid.sum(1), kind="stable")
+
+
+@th.no_grad()
+def open_loop(policy: DreamerPolicy, batch: Batch, context: int = 10, samples: int = 16) -> OpenLoop:
+    """Let the model see the first entries of a batch, and dream the others.
+
+    :param policy: of a Dreamer.
+    :param batch: sequences as the replay serves them.
+    :param context: entries that the model sees.
+    :param samples: dreams M of each sequence; their spread is what the model holds for possible.
+    :raises ValueError: if the batch is too short for this context.
+    """
+    n, length = batch.reward.shape
+    if not 0 < context < length:
+        raise ValueError(f"context={context} has to leave something to dream: sequences have {length} entries")
+    world_model, rssm = policy.world_model, policy.world_model.rssm
+    whole, _ = world_model.observe(batch)
+
+    def seen(x: th.Tensor) -> th.Tensor:  # (B, T, .) -> (M * B, context, .)
+        return x[:, :context].repeat(samples, *[1] * (x.ndim - 1))
+
+    embed = world_model.encoder({key: value[:, :context] for key, value in batch.obs.items()})
+    start = rssm.unpack(batch.start.repeat(samples, 1))
+    states, _ = rssm.observe(seen(embed), seen(batch.prev_action), seen(batch.is_first), start)
+    dream = imagine_actions(world_model, states[:, -1], batch.action[:, context - 1 : -1].repeat(samples, 1, 1))
+    features = th.cat([states.features[:, :-1], dream.features], 1).unflatten(0, (samples, n))  # (M, B, T, F)
+
+    decoded = [world_model.decoder.predict(one) for one in features]  # one at a time: images are large
+    values = th.stack([policy.critic.value(one) for one in features])
+    return OpenLoop(
+        specs=dict(world_model.decoder.specs),
+        obs={key: pair(value, th.stack([one[key] for one in decoded])) for key, value in batch.obs.items()},
+        reward=pair(batch.reward, world_model.predict_reward(features)),
+        goes_on=pair((~batch.is_terminal).float(), world_model.predict_discount(features) / world_model.gamma),
+        value=pair(policy.critic.value(whole.features), values),
+        valid=valid_entries(batch.is_first, context),
+        context=context,
+    )
+
+
+def pair(truth: th.Tensor, dream: th.Tensor) -> Pair:
+    """Tensors to a pair of arrays."""
+    return Pair(truth.cpu().numpy(), dream.cpu().numpy())
+
+
+def valid_entries(is_first: th.Tensor, context: int) -> np.ndarray:
+    """(B, T) bool, false from the first entry after the context that begins another episode."""
+    restarts = is_first.cpu().numpy().copy()
+    restarts[:, :context] = False
+    return restarts.cumsum(1) == 0
+
+
+def numbers(observed: np.ndarray, spec: Spec) -> np.ndarray:
+    """An observation as floats: (..., *shape) -> (..., X). Images in [0, 1], integers as one-hot vectors."""
+    code = one_hot if spec.kind == "discrete" else flat
+    floats = code(th.from_numpy(observed), spec).numpy()
+    return floats / 255 if spec.kind == "image" else floats
+
+
+def dimension_names(specs: dict[str, Spec]) -> dict[str, list[str]]:
+    """Key -> names of its dimensions, as in ``obs[3]``; keys of images are left out."""
+    widths = {key: spec.width for key, spec in specs.items() if spec.kind != "image"}
+    return {key: [f"{key}[{i}]" for i in range(width)] for key, width in widths.items()}

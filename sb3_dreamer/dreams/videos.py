@@ -1,0 +1,143 @@
+"""Videos: images as truth | dream | error, and the bodies of MuJoCo tasks as truth | dream."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+
+from sb3_dreamer.dreams.extras import MissingExtra, need
+from sb3_dreamer.dreams.open_loop import OpenLoop
+
+FPS = 15
+SEEN, DREAMED = (90, 160, 90), (31, 111, 180)  # colour of the bar above a frame
+MIN_PIXELS = 128
+
+
+def image_video(loop: OpenLoop, sequence: int, key: str) -> np.ndarray:
+    """Truth | dream | absolute error of the first dream of a sequence: frames (T, height, width, 3) uint8."""
+    truth, dream = (as_rgb(x) for x in (loop.obs[key].truth[sequence], loop.obs[key].dream[0, sequence]))
+    error = np.abs(truth.astype(np.int16) - dream).astype(np.uint8)
+    frames = np.concatenate([truth, dream, error], 2)
+    times = -(-MIN_PIXELS // truth.shape[1])
+    return with_bar(frames.repeat(times, 1).repeat(times, 2), loop, sequence)
+
+
+def as_rgb(images: np.ndarray) -> np.ndarray:
+    """(T, C, H, W) -> (T, H, W, 3); of stacked frames the newest."""
+    channels = 3 if images.shape[1] % 3 == 0 else 1
+    return np.broadcast_to(np.moveaxis(images[:, -channels:], 1, -1), (*np.moveaxis(images, 1, -1).shape[:-1], 3))
+
+
+def with_bar(frames: np.ndarray, loop: OpenLoop, sequence: int) -> np.ndarray:
+    """Put a bar above the frames, green while the model sees and blue while it dreams; cut where the truth ends.
+
+    Both sizes become even, as video codecs want them.
+    """
+    until, (_, height, width, _) = int(loop.valid[sequence].sum()), frames.shape
+    barred = np.zeros((until, height + 6 + height % 2, width + width % 2, 3), np.uint8)
+    barred[:, 6 : height + 6, :width] = frames[:until]
+    barred[: loop.context, :4], barred[loop.context :, :4] = SEEN, DREAMED
+    return barred
+
+
+class Body:
+    """Poses of a MuJoCo task that are read off its observations, and rendered.
+
+    The observation has to begin with the positions ``qpos``, the root's first ones left out or not, and the velocities
+    ``qvel``; this is checked on real steps. The root positions that are left out are integrated from the velocities.
+
+    :param env: of the task, not the one that is trained in: it is stepped, and its state is set.
+    :param pixels: height and width of a frame.
+    :raises ValueError: if the observation does not determine the pose.
+    :raises MissingExtra: without mujoco.
+    """
+
+    def __init__(self, env: gym.Env, pixels: int = 192) -> None:
+        need("mujoco", "mujoco")
+        self.env: Any = env.unwrapped
+        self.pixels = pixels
+        if not isinstance(env.observation_space, gym.spaces.Box) or not hasattr(self.env, "set_state"):
+            raise ValueError(f"{self.env} is no MuJoCo task of Gymnasium with a vector to observe")
+        env.reset(seed=0)
+        seen = [np.asarray(env.step(env.action_space.sample())[0]) for _ in range(3)]
+        fits = [skip for skip in (0, 1, 2) if self._fits(seen[-1], skip)]
+        if not fits:
+            raise ValueError(f"{self.env} is not observed by the positions of its joints: the pose is not known")
+        self.skip = fits[0]
+
+    def _fits(self, obs: np.ndarray, skip: int) -> bool:
+        positions = self.env.data.qpos[skip:]
+        rest = obs[len(positions) :]
+        return obs.ndim == 1 and len(rest) >= skip and np.allclose(obs[: len(positions)], positions, atol=1e-6)
+
+    def poses(self, obs: np.ndarray) -> np.ndarray:
+        """Observations in time (T, X) -> positions (T, nq)."""
+        n = self.env.model.nq - self.skip
+        root = np.cumsum(obs[:, n : n + self.skip] * self.env.dt, 0)
+        return np.concatenate([root, obs[:, :n]], 1)
+
+    def frames(self, obs: np.ndarray) -> np.ndarray:
+        """Render the poses of observations in time, without shadows: (T, X) -> (T, height, width, 3) uint8.
+
+        :raises MissingExtra: if MuJoCo cannot render here.
+        """
+        import mujoco
+
+        model, data = self.env.model, self.env.data
+        try:
+            renderer = mujoco.Renderer(model, self.pixels, self.pixels)
+        except Exception as error:  # every OpenGL platform fails in its own way
+            raise MissingExtra(
+                f"MuJoCo cannot render here, so this video is left out ({error}). Without a display set MUJOCO_GL=egl; "
+                'if that does not help: pip install "sb3-dreamer[mujoco]", apt-get install libegl1'
+            ) from error
+        rendered = []
+        tracks = mujoco.mj_name2id(model, mujoco.mjtObj.mjOBJ_CAMERA, "track") >= 0
+        for qpos in self.poses(obs):
+            mujoco.mj_normalizeQuat(model, qpos)
+            self.env.set_state(qpos, np.zeros(model.nv))
+            renderer.update_scene(data, camera="track" if tracks else -1)
+            renderer.scene.flags[mujoco.mjtRndFlag.mjRND_SHADOW] = False
+            renderer.scene.flags[mujoco.mjtRndFlag.mjRND_REFLECTION] = False
+            rendered.append(renderer.render())
+        renderer.close()
+        return np.stack(rendered)
+
+
+Units = Callable[[np.ndarray], np.ndarray]
+
+
+def body_video(loop: OpenLoop, sequence: int, body: Body, in_units: Units = np.asarray) -> np.ndarray:
+    """Real body | dreamed body of the first dream of a sequence: frames (T, height, width, 3) uint8.
+
+    :param loop: dreams of observations under the single key "obs".
+    :param sequence: which of the B sequences.
+    :param body: of the same task.
+    :param in_units: turns observations that the model is given into those of the task; undoes VecNormalize.
+    :raises MissingExtra: if MuJoCo cannot render here.
+    """
+    pair = loop.obs["obs"]
+    sides = [body.frames(in_units(obs).astype(np.float64)) for obs in (pair.truth[sequence], pair.dream[0, sequence])]
+    return with_bar(np.concatenate(sides, 2), loop, sequence)
+
+
+def encode(frames: np.ndarray, suffix: str) -> bytes:
+    """A video file's bytes.
+
+    :param frames: (T, height, width, 3) uint8.
+    :param suffix: ".mp4" for browsers, ".gif" for TensorBoard.
+    :raises MissingExtra: without moviepy.
+    """
+    clip = need("moviepy", "dreams").ImageSequenceClip(list(frames), fps=FPS)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, f"dream{suffix}")
+        if suffix == ".gif":
+            clip.write_gif(path, logger=None)
+        else:
+            clip.write_videofile(path, logger=None)
+        return path.read_bytes()

@@ -273,7 +273,6 @@ class Dreamer(OffPolicyAlgorithm):
         """Sample, update, write the refreshed states back: ``gradient_steps`` times."""
         if gradient_steps == 0:
             return
-        self.policy.set_training_mode(True)
         self._update_learning_rate(self.policy.optimizer)
         for _ in range(gradient_steps):
             batch = self.replay_buffer.sample(batch_size, env=self._vec_normalize_env)

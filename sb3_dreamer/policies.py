@@ -106,6 +106,11 @@ class DreamerPolicy(BasePolicy):
         data.pop("features_extractor_class", None)
         return {**data, "lr_schedule": self._dummy_schedule, **self._arguments}
 
+    def set_training_mode(self, mode: bool) -> None:
+        """SB3 calls this at every step; no layer depends on it, so the modules are walked only when it changes."""
+        if mode != self.training:
+            super().set_training_mode(mode)
+
     # -- acting --------------------------------------------------------------------------------------------------------
 
     def initial_state(self, n: int) -> PolicyState:
@@ -129,7 +134,6 @@ class DreamerPolicy(BasePolicy):
         :return: actions in the space's units, clipped to its bounds; the next state.
         :raises ValueError: for observations of another space, or a Gym ``(obs, info)`` tuple.
         """
-        self.set_training_mode(False)
         if isinstance(observation, tuple) and len(observation) == 2 and isinstance(observation[1], dict):
             raise ValueError(
                 "predict() got the tuple (observation, info) of Gymnasium's reset(); pass the observation alone"
@@ -139,14 +143,10 @@ class DreamerPolicy(BasePolicy):
         n = len(next(iter(obs.values())))
         packed, prev_action = self.initial_state(n) if state is None else state
         is_first = np.zeros(n, bool) if episode_start is None else np.asarray(episode_start).reshape(n).astype(bool)
+        device = next(iter(obs.values())).device
         with th.inference_mode():
-            encoded, packed_next = self.act(
-                obs,
-                th.as_tensor(packed, device=self.device),
-                th.as_tensor(prev_action, device=self.device),
-                th.as_tensor(is_first, device=self.device),
-                deterministic,
-            )
+            carried = (th.as_tensor(x, device=device) for x in (packed, prev_action, is_first))
+            encoded, packed_next = self.act(obs, *carried, deterministic)
         actions = self.decode_action(encoded.cpu().numpy())
         new_state = (packed_next.cpu().numpy(), encoded.cpu().numpy())
         return actions if vectorized else actions[0], new_state

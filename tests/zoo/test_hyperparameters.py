@@ -1,0 +1,66 @@
+import inspect
+
+import gymnasium as gym
+import pytest
+import yaml
+
+from sb3_dreamer import Dreamer
+from sb3_dreamer.zoo import hyperparams_file, register
+
+BLOCKS = yaml.safe_load(hyperparams_file().read_text("utf-8"))
+DEFAULTS = {name: p.default for name, p in inspect.signature(Dreamer.__init__).parameters.items()}
+MUJOCO = ["HalfCheetah", "Hopper", "Walker2d", "Ant", "Humanoid", "Swimmer", "Reacher", "Pusher"]
+MUJOCO += ["InvertedPendulum", "InvertedDoublePendulum"]
+
+
+@pytest.fixture(scope="module")
+def check():
+    register()
+    from sb3_dreamer.zoo.experiment import check_hyperparameters
+
+    return check_hyperparameters
+
+
+def test_promised_environments_have_blocks():
+    promised = {"default", "atari", "Pendulum-v1", "CartPole-v1", "dm_control/walker-walk-v0"}
+    promised |= {f"{name}-{version}" for name in MUJOCO for version in ("v4", "v5")}
+    assert promised <= BLOCKS.keys()
+
+
+def test_every_block_is_of_an_environment_that_exists():
+    import shimmy
+
+    gym.register_envs(shimmy)
+    assert BLOCKS.keys() - gym.registry.keys() == {"default", "atari"}
+
+
+@pytest.mark.parametrize("env_id", BLOCKS)
+def test_a_block_names_steps_policy_and_nothing_unknown(check, env_id):
+    assert {"n_timesteps", "policy"} <= BLOCKS[env_id].keys()
+    check(BLOCKS[env_id], "dreamer.yml")
+
+
+@pytest.mark.parametrize("env_id", BLOCKS)
+def test_a_block_does_not_repeat_defaults_of_the_constructor(env_id):
+    repeated = [name for name, value in BLOCKS[env_id].items() if name in DEFAULTS and DEFAULTS[name] == value]
+    assert repeated == []
+
+
+@pytest.mark.parametrize(
+    ("given", "meant"), [("train_ration", "train_ratio"), ("horizon", "imagination_horizon"), ("n_env", "n_envs")]
+)
+def test_an_unknown_name_is_refused_with_the_nearest_known_one(check, given, meant):
+    with pytest.raises(ValueError, match=f'"{given}" .* did you mean "{meant}"'):
+        check({"policy": "MlpPolicy", given: 1}, "my.yml")
+
+
+def test_what_the_zoo_passes_itself_is_no_hyperparameter(check):
+    with pytest.raises(ValueError, match=r'"seed" .* is no hyperparameter'):
+        check({"seed": 1}, "my.yml")
+
+
+def test_a_number_that_yaml_takes_for_text_is_refused_and_a_schedule_is_not(check):
+    block = yaml.safe_load("{ent_coef: 3e-4, learning_rate: lin_4e-4}")
+    with pytest.raises(ValueError, match="ent_coef: 3e-4 is text to YAML; write ent_coef: !!float 3e-4"):
+        check(block, "my.yml")
+    check({"learning_rate": block["learning_rate"]}, "my.yml")

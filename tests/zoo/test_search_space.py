@@ -1,0 +1,62 @@
+import inspect
+
+import optuna
+import pytest
+
+from sb3_dreamer import Dreamer
+from sb3_dreamer.zoo.search_space import convert_dreamer_params, sample_dreamer_params
+
+
+@pytest.fixture(scope="module")
+def trials():
+    """Forty draws: (arguments for Dreamer, the finished trial)."""
+    sampled = []
+
+    def objective(trial: optuna.Trial) -> float:
+        sampled.append(sample_dreamer_params(trial, 1, 1, {}))
+        return 0.0
+
+    study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
+    study.optimize(objective, n_trials=40)
+    return list(zip(sampled, study.trials, strict=True))
+
+
+def test_every_sampled_name_is_an_argument_of_the_constructor(trials):
+    arguments = inspect.signature(Dreamer.__init__).parameters.keys()
+    assert all(params.keys() <= arguments for params, _ in trials)
+
+
+def test_a_trial_read_from_a_study_gives_the_same_arguments(trials):
+    assert all(convert_dreamer_params(trial.params) == params for params, trial in trials)
+
+
+def test_the_space_is_the_same_for_every_trial(trials):
+    assert len({tuple(trial.distributions.items()) for _, trial in trials}) == 1
+
+
+def test_values_stay_where_a_practitioner_would_look(trials):
+    for params, _ in trials:
+        assert 3e-5 <= params["learning_rate"] <= 1e-3
+        assert 0.97 <= params["gamma"] <= 0.999
+        assert 0.5 <= params["gae_lambda"] <= 0.99
+        assert params["batch_length"] in (16, 32, 64)
+        assert params["train_ratio"] in (64, 128, 256, 512, 1024)
+        assert params["imagination_horizon"] in (5, 10, 15, 20, 25)
+
+
+def test_defaults_of_the_constructor_lie_inside_the_space(trials):
+    defaults = {name: p.default for name, p in inspect.signature(Dreamer.__init__).parameters.items()}
+    for name in trials[0][0]:
+        drawn = [params[name] for params, _ in trials]
+        assert min(drawn) <= defaults[name] <= max(drawn), name
+
+
+def test_the_report_shows_the_values_themselves(trials):
+    for params, trial in trials:
+        assert trial.user_attrs == {
+            name: params[name] for name in ("gamma", "gae_lambda", "batch_length", "train_ratio")
+        }
+
+
+def test_the_size_of_the_model_is_left_to_the_user(trials):
+    assert not any({"model_size", "policy_kwargs"} & params.keys() for params, _ in trials)

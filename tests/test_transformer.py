@@ -101,6 +101,17 @@ def test_gradients_through_single_steps_equal_those_of_the_parallel_pass(model: 
         assert parallel.abs().max() > 1e-4
 
 
+@pytest.mark.usefixtures("no_chance")
+def test_products_in_bfloat16_leave_states_in_float32(model: RSSM):
+    data = entries(2, 20)
+    exact, _ = model.observe(*data, model.initial(2))
+    with th.autocast("cpu", th.bfloat16):
+        states, post = model.observe(*data, model.initial(2))
+        after = model.imagine_step(states.detach().flatten(), th.zeros(40, A))
+    assert {x.dtype for x in (states.deter, states.stoch, post, after.deter, after.stoch)} == {th.float32}
+    assert (states.deter - exact.deter).abs().mean() < 0.02
+
+
 # -- dreams ------------------------------------------------------------------------------------------------------------
 
 

@@ -248,7 +248,7 @@ class Transformer(nn.Module):
     ) -> tuple[th.Tensor, th.Tensor, th.Tensor, Context]:
         """See :meth:`SequenceModel.filter`."""
         assert isinstance(start.context, Cache)
-        logits = to_logits(posterior(embed))
+        logits = to_logits(posterior(embed)).to(start.stoch.dtype)
         probs = unimix_probs(logits.unflatten(-1, (-1, self.stoch)), -2)
         stoch = straight_through(sample_onehot(probs, -2), probs).flatten(-2)
         before = th.cat([start.stoch[:, None], stoch[:, :-1]], 1) * ~is_first[..., None]
@@ -278,7 +278,7 @@ class Transformer(nn.Module):
         distance = place[past:, None] - place
         seen = (distance >= 0) & (distance < age.clamp(max=self.window)[:, None, :, None])
         distance = distance.clamp(0, self.window - 1)
-        x = self.token(th.cat([stoch, action / action.abs().clamp(min=1.0).detach()], -1))
+        x = self.token(th.cat([stoch, action / action.abs().clamp(min=1.0).detach()], -1)).to(stoch.dtype)
         for layer, tape in zip(self.stack, tapes, strict=True):
             x = layer(x, tape, distance, seen)
         return self.out(self.norm(x)), tapes, place[past:] + used + 1

@@ -6,6 +6,7 @@ import argparse
 import difflib
 import inspect
 import pickle
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -82,13 +83,16 @@ def draw_study(report: Path) -> None:
     :param report: the pickled study.
     """
     import matplotlib.pyplot as plt
+    from optuna.exceptions import ExperimentalWarning
     from optuna.visualization import matplotlib as plots
 
     with report.open("rb") as file:
         study = pickle.load(file)
     for name in ("optimization_history", "param_importances"):
         try:
-            figure = getattr(plots, f"plot_{name}")(study).figure
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", ExperimentalWarning)  # optuna's word for plots by matplotlib
+                figure = getattr(plots, f"plot_{name}")(study).figure
         except (ValueError, RuntimeError):  # too few finished trials
             continue
         figure.savefig(report.with_name(f"{report.stem}_{name}.png"), bbox_inches="tight")

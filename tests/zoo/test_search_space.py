@@ -1,9 +1,11 @@
 import inspect
+import pickle
 
 import optuna
 import pytest
 
 from sb3_dreamer import Dreamer
+from sb3_dreamer.zoo import register
 from sb3_dreamer.zoo.search_space import convert_dreamer_params, sample_dreamer_params
 
 
@@ -60,3 +62,19 @@ def test_the_report_shows_the_values_themselves(trials):
 
 def test_the_size_of_the_model_is_left_to_the_user(trials):
     assert not any({"model_size", "policy_kwargs"} & params.keys() for params, _ in trials)
+
+
+def test_a_study_becomes_two_pictures(tmp_path):
+    register()
+    from sb3_dreamer.zoo.experiment import draw_study
+
+    def objective(trial: optuna.Trial) -> float:
+        return sample_dreamer_params(trial, 1, 1, {})["gamma"]
+
+    study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
+    study.optimize(objective, n_trials=12)
+    report = tmp_path / "report.pkl"
+    report.write_bytes(pickle.dumps(study))
+    draw_study(report)
+    pictures = {"report_optimization_history.png", "report_param_importances.png"}
+    assert {file.name for file in tmp_path.glob("*.png")} == pictures

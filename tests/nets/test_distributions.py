@@ -42,6 +42,14 @@ def test_uniform_logits_predict_exactly_zero() -> None:
         assert th.equal(twohot_mean(th.full((3, 255), level), symexp_bins()), th.zeros(3))
 
 
+def test_predicted_numbers_are_not_rounded_inside_autocast() -> None:
+    bins = symexp_bins()
+    logits = th.randn(50, 255, generator=th.Generator().manual_seed(0))
+    with th.autocast("cpu", th.bfloat16):
+        rounded = twohot_mean(logits, bins)
+    assert th.equal(rounded, twohot_mean(logits, bins))
+
+
 def test_the_two_hot_code_of_a_target_has_the_target_as_its_mean() -> None:
     bins = symexp_bins(11)
     for target in (-20.0, 0.0, 0.3, 7.5, 1000.0):

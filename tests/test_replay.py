@@ -123,6 +123,22 @@ class TestTime:
         assert batch.is_last.tolist() == batch.is_terminal.tolist() == [[False, False, True]]
         assert batch.is_first.tolist() == [[True, False, False]]
 
+    def test_arrays_that_the_environment_uses_again_are_not_shared(self):
+        buffer = make()
+        obs, action, reward = np.zeros((1, 1), np.float32), np.zeros((1, 1), np.float32), np.zeros(1, np.float32)
+        info = {"terminal_observation": np.zeros(1, np.float32)}
+        for number in range(1, 3):
+            obs[:], action[:], reward[:] = number, number / 10, number
+            info["terminal_observation"][:] = 3
+            buffer.add(obs, obs, action, reward, np.array([number == 2]), [info])
+            assert reward == number
+            obs[:], action[:], reward[:] = 99, 0.99, 99
+            info["terminal_observation"][:] = 99
+        batch = buffer.sample(1)
+        assert batch.obs["obs"].flatten().tolist() == [1, 2, 3]
+        assert batch.reward.tolist() == [[0, 1, 2]]
+        np.testing.assert_allclose(batch.action.flatten(), [0.1, 0.2, 0.0])
+
     def test_cut_before_the_first_entry_is_allowed(self):
         buffer = make()
         buffer.cut()
@@ -245,8 +261,10 @@ class TestLatents:
             step(buffer, number, latent=0)
         buffer.update_latents(old, th.tensor([[[10.0], [11.0], [12.0]], [[15.0], [16.0], [17.0]]]))
         batch = buffer.sample(200)
-        served = dict(zip(starts(batch), batch.start.flatten().tolist()))
-        assert served == {3: 12.0, 4: 0.0, 5: 0.0, 6: 15.0, 7: 16.0}
+        assert dict(zip(starts(batch), batch.start.flatten().tolist())) == {3: 12, 4: 0, 5: 0, 6: 15, 7: 16}
+        walk(buffer, 10, 12)
+        batch = buffer.sample(200)
+        assert dict(zip(starts(batch), batch.start.flatten().tolist())) == {5: 0, 6: 15, 7: 16, 8: 17, 9: 0}
 
     def test_latents_are_kept_as_float16_and_clipped_to_it(self):
         buffer = make(latent_size=1)

@@ -12,6 +12,7 @@ from typing import Any, ClassVar, TypeVar
 import numpy as np
 import torch as th
 from gymnasium import spaces
+from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.buffers import ReplayBuffer
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.noise import ActionNoise
@@ -28,6 +29,7 @@ from sb3_dreamer.replay import SequenceReplayBuffer
 from sb3_dreamer.types import Batch
 
 SelfDreamer = TypeVar("SelfDreamer", bound="Dreamer")
+Algorithm = TypeVar("Algorithm", bound=BaseAlgorithm)
 
 LOSS_SCALES = {
     "reconstruction": 1.0,
@@ -139,6 +141,7 @@ class Dreamer(OffPolicyAlgorithm):
         self._entries_owed = 0.0
         self._online_state: PolicyState | None = None
         self._metrics: dict[str, list[th.Tensor]] = {}
+        self._cloning: Any = None  # what is left of a warm start
         if _init_setup_model:
             self._setup_model()
 
@@ -303,6 +306,8 @@ class Dreamer(OffPolicyAlgorithm):
 
             # Learn what to do, and what it is worth.
             losses["actor"], actor_info = actor_loss(actor, dream, returns, values, scale, self.ent_coef)
+            if self._cloning is not None:
+                losses["actor"] = self._cloning.mix(losses["actor"], actor, states.features, batch, self._n_updates)
             losses["critic"] = critic_loss(critic, dream, logits, returns)
 
             # What really happened counts too; its bootstrap is what the dreams returned.
@@ -339,6 +344,35 @@ class Dreamer(OffPolicyAlgorithm):
         self._metrics = {}
         self.logger.record("train/n_updates", self._n_updates, exclude="tensorboard")
         super().dump_logs()
+
+    # -- the hybrid: each opens its wing when called -------------------------------------------------------------------
+
+    def warm_start(self: SelfDreamer, teacher: Any, n_steps: int, **kwargs: Any) -> SelfDreamer:
+        """Begin with what a teacher can do, see :func:`sb3_dreamer.hybrid.warm_start.warm_start`."""
+        from sb3_dreamer.hybrid.warm_start import warm_start
+
+        warm_start(self, teacher, n_steps, **kwargs)
+        return self
+
+    def add_experience(self: SelfDreamer, source: Any, time_limit: int | None = None) -> SelfDreamer:
+        """Take over recorded experience, see :func:`sb3_dreamer.hybrid.experience.add_experience`."""
+        from sb3_dreamer.hybrid.experience import add_experience
+
+        add_experience(self, source, time_limit)
+        return self
+
+    def pretrain(self: SelfDreamer, updates: int) -> SelfDreamer:
+        """Learn from the replay alone, see :func:`sb3_dreamer.hybrid.experience.pretrain`."""
+        from sb3_dreamer.hybrid.experience import pretrain
+
+        pretrain(self, updates)
+        return self
+
+    def to_model_free(self, algorithm: type[Algorithm], env: GymEnv | None = None, **kwargs: Any) -> Algorithm:
+        """A plain SB3 algorithm that goes on from here, see :func:`sb3_dreamer.hybrid.hand_over.to_model_free`."""
+        from sb3_dreamer.hybrid.hand_over import to_model_free
+
+        return to_model_free(self, algorithm, env, **kwargs)
 
     # -- keeping -------------------------------------------------------------------------------------------------------
 
@@ -396,7 +430,7 @@ class Dreamer(OffPolicyAlgorithm):
             raise
 
     def _excluded_save_params(self) -> list[str]:
-        return [*super()._excluded_save_params(), "_online_state", "_metrics", "_last_obs", "_last_original_obs"]
+        return [*super()._excluded_save_params(), "_online_state", "_metrics", "_cloning", "_last_obs", "_last_original_obs"]
 
     def _get_torch_save_params(self) -> tuple[list[str], list[str]]:
         return ["policy", "policy.optimizer"], []

@@ -237,6 +237,10 @@ class SequenceReplayBuffer:
         """Entries stored, all environments together."""
         return int(self._rings.stored().sum())
 
+    def heads(self) -> np.ndarray:
+        """(n_envs,) entries that were ever stored of each environment: the number that the next one will have."""
+        return self._rings.head.copy()
+
     @property
     def n_sequences(self) -> int:
         """Number of different sequences that can be served."""

@@ -169,6 +169,10 @@ class ActionCode:
         stored = self.column.cast(action, envs)
         return (stored - self._start).astype(stored.dtype) if self.classes else stored
 
+    def load(self, stored: np.ndarray) -> np.ndarray:
+        """Inverse of :meth:`store`: (n, *column.shape) as stored -> (n, *column.shape) scaled floats or integers."""
+        return (stored + self._start).astype(stored.dtype) if self.classes else stored
+
     def serve(self, stored: np.ndarray) -> np.ndarray:
         """(..., *column.shape) as stored -> (..., A) float32."""
         if not self.classes:

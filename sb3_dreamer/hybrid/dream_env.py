@@ -1,0 +1,143 @@
+"""The world model as an SB3 environment: any SB3 algorithm can train in it, without a single real step."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch as th
+from gymnasium import spaces
+from stable_baselines3.common.vec_env import VecEnv
+from stable_baselines3.common.vec_env.base_vec_env import VecEnvIndices, VecEnvObs, VecEnvStepReturn
+
+from sb3_dreamer.dreamer import Dreamer
+from sb3_dreamer.hybrid.experience import require_replay
+from sb3_dreamer.hybrid.real_states import real_states, unpacked
+from sb3_dreamer.nets.layers import fast_bfloat16
+
+STARTS_PER_ENV = 16
+
+
+class DreamVecEnv(VecEnv):
+    """Dynamics, reward and termination are the learned model's; episodes start from replayed moments.
+
+    A dream ends where the model says so (its predicted probability is drawn), or after ``horizon`` steps as by a time
+    limit, so that the value of what would follow counts. Observations and rewards are what Dreamer's policy is given:
+    normalised, if its environment is a VecNormalize. The model is used as it is at each step; ``reset()`` draws new
+    moments to start from out of what the replay holds by then.
+
+    :param model: a trained Dreamer with its replay.
+    :param n_envs: dreams side by side.
+    :param horizon: steps of a dream.
+    :raises ValueError: for a replay with nothing to start from, and senseless numbers.
+    """
+
+    def __init__(self, model: Dreamer, n_envs: int = 1024, horizon: int = 64) -> None:
+        if n_envs < 1 or horizon < 1:
+            raise ValueError(f"n_envs={n_envs} and horizon={horizon} have to be at least 1")
+        require_replay(model, "DreamVecEnv")
+        self.model, self.horizon = model, horizon
+        super().__init__(n_envs, model.observation_space, model.action_space)
+        self._age = np.zeros(n_envs, int)
+        self._actions = np.zeros(0)
+
+    def reset(self) -> VecEnvObs:
+        """Begin all dreams anew."""
+        real = real_states(self.model, STARTS_PER_ENV * self.num_envs)
+        alive = np.flatnonzero(~real.is_last)
+        self._start_obs = {key: part[alive] for key, part in real.obs.items()}
+        self._starts = real.packed[alive]
+        drawn = self._draw(self.num_envs)
+        self._state = unpacked(self.model, self._starts[drawn])
+        self._age[:] = 0
+        return self._as_observation({key: part[drawn] for key, part in self._start_obs.items()})
+
+    def step_async(self, actions: np.ndarray) -> None:
+        """Keep the actions, in the units of the action space."""
+        self._actions = actions
+
+    @th.inference_mode()
+    def step_wait(self) -> VecEnvStepReturn:
+        """Dream one step on."""
+        model, policy = self.model.policy.world_model, self.model.policy
+        device = self.model.device
+        actions = th.as_tensor(policy.encode_action(self._actions), device=device)
+        with th.autocast(device.type, th.bfloat16, enabled=fast_bfloat16(device)):
+            self._state = model.rssm.imagine_step(self._state, actions)
+            features = self._state.features
+            reward = model.predict_reward(features)
+            goes_on = model.predict_discount(features) / model.gamma
+            seen = model.decoder.predict(features)
+        obs = {key: self._in_space(key, part.float().cpu().numpy()) for key, part in seen.items()}
+        terminal = (th.rand_like(goes_on) > goes_on).cpu().numpy()
+        self._age += 1
+        dones = terminal | (self._age >= self.horizon)
+        infos: list[dict[str, Any]] = [{} for _ in range(self.num_envs)]
+        if dones.any():
+            self._begin_again(np.flatnonzero(dones), terminal, obs, infos)
+        return self._as_observation(obs), reward.float().cpu().numpy(), dones, infos
+
+    def _begin_again(
+        self, ended: np.ndarray, terminal: np.ndarray, obs: dict[str, np.ndarray], infos: list[dict[str, Any]]
+    ) -> None:
+        """New moments in place of dreams that have ended, whose last observations go into ``infos``."""
+        for i in ended:
+            last = {key: part[i].copy() for key, part in obs.items()}
+            infos[i] = {
+                "terminal_observation": self._as_observation(last),
+                "TimeLimit.truncated": not terminal[i],
+            }
+        drawn = self._draw(len(ended))
+        packed = self.model.policy.world_model.rssm.pack(self._state)
+        packed[th.as_tensor(ended, device=packed.device)] = self._starts[th.as_tensor(drawn, device=packed.device)]
+        self._state = unpacked(self.model, packed)
+        self._age[ended] = 0
+        for key, part in obs.items():
+            part[ended] = self._start_obs[key][drawn]
+
+    def _draw(self, n: int) -> np.ndarray:
+        return th.randint(len(self._starts), (n,)).numpy()
+
+    def _in_space(self, key: str, seen: np.ndarray) -> np.ndarray:
+        """Decoded observations in the dtype of the space, clipped to its bounds."""
+        space = self.observation_space
+        space = space.spaces[key] if isinstance(space, spaces.Dict) else space
+        if isinstance(space, spaces.Box):
+            return np.clip(seen, space.low, space.high).astype(space.dtype)
+        return seen.astype(space.dtype)
+
+    def _as_observation(self, by_key: dict[str, np.ndarray]) -> Any:
+        return by_key if isinstance(self.observation_space, spaces.Dict) else by_key["obs"]
+
+    # -- the rest of the interface -------------------------------------------------------------------------------------
+
+    def close(self) -> None:
+        """Nothing is open."""
+
+    def get_attr(self, attr_name: str, indices: VecEnvIndices = None) -> list[Any]:
+        """The same for all dreams; there is nothing to look at but what the observations hold."""
+        value = None if attr_name == "render_mode" else getattr(self, attr_name)
+        return [value for _ in self._get_indices(indices)]
+
+    def set_attr(self, attr_name: str, value: Any, indices: VecEnvIndices = None) -> None:
+        """Set it for all dreams."""
+        setattr(self, attr_name, value)
+
+    def env_method(self, method_name: str, *args: Any, indices: VecEnvIndices = None, **kwargs: Any) -> list[Any]:
+        """Dreams have no methods of the real environment.
+
+        :raises AttributeError: always.
+        """
+        raise AttributeError(f"a dream has no method {method_name}: only the real environment has")
+
+    def env_is_wrapped(self, wrapper_class: type, indices: VecEnvIndices = None) -> list[bool]:
+        """No wrapper around any of them."""
+        return [False for _ in self._get_indices(indices)]
+
+    def get_images(self) -> Sequence[np.ndarray | None]:
+        """A dream cannot be rendered.
+
+        :raises NotImplementedError: always.
+        """
+        raise NotImplementedError("dreams are not rendered here: python -m sb3_dreamer.dreams shows them")

@@ -1,0 +1,197 @@
+"""Experience that others have collected: SB3 replays, Minari data sets, episodes. And learning from it alone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import numpy as np
+from gymnasium import spaces
+from stable_baselines3.common.buffers import DictReplayBuffer, ReplayBuffer
+from stable_baselines3.common.utils import configure_logger
+
+from sb3_dreamer.dreamer import Dreamer
+from sb3_dreamer.replay import Episode, SequenceReplayBuffer, read_episodes, write_episode
+
+
+def add_experience(model: Dreamer, source: Any, time_limit: int | None = None) -> None:
+    """Put recorded experience into the model's replay; the environments are reset before they go on.
+
+    :param model: whose replay.
+    :param source: a SequenceReplayBuffer, an SB3 ReplayBuffer or DictReplayBuffer, a Minari data set or its id, or
+        :class:`~sb3_dreamer.replay.Episode` objects.
+    :param time_limit: for replays without time-limit flags: episodes of this many steps were cut by the clock.
+    :raises ValueError: for other spaces, values that are none of the space, and a source without a transition.
+    """
+    replay = model.replay_buffer
+    if source is replay:
+        raise ValueError("this replay is the model's own: what would be added is there already")
+    model._last_obs = None
+    replay.cut()
+    count = 0
+    for episode in episodes_of(model, source, time_limit):
+        write_episode(replay, episode)
+        count += 1
+    if count == 0:
+        raise ValueError(f"{type(source).__name__} holds no transition: collect something first")
+
+
+def pretrain(model: Dreamer, updates: int) -> None:
+    """Learn from the replay alone: world model, actor and critic, without a step in an environment.
+
+    :param model: the model.
+    :param updates: how many.
+    :raises ValueError: if the replay cannot serve a sequence.
+    """
+    require_replay(model, "pretrain()")
+    ensure_logger(model)
+    model.train(updates, model.batch_size)
+
+
+def require_replay(model: Dreamer, who: str) -> None:
+    """Refuse a replay that has no sequence to serve.
+
+    :raises ValueError: naming what is missing.
+    """
+    replay = model.replay_buffer
+    if not replay.can_sample():
+        raise ValueError(
+            f"{who} needs experience, and the replay holds {replay.size()} entries, too few for a sequence of "
+            f"{replay.sequence_length}: call learn(), warm_start(), add_experience() or load_replay_buffer() first"
+        )
+
+
+def ensure_logger(model: Any) -> None:
+    """Training outside of ``learn()`` needs a logger; ``learn()`` will make its own."""
+    if not hasattr(model, "_logger"):
+        model._logger = configure_logger(model.verbose)
+
+
+def episodes_of(model: Dreamer, source: Any, time_limit: int | None = None) -> Iterator[Episode]:
+    """Episodes of any kind of source, checked to be of the model's spaces.
+
+    :raises ValueError: for other spaces.
+    :raises TypeError: for a source of no known kind.
+    """
+    if isinstance(source, str):
+        source = _load_minari(source)
+    if isinstance(source, SequenceReplayBuffer):
+        check_spaces(model, source, "the replay")
+        return read_episodes(source)
+    if isinstance(source, ReplayBuffer):
+        check_spaces(model, source, "the replay")
+        return _replay_episodes(source, time_limit)
+    if hasattr(source, "iterate_episodes"):
+        check_spaces(model, source, "the data set")
+        return (_minari_episode(model, recorded) for recorded in source.iterate_episodes())
+    if isinstance(source, Iterable):
+        return iter(source)
+    raise TypeError(
+        f"experience of type {type(source).__name__} is not understood: give an SB3 ReplayBuffer, a "
+        "SequenceReplayBuffer, a Minari data set or its id, or sb3_dreamer.replay.Episode objects"
+    )
+
+
+def check_spaces(model: Dreamer, source: Any, what: str) -> None:
+    """Refuse experience of other shapes or actions; bounds of observations may differ.
+
+    :raises ValueError: naming both.
+    """
+    own = _shapes(model.observation_space), model.action_space
+    theirs = _shapes(source.observation_space), source.action_space
+    if own != theirs:
+        raise ValueError(
+            f"{what} has observations {theirs[0]} and actions {theirs[1]}, this model {own[0]} and {own[1]}: "
+            "use experience of the same environment with the same wrappers"
+        )
+
+
+def _shapes(space: spaces.Space) -> Any:
+    if isinstance(space, spaces.Dict):
+        return {key: sub.shape for key, sub in space.spaces.items()}
+    return space.shape
+
+
+# -- SB3's replay ------------------------------------------------------------------------------------------------------
+
+
+def _replay_episodes(buffer: ReplayBuffer, time_limit: int | None) -> Iterator[Episode]:
+    """Columns of transitions, one per environment, cut where an episode is done or the next row does not follow."""
+    rows = np.arange(buffer.pos)
+    if buffer.full:
+        rows = np.roll(np.arange(buffer.buffer_size), -buffer.pos)
+    if buffer.optimize_memory_usage:
+        rows = rows[1:] if buffer.full else rows  # the oldest row holds the newest next observation already
+    for env in range(buffer.n_envs if len(rows) > 0 else 0):
+        obs, next_obs = _observations(buffer, rows, env)
+        done = buffer.dones[rows, env] > 0
+        follows = np.ones(len(rows), bool)
+        for key, part in obs.items():
+            same = (next_obs[key][:-1] == part[1:]).reshape(len(rows) - 1, -1).all(-1)
+            follows[:-1] &= same
+        for part in np.split(np.arange(len(rows)), np.flatnonzero(done | ~follows) + 1):
+            if len(part) > 0:
+                yield from _one_episode(buffer, rows[part], env, time_limit)
+
+
+def _observations(buffer: ReplayBuffer, rows: np.ndarray, env: int) -> tuple[dict[str, np.ndarray], ...]:
+    """Observations and next observations of one column, (n, *shape) by key."""
+    if isinstance(buffer, DictReplayBuffer):
+        obs, next_obs = buffer.observations, buffer.next_observations
+        return {k: v[rows, env] for k, v in obs.items()}, {k: v[rows, env] for k, v in next_obs.items()}
+    if buffer.optimize_memory_usage:
+        following = buffer.observations[(rows + 1) % buffer.buffer_size, env]
+        return {"obs": buffer.observations[rows, env]}, {"obs": following}
+    return {"obs": buffer.observations[rows, env]}, {"obs": buffer.next_observations[rows, env]}
+
+
+def _one_episode(buffer: ReplayBuffer, rows: np.ndarray, env: int, time_limit: int | None) -> Iterator[Episode]:
+    """The transitions of one episode, all of one environment.
+
+    The memory-saving replay has lost the last observation of an episode, the next reset lies in its place: the one
+    before it stands in where the episode ended for good, since the end matters more; a cut episode ends a step early.
+    """
+    obs, next_obs = _observations(buffer, rows, env)
+    done = bool(buffer.dones[rows[-1], env])
+    time_out = bool(buffer.timeouts[rows[-1], env]) or len(rows) == time_limit
+    if buffer.optimize_memory_usage and done:
+        if time_out:
+            rows, obs, next_obs = rows[:-1], {"obs": obs["obs"][:-1]}, obs
+        else:
+            next_obs = obs
+    if len(rows) > 0:
+        action = buffer.actions[rows, env].reshape(len(rows), *(buffer.action_space.shape or ()))
+        whole = {key: np.concatenate([part, next_obs[key][-1:]]) for key, part in obs.items()}
+        whole = {key: part.reshape(len(part), *_shape_of(buffer.observation_space, key)) for key, part in whole.items()}
+        yield Episode(whole, action, buffer.rewards[rows, env], terminal=done and not time_out)
+
+
+def _shape_of(space: spaces.Space, key: str) -> tuple[int, ...]:
+    part = space.spaces[key] if isinstance(space, spaces.Dict) else space
+    return part.shape or ()
+
+
+# -- Minari ------------------------------------------------------------------------------------------------------------
+
+
+def _load_minari(name: str) -> Any:
+    """A data set by its id.
+
+    :raises ImportError: naming the pip command.
+    """
+    try:
+        import minari  # type: ignore[import-not-found]
+    except ImportError as error:
+        raise ImportError(f'"{name}" is taken for a Minari data set: pip install "minari[hdf5]"') from error
+    return minari.load_dataset(name)
+
+
+def _minari_episode(model: Dreamer, recorded: Any) -> Episode:
+    is_box = isinstance(model.action_space, spaces.Box)
+    obs = recorded.observations if isinstance(recorded.observations, dict) else {"obs": recorded.observations}
+    return Episode(
+        obs={key: np.asarray(part) for key, part in obs.items()},
+        action=np.asarray(model.policy.scale_action(recorded.actions) if is_box else recorded.actions),
+        reward=np.asarray(recorded.rewards),
+        terminal=bool(recorded.terminations[-1]),
+    )

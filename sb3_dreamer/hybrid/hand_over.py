@@ -1,0 +1,170 @@
+"""From Dreamer to a plain SB3 algorithm that goes on where Dreamer stopped."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Iterable, Iterator
+from typing import Any, Literal, TypeVar
+
+import numpy as np
+from gymnasium import spaces
+from stable_baselines3.common.base_class import BaseAlgorithm
+from stable_baselines3.common.buffers import DictReplayBuffer, ReplayBuffer
+from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
+from stable_baselines3.common.preprocessing import is_image_space
+from stable_baselines3.common.type_aliases import GymEnv
+from stable_baselines3.common.vec_env import VecNormalize, is_vecenv_wrapped
+
+from sb3_dreamer.dreamer import Dreamer
+from sb3_dreamer.hybrid.experience import require_replay
+from sb3_dreamer.hybrid.latent_env import LatentVecEnv
+from sb3_dreamer.hybrid.lessons import latent_observations, lessons_from
+from sb3_dreamer.hybrid.real_states import RealStates, real_states
+from sb3_dreamer.hybrid.students import student_of, teach, teach_critics
+from sb3_dreamer.replay import Episode, read_episodes
+
+Algorithm = TypeVar("Algorithm", bound=BaseAlgorithm)
+
+NEWEST = 50_000  # entries of the replay that the policy is learned from; the student's replay is given all
+
+
+def to_model_free(
+    model: Dreamer,
+    algorithm: type[Algorithm],
+    env: GymEnv | None = None,
+    on: Literal["observations", "latents"] = "observations",
+    updates: int = 5_000,
+    critic_updates: int = 2_000,
+    **kwargs: Any,
+) -> Algorithm:
+    """A plain SB3 algorithm that acts as Dreamer does, judges as Dreamer does, and remembers what Dreamer has seen.
+
+    :param model: a trained Dreamer with its replay.
+    :param algorithm: SAC, TD3, DDPG, TQC, CrossQ, PPO, A2C, TRPO, or a class derived from one of them.
+    :param env: environment to go on in; None: Dreamer's own.
+    :param on: what the new policy sees. "latents" are the features of Dreamer's model state, for tasks that need
+        memory: the algorithm's environment then is a :class:`~sb3_dreamer.hybrid.LatentVecEnv`.
+    :param updates: minibatches for the policy.
+    :param critic_updates: minibatches for off-policy critics on Dreamer's returns, and as many on the real transitions.
+    :param kwargs: constructor arguments of the algorithm; what is given here is not chosen for it.
+    :raises ValueError: for other spaces, an algorithm that cannot take over, and an empty replay; before any work.
+    """
+    require_replay(model, "to_model_free()")
+    target = _new_student(model, algorithm, env, on, kwargs)
+    student_of(target)
+    wanted_entropy = getattr(target, "target_entropy", None)
+    real = real_states(model, NEWEST)
+    gamma: float = target.gamma  # type: ignore[attr-defined]
+    lessons = lessons_from(model, real, gamma, on == "latents")
+    teach(target, lessons, updates)
+    if "target_entropy" in kwargs:
+        target.target_entropy = wanted_entropy  # type: ignore[attr-defined]
+    if isinstance(target, OffPolicyAlgorithm):
+        assert target.replay_buffer is not None
+        episodes = read_episodes(model.replay_buffer) if on == "observations" else _latent_episodes(model, real)
+        fill_replay(target.replay_buffer, episodes)
+        teach_critics(target, lessons, critic_updates)
+    target.num_timesteps = model.num_timesteps
+    if env is None:
+        model._last_obs = None  # two agents share the environments: whoever goes on resets them first
+    return target
+
+
+def _new_student(
+    model: Dreamer, algorithm: type[Algorithm], env: GymEnv | None, on: str, kwargs: dict[str, Any]
+) -> Algorithm:
+    """An untrained algorithm with settings that suit one that can act already.
+
+    :raises ValueError: where it cannot take over from this model.
+    """
+    if on not in ("observations", "latents"):
+        raise ValueError(f'on="{on}" is unknown; use "observations" or "latents"')
+    if env is None and model.env is None:
+        raise ValueError("this model was loaded without an environment: give env=, or load it with one")
+    known = inspect.signature(algorithm.__init__).parameters
+    settings: dict[str, Any] = {"device": model.device}
+    if "learning_starts" in known:
+        settings["learning_starts"] = 0  # otherwise it would begin with random actions
+    if "target_entropy" in known:
+        settings["ent_coef"] = f"auto_{model.ent_coef * model.policy.return_scale.scale.item():.6f}"
+    settings.update(copy.deepcopy(kwargs))
+    if settings.get("use_sde") or settings.get("optimize_memory_usage"):
+        raise ValueError("use_sde and optimize_memory_usage cannot be handed over to: leave them False")
+    wrapped = model._wrap_env(env, model.verbose) if env is not None else model.env
+    assert wrapped is not None
+    _check_env(model, wrapped)
+    if on == "latents":
+        wrapped = LatentVecEnv(model, wrapped)
+    policy = settings.pop("policy", _policy_name(wrapped.observation_space))
+    try:
+        return algorithm(policy, wrapped, **settings)
+    except AssertionError as error:
+        raise ValueError(f"{algorithm.__name__} cannot take over here: {error}") from error
+
+
+def _check_env(model: Dreamer, env: Any) -> None:
+    if env.observation_space != model.observation_space or env.action_space != model.action_space:
+        raise ValueError(
+            f"env has {env.observation_space} and {env.action_space}, the model {model.observation_space} and "
+            f"{model.action_space}: use an environment with the same spaces and wrappers"
+        )
+    if is_vecenv_wrapped(env, VecNormalize) != (model.get_vec_normalize_env() is not None):
+        raise ValueError("VecNormalize is around one of env and Dreamer's environment only: wrap env as Dreamer's is")
+
+
+def _policy_name(space: spaces.Space) -> str:
+    if isinstance(space, spaces.Dict):
+        return "MultiInputPolicy"
+    return "CnnPolicy" if is_image_space(space) else "MlpPolicy"
+
+
+# -- real transitions --------------------------------------------------------------------------------------------------
+
+
+def fill_replay(buffer: ReplayBuffer, episodes: Iterable[Episode]) -> None:
+    """Put episodes into an SB3 replay, each into the column of one environment, in the order of time.
+
+    What is not the end of a task is a time limit, so that no transition follows what it does not belong to. Columns
+    are equally long: what one has more than the shortest is left out.
+    """
+    columns: list[list[Episode]] = [[] for _ in range(buffer.n_envs)]
+    steps = np.zeros(buffer.n_envs, int)
+    for episode in episodes:
+        shortest = int(steps.argmin())
+        columns[shortest].append(episode)
+        steps[shortest] += len(episode)
+    rows = zip(*(_transitions(column, int(steps.min())) for column in columns), strict=True)
+    is_dict = isinstance(buffer, DictReplayBuffer)
+    for row in rows:
+        obs, next_obs, action, reward, done, infos = zip(*row, strict=True)
+        arrays = np.stack(action), np.array(reward), np.array(done)
+        buffer.add(_together(obs, is_dict), _together(next_obs, is_dict), *arrays, list(infos))
+
+
+def _transitions(episodes: list[Episode], number: int) -> Iterator[tuple[Any, ...]]:
+    """The first transitions of one column: (obs, next obs, action, reward, done, info)."""
+    for episode in episodes:
+        for t in range(len(episode)):
+            number -= 1
+            last = t == len(episode) - 1
+            done = last or number == 0
+            info = {"TimeLimit.truncated": done and not (last and episode.terminal)}
+            now, then = ({key: part[i] for key, part in episode.obs.items()} for i in (t, t + 1))
+            yield now, then, episode.action[t], episode.reward[t], done, info
+            if number == 0:
+                return
+
+
+def _together(rows: tuple[dict[str, np.ndarray], ...], is_dict: bool) -> Any:
+    by_key = {key: np.stack([row[key] for row in rows]) for key in rows[0]}
+    return by_key if is_dict else by_key["obs"]
+
+
+def _latent_episodes(model: Dreamer, real: RealStates) -> Iterator[Episode]:
+    """The filtered episodes as an algorithm on features sees them."""
+    reward, action = real.reward.cpu().numpy(), real.action.cpu().numpy()
+    for rows in np.split(np.arange(len(real)), np.flatnonzero(real.is_last)[:-1] + 1):
+        obs = latent_observations(model, real.packed[rows])
+        actions = action[rows[:-1]].reshape(len(rows) - 1, *(model.action_space.shape or ()))
+        yield Episode(obs, actions, reward[rows[1:]], bool(real.is_terminal[rows[-1]]))

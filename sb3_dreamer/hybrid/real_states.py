@@ -1,0 +1,132 @@
+"""What the model thinks of what really happened: filtered states of the replay, and what they are worth."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch as th
+from gymnasium import spaces
+
+from sb3_dreamer.behavior.imagination import imagine, lambda_returns
+from sb3_dreamer.dreamer import Dreamer
+from sb3_dreamer.replay import Episode, read_episodes
+from sb3_dreamer.types import Dream
+from sb3_dreamer.world_model.rssm import State
+
+SIDE_BY_SIDE = 64  # episodes filtered at once
+CHUNK = 2048  # states dreamt from at once
+
+
+@dataclass
+class RealStates:
+    """M entries of real episodes, one episode after the other; arrangement in time as in ``sb3_dreamer.types``.
+
+    :param obs: key -> (M, *shape) what the policy was given: normalised where the environment normalises.
+    :param action: (M, A) encoded, taken after seeing the entry; zero at the last entry of an episode.
+    :param reward: (M,) that came with the entry, normalised where the environment normalises.
+    :param is_last: (M,) bool, the entry that ends the episode, or what is known of it.
+    :param is_terminal: (M,) bool.
+    :param packed: (M, L) packed model state after seeing the entry, the most likely latents.
+    """
+
+    obs: dict[str, np.ndarray]
+    action: th.Tensor
+    reward: th.Tensor
+    is_last: np.ndarray
+    is_terminal: np.ndarray
+    packed: th.Tensor
+
+    def __len__(self) -> int:
+        return len(self.is_last)
+
+
+def real_states(model: Dreamer, newest: int) -> RealStates:
+    """Filter the newest part of the replay with the model as it is now, as ``predict(deterministic=True)`` does.
+
+    :param model: the model.
+    :param newest: number of entries, at most.
+    """
+    episodes = sorted(read_episodes(model.replay_buffer, newest), key=len, reverse=True)
+    packed = [
+        part for i in range(0, len(episodes), SIDE_BY_SIDE) for part in _filter(model, episodes[i : i + SIDE_BY_SIDE])
+    ]
+    last = np.concatenate([np.arange(len(e) + 1) == len(e) for e in episodes])
+    normalize = model.get_vec_normalize_env()
+    reward = np.concatenate([np.append(np.float32(0.0), e.reward) for e in episodes])
+    is_first = np.roll(last, 1)
+    if normalize is not None:
+        reward = np.where(is_first, 0.0, normalize.normalize_reward(reward)).astype(np.float32)
+    actions = [th.cat([_encoded(model, e), th.zeros(1, model.policy.action_spec.width)]) for e in episodes]
+    return RealStates(
+        obs={key: np.concatenate([_seen(model, e)[key] for e in episodes]) for key in episodes[0].obs},
+        action=th.cat(actions).to(model.device),
+        reward=th.as_tensor(reward, device=model.device),
+        is_last=last,
+        is_terminal=np.concatenate([(np.arange(len(e) + 1) == len(e)) & e.terminal for e in episodes]),
+        packed=th.cat(packed),
+    )
+
+
+@th.no_grad()
+def _filter(model: Dreamer, episodes: list[Episode]) -> list[th.Tensor]:
+    """Packed states (L + 1, .) of each of some episodes, the longest first."""
+    encoder, rssm = model.policy.world_model.encoder, model.policy.world_model.rssm
+    obs, actions = [_seen(model, e) for e in episodes], [_encoded(model, e) for e in episodes]
+    lengths = np.array([len(e) + 1 for e in episodes])
+    state = rssm.initial(len(episodes))
+    packed = th.zeros(len(episodes), lengths[0], rssm.packed_width, device=model.device)
+    for t in range(lengths[0]):
+        n = int((lengths > t).sum())
+        now = {key: th.as_tensor(np.stack([o[key][t] for o in obs[:n]]), device=model.device) for key in obs[0]}
+        before = th.stack([a[max(t - 1, 0)] for a in actions[:n]]).to(model.device)
+        first = th.full((n,), t == 0, device=model.device)
+        state = rssm.observe_step(state[:n], encoder(now), before, first, sample=False)
+        packed[:n, t] = rssm.pack(state)
+    return [part[:length] for part, length in zip(packed, lengths, strict=True)]
+
+
+def _seen(model: Dreamer, episode: Episode) -> dict[str, np.ndarray]:
+    """The observations as the policy is given them."""
+    normalize = model.get_vec_normalize_env()
+    if normalize is None:
+        return episode.obs
+    if isinstance(model.observation_space, spaces.Dict):
+        return normalize.normalize_obs(episode.obs)  # type: ignore[return-value]
+    return {"obs": normalize.normalize_obs(episode.obs["obs"])}  # type: ignore[dict-item]
+
+
+def _encoded(model: Dreamer, episode: Episode) -> th.Tensor:
+    """The actions (L, A) as the model is given them."""
+    if isinstance(model.action_space, spaces.Box):  # scaled already
+        return th.as_tensor(episode.action.reshape(len(episode), -1), dtype=th.float32)
+    return th.as_tensor(model.policy.encode_action(episode.action))
+
+
+def unpacked(model: Dreamer, packed: th.Tensor) -> State:
+    """States of the model from rows of ``RealStates.packed``."""
+    return model.policy.world_model.rssm.unpack(packed)
+
+
+@th.no_grad()
+def dream_returns(model: Dreamer, start: State, gamma: float) -> tuple[Dream, th.Tensor]:
+    """Let Dreamer act in its dream, and see what each of its actions is worth under another discount.
+
+    Behind the horizon Dreamer's own critic judges, its values scaled from its discount to ``gamma``.
+
+    :param model: the model.
+    :param start: N states.
+    :param gamma: discount of the algorithm that takes over.
+    :return: the dream; returns (N, H).
+    """
+    policy = model.policy
+    dream = imagine(policy.world_model, policy.actor, start, model.imagination_horizon)
+    scale = (1 - model.gamma) / (1 - gamma) if gamma < 1 else 1.0
+    values = policy.critic.value(dream.features) * scale
+    return dream, lambda_returns(dream.reward, dream.discount / model.gamma * gamma, values, model.gae_lambda)
+
+
+def state_values(model: Dreamer, real: RealStates, gamma: float) -> th.Tensor:
+    """(M,) what Dreamer expects to get from each real entry on; nothing after a terminal one."""
+    values = [dream_returns(model, unpacked(model, part), gamma)[1][:, 0] for part in real.packed.split(CHUNK)]
+    return th.cat(values) * th.as_tensor(~real.is_terminal, device=model.device)

@@ -1,0 +1,199 @@
+"""Experience of others: what of it becomes which entry of the replay."""
+
+from types import SimpleNamespace
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+import pytest
+from gymnasium import spaces
+from stable_baselines3 import SAC
+from stable_baselines3.common.buffers import ReplayBuffer
+
+from sb3_dreamer import Dreamer
+from sb3_dreamer.hybrid.experience import add_experience, episodes_of
+from sb3_dreamer.replay import Episode, SequenceReplayBuffer, read_episodes, write_episode
+
+LINE = spaces.Box(-np.inf, np.inf, (1,), np.float32)
+STICK = spaces.Box(-2.0, 2.0, (1,), np.float32)
+
+
+class Line(gym.Env):
+    observation_space, action_space = LINE, STICK
+
+    def reset(self, **kwargs: Any) -> Any:
+        return np.zeros(1, np.float32), {}
+
+    def step(self, action: Any) -> Any:
+        return np.zeros(1, np.float32), 0.0, False, False, {}
+
+
+def small(env: Any = None, n_envs: int = 1, **kwargs: Any) -> Dreamer:
+    from stable_baselines3.common.vec_env import DummyVecEnv
+
+    settings = dict(model_size="debug", buffer_size=400, batch_size=2, batch_length=4, seed=0, device="cpu")
+    return Dreamer("MlpPolicy", DummyVecEnv([env or Line] * n_envs), **{**settings, **kwargs})
+
+
+def episode(first: int, length: int, terminal: bool = False) -> Episode:
+    obs = np.arange(first, first + length + 1, dtype=np.float32)[:, None]
+    return Episode({"obs": obs}, np.full((length, 1), 0.1, np.float32), obs[1:, 0] / 10, terminal)
+
+
+def sb3_replay(n_envs: int = 1, rows: int = 20, **kwargs: Any) -> ReplayBuffer:
+    return ReplayBuffer(rows * n_envs, LINE, STICK, "cpu", n_envs=n_envs, **kwargs)
+
+
+def put(buffer: ReplayBuffer, obs: float, next_obs: float, done: bool = False, timeout: bool = False) -> None:
+    now, then = np.array([[obs]]), np.array([[next_obs]])
+    buffer.add(now, then, np.array([[0.5]]), then[0] / 10, np.array([done]), [{"TimeLimit.truncated": timeout}])
+
+
+def told(episodes: Any) -> list[tuple[list[float], bool]]:
+    return [(e.obs["obs"].flatten().tolist(), e.terminal) for e in episodes]
+
+
+class TestEpisodes:
+    def test_what_is_written_is_read_again(self):
+        buffer = SequenceReplayBuffer(40, LINE, STICK, "cpu", sequence_length=3)
+        for e in (episode(10, 3, terminal=True), episode(20, 2)):
+            write_episode(buffer, e)
+        first, second = read_episodes(buffer)
+        assert first.obs["obs"].flatten().tolist() == [10, 11, 12, 13]
+        np.testing.assert_allclose(first.reward, [1.1, 1.2, 1.3])
+        np.testing.assert_allclose(first.action.flatten(), 0.1)
+        assert (first.terminal, second.terminal) == (True, False)
+        assert second.obs["obs"].flatten().tolist() == [20, 21, 22]
+
+    def test_an_episode_written_serves_the_same_batch_as_one_that_was_lived(self):
+        lived, written = (SequenceReplayBuffer(40, LINE, STICK, "cpu", sequence_length=4) for _ in range(2))
+        infos = [[{}], [{}], [{"terminal_observation": np.array([13.0]), "TimeLimit.truncated": False}]]
+        for t, info in enumerate(infos):
+            obs, action = np.array([[10.0 + t]]), np.array([[0.1]])
+            lived.add(obs, obs, action, np.array([1.1 + t / 10]), np.array([t == 2]), info)
+        write_episode(written, episode(10, 3, terminal=True))
+        a, b = lived.sample(1), written.sample(1)
+        for name in ("action", "prev_action", "reward", "is_first", "is_last", "is_terminal"):
+            np.testing.assert_allclose(getattr(a, name).numpy(), getattr(b, name).numpy(), err_msg=name)
+        assert a.obs["obs"].tolist() == b.obs["obs"].tolist()
+
+    def test_episodes_go_to_the_environment_that_has_seen_least(self):
+        buffer = SequenceReplayBuffer(80, LINE, STICK, "cpu", n_envs=2, sequence_length=3)
+        for length in (5, 2, 2):
+            write_episode(buffer, episode(0, length))
+        assert buffer.heads().tolist() == [6, 6]
+
+    def test_an_episode_under_way_comes_as_far_as_its_outcome_is_known(self):
+        buffer = SequenceReplayBuffer(40, LINE, STICK, "cpu", sequence_length=3)
+        for obs in (1.0, 2.0, 3.0):
+            buffer.add(np.array([[obs]]), np.zeros((1, 1)), np.zeros((1, 1)), np.ones(1), np.array([False]), [{}])
+        assert told(read_episodes(buffer)) == [([1.0, 2.0, 3.0], False)]
+
+    def test_an_overwritten_beginning_leaves_the_rest(self):
+        buffer = SequenceReplayBuffer(5, LINE, STICK, "cpu", sequence_length=3)
+        write_episode(buffer, episode(0, 6))
+        assert told(read_episodes(buffer)) == [([2.0, 3.0, 4.0, 5.0, 6.0], False)]
+        assert told(read_episodes(buffer, newest=3)) == [([4.0, 5.0, 6.0], False)]
+
+    def test_integers_come_back_with_the_start_of_their_space(self):
+        buffer = SequenceReplayBuffer(40, LINE, spaces.Discrete(3, start=5), "cpu", sequence_length=3)
+        actions = np.array([5, 7, 6])
+        write_episode(buffer, Episode(episode(0, 3).obs, actions, np.zeros(3), False))
+        assert next(read_episodes(buffer)).action.tolist() == [5, 7, 6]
+
+
+class TestReplayOfSB3:
+    def test_episodes_end_where_they_are_done_and_time_limits_are_no_ends(self):
+        buffer = sb3_replay()
+        put(buffer, 1, 2)
+        put(buffer, 2, 3, done=True)
+        put(buffer, 10, 11, done=True, timeout=True)
+        put(buffer, 20, 21)
+        expected = [([1.0, 2.0, 3.0], True), ([10.0, 11.0], False), ([20.0, 21.0], False)]
+        assert told(episodes_of(small(), buffer)) == expected
+
+    def test_rows_that_do_not_follow_each_other_are_cut(self):
+        buffer = sb3_replay()
+        put(buffer, 1, 2)
+        put(buffer, 7, 8)
+        assert told(episodes_of(small(), buffer)) == [([1.0, 2.0], False), ([7.0, 8.0], False)]
+
+    def test_a_full_buffer_is_read_from_its_oldest_row(self):
+        buffer = sb3_replay(rows=3)
+        for n in range(5):
+            put(buffer, n, n + 1)
+        assert told(episodes_of(small(), buffer)) == [([2.0, 3.0, 4.0, 5.0], False)]
+
+    def test_the_memory_saving_variant_keeps_ends_and_its_time_limits_are_told_by_their_length(self):
+        buffer = sb3_replay(optimize_memory_usage=True, handle_timeout_termination=False)
+        for obs, next_obs, done in (
+            (1, 2, False),
+            (2, 3, True),
+            (10, 11, False),
+            (11, 12, False),
+            (12, 13, True),
+            (20, 21, False),
+        ):
+            put(buffer, obs, next_obs, done)
+        expected = [([1.0, 2.0, 2.0], True), ([10.0, 11.0, 12.0], False), ([20.0, 21.0], False)]
+        assert told(episodes_of(small(), buffer, time_limit=3)) == expected
+
+    def test_a_real_one_has_the_rewards_of_its_transitions(self):
+        sac = SAC("MlpPolicy", "Pendulum-v1", learning_starts=500, seed=0, device="cpu", buffer_size=1000).learn(250)
+        model = small(lambda: gym.make("Pendulum-v1"))
+        add_experience(model, sac.replay_buffer)
+        first, second = read_episodes(model.replay_buffer)
+        assert (len(first), len(second), first.terminal) == (200, 50, False)
+        np.testing.assert_array_equal(first.reward, sac.replay_buffer.rewards[:200, 0])
+        np.testing.assert_array_equal(first.obs["obs"][1:], sac.replay_buffer.next_observations[:200, 0])
+        np.testing.assert_array_equal(second.action, sac.replay_buffer.actions[200:250, 0])
+
+
+class TestOtherSources:
+    def test_minari_actions_are_scaled_and_terminations_are_ends(self):
+        recorded = SimpleNamespace(
+            observations=np.array([[1.0], [2.0], [3.0]]),
+            actions=np.array([[2.0], [-1.0]]),
+            rewards=np.array([1.0, 2.0]),
+            terminations=np.array([False, True]),
+        )
+        data = SimpleNamespace(observation_space=LINE, action_space=STICK, iterate_episodes=lambda: iter([recorded]))
+        model = small()
+        add_experience(model, data)
+        (e,) = read_episodes(model.replay_buffer)
+        assert e.action.flatten().tolist() == [1.0, -0.5]
+        assert e.terminal
+
+    def test_a_missing_minari_names_the_command(self):
+        with pytest.raises(ImportError, match=r"pip install \"minari"):
+            add_experience(small(), "mujoco/hopper/expert-v0")
+
+    def test_another_dreamers_replay(self):
+        model, other = small(), small()
+        add_experience(other, [episode(0, 5), episode(9, 2, terminal=True)])
+        add_experience(model, other.replay_buffer)
+        assert told(read_episodes(model.replay_buffer)) == told(read_episodes(other.replay_buffer))
+
+    @pytest.mark.parametrize("source", [[], sb3_replay()])
+    def test_an_empty_source_is_refused(self, source: Any):
+        with pytest.raises(ValueError, match="holds no transition"):
+            add_experience(small(), source)
+
+    def test_other_spaces_are_refused_before_anything_is_stored(self):
+        model = small(lambda: gym.make("Pendulum-v1"))
+        with pytest.raises(ValueError, match="same environment"):
+            add_experience(model, sb3_replay())
+        assert model.replay_buffer.size() == 0
+
+    def test_an_unknown_kind_and_its_own_replay_are_refused(self):
+        model = small()
+        with pytest.raises(TypeError, match="not understood"):
+            add_experience(model, 3)
+        with pytest.raises(ValueError, match="there already"):
+            add_experience(model, model.replay_buffer)
+
+    def test_lengths_that_do_not_fit_are_refused(self):
+        e = episode(0, 3)
+        e.reward = e.reward[:2]
+        with pytest.raises(ValueError, match="an episode of 2 rewards has 3 observations"):
+            add_experience(small(), [e])

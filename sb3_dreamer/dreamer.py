@@ -20,9 +20,12 @@ from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.save_util import load_from_pkl
 from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedule
+from stable_baselines3.common.vec_env import VecEnv
 
 from sb3_dreamer.behavior.actor_critic import actor_loss, critic_loss, replay_critic_loss
 from sb3_dreamer.behavior.imagination import imagine, lambda_returns
+from sb3_dreamer.environments import check_spaces, check_wrapping, deaths_told
+from sb3_dreamer.files import describe, in_place_of_pickles, read_settings
 from sb3_dreamer.nets.layers import fast_bfloat16
 from sb3_dreamer.policies import CnnPolicy, DreamerPolicy, MlpPolicy, MultiInputPolicy, PolicyState
 from sb3_dreamer.replay import SequenceReplayBuffer
@@ -145,6 +148,13 @@ class Dreamer(OffPolicyAlgorithm):
         if _init_setup_model:
             self._setup_model()
 
+    @staticmethod
+    def _wrap_env(env: GymEnv, verbose: int = 0, monitor_wrapper: bool = True) -> VecEnv:
+        check_spaces(env)
+        env = OffPolicyAlgorithm._wrap_env(env, verbose, monitor_wrapper)
+        check_wrapping(env)
+        return env
+
     def _setup_model(self) -> None:
         self._setup_lr_schedule()
         self.set_random_seed(self.seed)
@@ -170,6 +180,7 @@ class Dreamer(OffPolicyAlgorithm):
             **self.replay_buffer_kwargs,
         )
         self._convert_train_freq()
+        self.described = describe(self.policy_class, self.observation_space, self.action_space)
 
     # -- collecting ----------------------------------------------------------------------------------------------------
 
@@ -201,9 +212,10 @@ class Dreamer(OffPolicyAlgorithm):
         assert self.env is not None
         finished = False
         try:
-            finished = self.collect_rollouts(
-                self.env, callback, self.train_freq, self.replay_buffer, log_interval=log_interval  # type: ignore[arg-type]
-            ).continue_training
+            with deaths_told(self.env):
+                finished = self.collect_rollouts(
+                    self.env, callback, self.train_freq, self.replay_buffer, log_interval=log_interval  # type: ignore[arg-type]
+                ).continue_training
         finally:
             if not finished:
                 self._last_obs = None
@@ -385,6 +397,37 @@ class Dreamer(OffPolicyAlgorithm):
     ) -> tuple[np.ndarray, PolicyState | None]:
         """See :meth:`sb3_dreamer.policies.DreamerPolicy.predict`."""
         return self.policy.predict(observation, state, episode_start, deterministic)
+
+    @classmethod
+    def load(  # type: ignore[override]
+        cls: type[SelfDreamer],
+        path: str | pathlib.Path | io.BufferedIOBase,
+        env: GymEnv | None = None,
+        device: th.device | str = "auto",
+        custom_objects: dict[str, Any] | None = None,
+        print_system_info: bool = False,
+        force_reset: bool = True,
+        *,
+        trusted: bool = True,
+        **kwargs: Any,
+    ) -> SelfDreamer:
+        """As in every SB3 algorithm; what a saved agent consists of is told in :mod:`sb3_dreamer.files`.
+
+        :param trusted: False for a file from somebody else: nothing is unpickled, so none of their code can run. The
+            agent acts as the saved one; settings that were pickled, such as a learning rate schedule, are not read.
+        :raises ValueError: for a file that is no agent's, truncated, damaged, or of another version.
+        """
+        settings, custom_objects = read_settings(path), dict(custom_objects or {})
+        if not trusted:
+            custom_objects = in_place_of_pickles(settings, cls.policy_aliases, cls, {**kwargs, **custom_objects})
+        return super().load(path, env, device, custom_objects, print_system_info, force_reset, **kwargs)
+
+    @classmethod
+    def resume(cls: type[SelfDreamer], folder: str | pathlib.Path, env: GymEnv, **kwargs: Any) -> SelfDreamer:
+        """Go on from the newest checkpoint of a ``ResumeCallback``: see :func:`sb3_dreamer.resume.resume`."""
+        from sb3_dreamer.resume import resume
+
+        return resume(cls, folder, env, **kwargs)
 
     def load_replay_buffer(
         self, path: str | pathlib.Path | io.BufferedIOBase, truncate_last_traj: bool = True

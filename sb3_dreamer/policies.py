@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch as th
@@ -33,13 +33,14 @@ def spec_of(space: spaces.Space) -> Spec:
     if isinstance(space, spaces.Box):
         return Spec("vector", space.shape)
     if isinstance(space, spaces.Discrete):
-        return Spec("discrete", (), (int(space.n),))
-    if isinstance(space, spaces.MultiDiscrete):
-        return Spec("discrete", space.shape, tuple(int(n) for n in space.nvec.flatten()))
+        return Spec("discrete", (), (int(space.n),), (int(space.start),))
+    if isinstance(space, spaces.MultiDiscrete) and space.nvec.ndim == 1:
+        first = np.broadcast_to(getattr(space, "start", 0), space.shape)
+        return Spec("discrete", space.shape, tuple(map(int, space.nvec)), tuple(map(int, first)))
     if isinstance(space, spaces.MultiBinary):
         return Spec("binary", space.shape)
     raise ValueError(
-        f"{space} is not supported: use Box, Discrete, MultiDiscrete, MultiBinary, or a flat Dict of these "
+        f"{space} is not supported: use Box, Discrete, flat MultiDiscrete, MultiBinary, or a flat Dict of these "
         "(gymnasium.wrappers.FlattenObservation turns other spaces into a Box)"
     )
 
@@ -49,6 +50,37 @@ def observation_specs(space: spaces.Space) -> dict[str, Spec]:
     if isinstance(space, spaces.Dict):
         return {key: spec_of(sub) for key, sub in space.spaces.items()}
     return {"obs": spec_of(space)}
+
+
+def policy_for(space: spaces.Space) -> str:
+    """The alias of the policy that reads observations of this space."""
+    if isinstance(space, spaces.Dict):
+        return "MultiInputPolicy"
+    return "CnnPolicy" if is_image_space(space) else "MlpPolicy"
+
+
+def check_action_bounds(space: spaces.Space) -> None:
+    """Refuse a Box whose actions cannot be scaled to [-1, 1] and back.
+
+    :raises ValueError: for bounds that are infinite, or so far apart that their distance is.
+    """
+    if isinstance(space, spaces.Box):
+        low, high = float_bounds(space)
+        with np.errstate(over="ignore"):
+            bad = np.argwhere(~np.isfinite(high - low))
+        if len(bad):
+            where = tuple(int(i) for i in bad[0])
+            raise ValueError(
+                f"actions need finite bounds, dimension {where} has [{low[where]:g}, {high[where]:g}]: give the action "
+                "space of the environment the bounds that it works with, or wrap it in "
+                "gymnasium.wrappers.RescaleAction or TransformAction"
+            )
+
+
+def float_bounds(space: spaces.Box) -> tuple[np.ndarray, np.ndarray]:
+    """Lower and upper bounds in a float type that holds them; int8 could not hold their distance."""
+    dtype = np.promote_types(space.dtype or np.float32, np.float32)
+    return space.low.astype(dtype), space.high.astype(dtype)
 
 
 class DreamerPolicy(BasePolicy):
@@ -65,8 +97,10 @@ class DreamerPolicy(BasePolicy):
     :param gamma: discount.
     :param warmup_updates: updates over which the learning rate rises from zero.
     :param widths: single widths in place of those of ``model_size``, e.g. ``units=128``.
+    :raises ValueError: for spaces that have no code, or that another policy reads, and for unknown settings.
     """
 
+    alias: ClassVar[str | None] = None  # of the policies that read one kind of observation
     optimizer: LaProp
 
     def __init__(
@@ -89,6 +123,12 @@ class DreamerPolicy(BasePolicy):
         self._arguments = dict(
             model_size=model_size, rssm_type=rssm_type, gamma=gamma, warmup_updates=warmup_updates, **widths
         )
+        if self.alias not in (None, right := policy_for(observation_space)):
+            raise ValueError(
+                f'{self.alias} does not read {observation_space}: use "{right}" (MultiInputPolicy is for Dicts, '
+                "CnnPolicy for images: Boxes of uint8 with three dimensions, from 0 to 255; MlpPolicy for all else)"
+            )
+        check_action_bounds(action_space)
         size = dataclasses.replace(SIZES[model_size], **widths)
         self.action_spec = spec_of(action_space)
         self.world_model = WorldModel(observation_specs(observation_space), self.action_spec, size, rssm_type, gamma)
@@ -178,16 +218,33 @@ class DreamerPolicy(BasePolicy):
 
     # -- action codes --------------------------------------------------------------------------------------------------
 
+    def scale_action(self, action: np.ndarray) -> np.ndarray:
+        """From the bounds of the Box to [-1, 1]; -1 where they leave no choice."""
+        low, high = self._bounds
+        return 2.0 * ((action - low) / np.where(high > low, high - low, 1)) - 1.0
+
+    def unscale_action(self, scaled_action: np.ndarray) -> np.ndarray:
+        """From [-1, 1] to the bounds of the Box, in floats."""
+        low, high = self._bounds
+        return low + 0.5 * (scaled_action + 1.0) * (high - low)
+
+    @property
+    def _bounds(self) -> tuple[np.ndarray, np.ndarray]:
+        if not isinstance(self.action_space, spaces.Box):
+            raise ValueError(f"only actions of a Box are scaled, these are of {self.action_space}")
+        return float_bounds(self.action_space)
+
     def decode_action(self, encoded: np.ndarray) -> np.ndarray:
         """Encoded actions (n, A) -> actions of the space (n, *shape)."""
         space = self.action_space
         if isinstance(space, spaces.Box):
-            actions = self.unscale_action(encoded.reshape(-1, *space.shape).astype(space.dtype))
-            return np.clip(actions, space.low, space.high)
+            actions = np.clip(self.unscale_action(encoded.reshape(-1, *space.shape)), *self._bounds)
+            actions = actions if np.issubdtype(space.dtype, np.floating) else np.rint(actions)
+            return actions.astype(space.dtype)
         if self.action_spec.kind == "discrete":
             ends = np.cumsum(self.action_spec.classes)[:-1]
             columns = [part.argmax(-1) for part in np.split(encoded, ends, -1)]
-            encoded = np.stack(columns, -1)
+            encoded = np.stack(columns, -1) + self.action_spec.first
         assert space.shape is not None
         return encoded.reshape(-1, *space.shape).astype(space.dtype)
 
@@ -197,7 +254,7 @@ class DreamerPolicy(BasePolicy):
         if isinstance(self.action_space, spaces.Box):
             actions = self.scale_action(actions)
         elif self.action_spec.kind == "discrete":
-            columns = np.asarray(actions).reshape(n, -1).T
+            columns = (np.asarray(actions).reshape(n, -1) - self.action_spec.first).T
             codes = zip(columns, self.action_spec.classes, strict=True)
             return np.concatenate([np.eye(k, dtype=np.float32)[c] for c, k in codes], -1)
         return np.asarray(actions, np.float32).reshape(n, -1)
@@ -206,11 +263,16 @@ class DreamerPolicy(BasePolicy):
 class MlpPolicy(DreamerPolicy):
     """For vectors (and integers, and bits)."""
 
+    alias = "MlpPolicy"
+
 
 class CnnPolicy(DreamerPolicy):
     """For images."""
+
+    alias = "CnnPolicy"
 
 
 class MultiInputPolicy(DreamerPolicy):
     """For Dict observations."""
 
+    alias = "MultiInputPolicy"

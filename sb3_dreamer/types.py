@@ -39,11 +39,13 @@ class Spec:
         more integers), or "binary" (zeros and ones).
     :param shape: shape of one raw element, without batch dimensions.
     :param classes: for "discrete" only, the number of values of each integer.
+    :param first: for "discrete" only, the smallest value of each integer.
     """
 
     kind: Kind
     shape: tuple[int, ...]
     classes: tuple[int, ...] = ()
+    first: tuple[int, ...] = ()
 
     @property
     def width(self) -> int:

@@ -19,7 +19,7 @@ import torch as th
 from sb3_dreamer.behavior.imagination import imagine_actions
 from sb3_dreamer.policies import DreamerPolicy
 from sb3_dreamer.types import Batch, Spec
-from sb3_dreamer.world_model.encoders import flat, one_hot
+from sb3_dreamer.world_model.codes import flat, one_hot
 
 
 class Pair(NamedTuple):

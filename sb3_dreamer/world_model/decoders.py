@@ -1,52 +1,17 @@
-"""From model features back to observations. A new kind of flat space is one line in ``LOSS`` and one in ``READ``."""
+"""From model features back to observations; what each kind of space needs is in the table of ``codes``."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 import torch as th
 import torch.nn.functional as F
 from torch import nn
 
-from sb3_dreamer.nets.distributions import symexp, symlog
 from sb3_dreamer.nets.layers import MLP, BlockLinear, Dense, Linear
-from sb3_dreamer.types import Kind, Size, Spec
-from sb3_dreamer.world_model.encoders import IMAGE_MULTIPLIERS, ChannelNorm, SameConv, flat, halved, one_hot
-
-
-def symlog_mse(out: th.Tensor, raw: th.Tensor, spec: Spec) -> th.Tensor:
-    """Squared error in symlog space, summed over dimensions: (..., width), (..., *shape) -> (...)."""
-    return (out - symlog(flat(raw, spec))).square().sum(-1)
-
-
-def cross_entropy(out: th.Tensor, raw: th.Tensor, spec: Spec) -> th.Tensor:
-    """Negative log-likelihood of the integers, summed: (..., sum of classes), (..., *shape) -> (...)."""
-    target = one_hot(raw, spec).split(list(spec.classes), -1)
-    logits = out.split(list(spec.classes), -1)
-    return th.stack([-(F.log_softmax(x, -1) * y).sum(-1) for x, y in zip(logits, target, strict=True)]).sum(0)
-
-
-def binary_cross_entropy(out: th.Tensor, raw: th.Tensor, spec: Spec) -> th.Tensor:
-    """Negative log-likelihood of zeros and ones, summed: (..., width), (..., *shape) -> (...)."""
-    return F.binary_cross_entropy_with_logits(out, flat(raw, spec), reduction="none").sum(-1)
-
-
-def most_likely(out: th.Tensor, spec: Spec) -> th.Tensor:
-    """The most likely integers: (..., sum of classes) -> (..., *shape)."""
-    best = th.stack([x.argmax(-1) for x in out.split(list(spec.classes), -1)], -1)
-    return best.reshape(*out.shape[:-1], *spec.shape)
-
-
-LOSS: dict[Kind, Callable[[th.Tensor, th.Tensor, Spec], th.Tensor]] = {
-    "vector": symlog_mse,
-    "discrete": cross_entropy,
-    "binary": binary_cross_entropy,
-}
-READ: dict[Kind, Callable[[th.Tensor, Spec], th.Tensor]] = {
-    "vector": lambda out, spec: symexp(out).reshape(*out.shape[:-1], *spec.shape),
-    "discrete": most_likely,
-    "binary": lambda out, spec: (out > 0).to(th.int8).reshape(*out.shape[:-1], *spec.shape),
-}
+from sb3_dreamer.types import Size, Spec
+from sb3_dreamer.world_model.codes import CODES
+from sb3_dreamer.world_model.encoders import IMAGE_MULTIPLIERS, ChannelNorm, SameConv, halved
 
 
 class ImageDecoder(nn.Module):
@@ -62,9 +27,7 @@ class ImageDecoder(nn.Module):
         self.map_shape = (channels[0], *(halved(n, len(IMAGE_MULTIPLIERS)) for n in spec.shape[1:]))
         cells = channels[0] * self.map_shape[1] * self.map_shape[2]
         self.from_deter = BlockLinear(size.deter, cells, size.blocks)
-        self.from_stoch = nn.Sequential(
-            Dense(size.stoch * size.classes, 2 * size.units), Linear(2 * size.units, cells)
-        )
+        self.from_stoch = nn.Sequential(Dense(size.stoch * size.classes, 2 * size.units), Linear(2 * size.units, cells))
         self.norm = ChannelNorm(channels[0])
         self.stages = nn.ModuleList(
             nn.Sequential(SameConv(c_in, c_out), ChannelNorm(c_out), nn.SiLU())
@@ -87,19 +50,20 @@ class Decoder(nn.Module):
     def __init__(self, specs: Mapping[str, Spec], features: int, size: Size) -> None:
         super().__init__()
         self.specs = dict(specs)
-        self.flat_specs = {k: s for k, s in specs.items() if s.kind != "image"}
-        if self.flat_specs:
+        self.flat_widths = {k: s.width for k, s in specs.items() if CODES[s.kind].flatten}
+        if self.flat_widths:
             self.mlp = MLP(features, size.units, layers=3)
-            self.out = Linear(size.units, sum(s.width for s in self.flat_specs.values()))
-        self.image = nn.ModuleDict({k: ImageDecoder(s, size) for k, s in specs.items() if s.kind == "image"})
+            self.out = Linear(size.units, sum(self.flat_widths.values()))
+        self.image_keys = [k for k in specs if k not in self.flat_widths]
+        self.image = nn.ModuleList(ImageDecoder(specs[k], size) for k in self.image_keys)
 
     def forward(self, features: th.Tensor) -> dict[str, th.Tensor]:
         """Features (..., F) to raw network outputs by key; images (..., C, H, W) in [0, 1]."""
-        outputs = {}
-        if self.flat_specs:
-            widths = [s.width for s in self.flat_specs.values()]
-            outputs.update(zip(self.flat_specs, self.out(self.mlp(features)).split(widths, -1), strict=True))
-        for key, net in self.image.items():
+        outputs: dict[str, th.Tensor] = {}
+        if self.flat_widths:
+            parts = self.out(self.mlp(features)).split(list(self.flat_widths.values()), -1)
+            outputs.update(zip(self.flat_widths, parts, strict=True))
+        for key, net in zip(self.image_keys, self.image, strict=True):
             outputs[key] = net(features.flatten(0, -2)).reshape(*features.shape[:-1], *self.specs[key].shape)
         return outputs
 
@@ -108,16 +72,9 @@ class Decoder(nn.Module):
         total = th.zeros((), device=features.device)
         for key, out in self(features).items():
             spec = self.specs[key]
-            if spec.kind == "image":
-                total = total + (out - obs[key].float() / 255).square().sum((-3, -2, -1))
-            else:
-                total = total + LOSS[spec.kind](out, obs[key], spec)
+            total = total + CODES[spec.kind].loss(out, obs[key], spec)
         return total
 
     def predict(self, features: th.Tensor) -> dict[str, th.Tensor]:
         """Features (..., F) to observations by key, in the space's units; images uint8."""
-        outputs = self(features)
-        for key, out in outputs.items():
-            spec = self.specs[key]
-            outputs[key] = (out * 255).round().to(th.uint8) if spec.kind == "image" else READ[spec.kind](out, spec)
-        return outputs
+        return {key: CODES[self.specs[key].kind].read(out, self.specs[key]) for key, out in self(features).items()}

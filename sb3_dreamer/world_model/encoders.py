@@ -1,36 +1,17 @@
-"""From raw observations to one embedding. A new kind of flat space is one line in ``FLATTEN``."""
+"""From raw observations to one embedding; what each kind of space needs is in the table of ``codes``."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 import torch as th
-import torch.nn.functional as F
 from torch import nn
 
-from sb3_dreamer.nets.distributions import symlog
 from sb3_dreamer.nets.layers import MLP, RMSNorm, trunc_normal_
-from sb3_dreamer.types import Kind, Size, Spec
+from sb3_dreamer.types import Size, Spec
+from sb3_dreamer.world_model.codes import CODES
 
 IMAGE_MULTIPLIERS = (2, 3, 4, 4)
-
-
-def one_hot(x: th.Tensor, spec: Spec) -> th.Tensor:
-    """Concatenated one-hot vectors of integers: (..., *shape) -> (..., sum of classes)."""
-    columns = x.long().reshape(*x.shape[: x.ndim - len(spec.shape)], len(spec.classes)).unbind(-1)
-    return th.cat([F.one_hot(c, k) for c, k in zip(columns, spec.classes, strict=True)], -1).float()
-
-
-def flat(x: th.Tensor, spec: Spec) -> th.Tensor:
-    """(..., *shape) -> (..., width) floats."""
-    return x.reshape(*x.shape[: x.ndim - len(spec.shape)], spec.width).float()
-
-
-FLATTEN: dict[Kind, Callable[[th.Tensor, Spec], th.Tensor]] = {
-    "vector": lambda x, spec: symlog(flat(x, spec)),
-    "discrete": one_hot,
-    "binary": flat,
-}
 
 
 class ChannelNorm(RMSNorm):
@@ -86,21 +67,22 @@ class Encoder(nn.Module):
 
     def __init__(self, specs: Mapping[str, Spec], size: Size) -> None:
         super().__init__()
-        self.flat_specs = {k: s for k, s in specs.items() if s.kind != "image"}
+        self.flatten = {k: (CODES[s.kind].flatten, s) for k, s in specs.items() if CODES[s.kind].flatten}
         self.width = 0
-        if self.flat_specs:
-            self.mlp = MLP(sum(s.width for s in self.flat_specs.values()), size.units, layers=3)
+        if self.flatten:
+            self.mlp = MLP(sum(s.width for _, s in self.flatten.values()), size.units, layers=3)
             self.width += size.units
-        self.image = nn.ModuleDict({k: ImageEncoder(s, size.depth) for k, s in specs.items() if s.kind == "image"})
-        self.width += sum(net.width for net in self.image.values())  # type: ignore[misc]
+        self.image_keys = [k for k in specs if k not in self.flatten]
+        self.image = nn.ModuleList(ImageEncoder(specs[k], size.depth) for k in self.image_keys)
+        self.width += sum(net.width for net in self.image)  # type: ignore[misc]
 
     def forward(self, obs: Mapping[str, th.Tensor]) -> th.Tensor:
         """Raw observations, key -> (..., *shape), to embeddings (..., width)."""
         parts = []
-        if self.flat_specs:
-            columns = [FLATTEN[spec.kind](obs[key], spec) for key, spec in self.flat_specs.items()]
+        if self.flatten:
+            columns = [flatten(obs[key], spec) for key, (flatten, spec) in self.flatten.items() if flatten]
             parts.append(self.mlp(columns[0] if len(columns) == 1 else th.cat(columns, -1)))
-        for key, net in self.image.items():
+        for key, net in zip(self.image_keys, self.image, strict=True):
             lead = obs[key].shape[:-3]
             parts.append(net(obs[key].flatten(0, -4)).reshape(*lead, -1))
         return parts[0] if len(parts) == 1 else th.cat(parts, -1)

@@ -1,0 +1,57 @@
+"""What an agent asks of its environments, and what it says when one of their processes dies."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from gymnasium import spaces
+from stable_baselines3.common.vec_env import VecEnv, unwrap_vec_normalize
+
+from sb3_dreamer.policies import check_action_bounds, spec_of
+
+
+def check_spaces(env: Any) -> None:
+    """Refuse spaces that no policy can read or act in.
+
+    :param env: an environment, or a vector of them.
+    :raises ValueError: for infinite bounds of actions, and for observations of a kind that has no code.
+    """
+    check_action_bounds(env.action_space)
+    if not isinstance(env.observation_space, spaces.Dict):  # SB3 looks into these itself
+        spec_of(env.observation_space)
+
+
+def check_wrapping(env: VecEnv) -> None:
+    """Refuse wrappers that change the observations after VecNormalize: the replay keeps what comes before it.
+
+    :raises ValueError: if there is such a wrapper.
+    """
+    normalize = unwrap_vec_normalize(env)
+    if normalize is not None and normalize.observation_space != env.observation_space:
+        raise ValueError(
+            f"VecNormalize sees {normalize.observation_space}, the agent sees {env.observation_space}, but the replay "
+            "keeps what comes before VecNormalize: so wrap it last, VecNormalize(VecTransposeImage(VecFrameStack(...)))"
+        )
+
+
+@contextmanager
+def deaths_told(env: VecEnv) -> Iterator[None]:
+    """Around steps of SubprocVecEnv: say which worker died, where Python only knows of a broken pipe.
+
+    :raises RuntimeError: if a worker died.
+    """
+    try:
+        yield
+    except (EOFError, OSError) as error:
+        workers = list(enumerate(getattr(env, "processes", [])))
+        for _, process in workers:
+            process.join(0.2)  # its pipe breaks a moment before it is gone
+        dead = {i: process.exitcode for i, process in workers if not process.is_alive()}
+        if not dead:
+            raise
+        raise RuntimeError(
+            f"processes of environments died, number and exit code: {dead} (-9: killed, often for memory). What was "
+            "collected is kept: save() and save_replay_buffer() work, and set_env() with new environments goes on"
+        ) from error

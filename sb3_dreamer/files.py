@@ -1,0 +1,180 @@
+"""What a saved agent consists of, and how to read one without running its code.
+
+::
+
+    model.zip
+      data                   settings, as JSON. What is no JSON is pickled there by SB3, see below
+        described            format, name of the policy, spaces: all that ``predict`` needs beside numbers, as data
+      policy.pth             weights, tensors only (read with ``weights_only=True``)
+      policy.optimizer.pth   state of the optimiser, tensors only
+      pytorch_variables.pth  empty
+
+Pickled in ``data``, and not needed to act: ``policy_class``, ``observation_space`` and ``action_space`` (``described``
+has them too), ``lr_schedule``, ``train_freq``, ``replay_buffer_class``, ``_last_episode_starts``, ``ep_info_buffer``,
+``ep_success_buffer``, and of the settings those that are no JSON: a ``learning_rate`` that is a function, and
+``replay_buffer_kwargs`` or ``policy_kwargs`` with objects in them. To unpickle is to run code. ``load(trusted=False)``
+reads none of it. A replay buffer (``replay_buffer.pkl``) and what ``policy.save`` writes are pickles as a whole:
+read only your own.
+"""
+
+from __future__ import annotations
+
+import inspect
+import io
+import json
+import pathlib
+import warnings
+import zipfile
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from gymnasium import spaces
+from stable_baselines3.common.policies import BasePolicy
+from stable_baselines3.common.save_util import open_path
+
+FORMAT = 1
+PICKLED = ":serialized:"  # SB3's mark of a pickled attribute
+
+FileLike = str | pathlib.Path | io.BufferedIOBase
+
+
+# -- spaces as data ----------------------------------------------------------------------------------------------------
+
+
+def _number(bound: np.ndarray) -> Any:
+    """A bound as a list, or as one number if all are the same."""
+    return bound.flat[0].item() if bound.size and (bound == bound.flat[0]).all() else bound.tolist()
+
+
+def describe_space(space: spaces.Space) -> dict[str, Any]:
+    """A space as JSON.
+
+    :raises ValueError: for a kind of space that no agent has.
+    """
+    if isinstance(space, spaces.Dict):
+        return {"kind": "Dict", "spaces": {key: describe_space(sub) for key, sub in space.spaces.items()}}
+    if isinstance(space, spaces.Box):
+        bounds = {"low": _number(space.low), "high": _number(space.high)}
+        return {"kind": "Box", **bounds, "shape": list(space.shape), "dtype": str(space.dtype)}
+    if isinstance(space, spaces.Discrete):
+        return {"kind": "Discrete", "n": int(space.n), "start": int(space.start)}
+    if isinstance(space, spaces.MultiDiscrete):
+        start = np.asarray(getattr(space, "start", np.zeros_like(space.nvec)))
+        return {"kind": "MultiDiscrete", "nvec": space.nvec.tolist(), "start": start.tolist()}
+    if isinstance(space, spaces.MultiBinary):
+        return {"kind": "MultiBinary", "n": space.n if isinstance(space.n, int) else list(space.shape)}
+    raise ValueError(f"{space} has no description")
+
+
+def space_from(described: Mapping[str, Any]) -> spaces.Space:
+    """Inverse of :func:`describe_space`."""
+    words = dict(described)
+    kind = words.pop("kind")
+    if kind == "Dict":
+        return spaces.Dict([(key, space_from(sub)) for key, sub in words["spaces"].items()])
+    if kind == "Box":
+        shape, dtype = tuple(words["shape"]), np.dtype(words["dtype"])
+        low, high = (np.broadcast_to(np.asarray(words[key], dtype), shape).copy() for key in ("low", "high"))
+        return spaces.Box(low, high, shape, dtype.type)
+    if kind == "MultiDiscrete" and not np.any(words["start"]):
+        words.pop("start")  # which older versions of Gymnasium do not know
+    makers = {"Discrete": spaces.Discrete, "MultiDiscrete": spaces.MultiDiscrete, "MultiBinary": spaces.MultiBinary}
+    return makers[kind](**words)
+
+
+def describe(policy: type[BasePolicy], observation_space: spaces.Space, action_space: spaces.Space) -> dict[str, Any]:
+    """What ``load(trusted=False)`` needs to know, as JSON; saved with the agent."""
+    return {
+        "format": FORMAT,
+        "policy": policy.__name__,
+        "observation_space": describe_space(observation_space),
+        "action_space": describe_space(action_space),
+    }
+
+
+# -- reading -----------------------------------------------------------------------------------------------------------
+
+
+def read_settings(path: FileLike) -> dict[str, Any]:
+    """The JSON of a saved agent, nothing unpickled, after a look at the whole file.
+
+    :param path: what ``save`` was given.
+    :raises FileNotFoundError: if there is no such file.
+    :raises ValueError: for a file that is no agent's, truncated, damaged, or of another version's format.
+    """
+    file = open_path(path, "r", suffix="zip")
+    try:
+        _check_whole(file, path)
+        with zipfile.ZipFile(file) as archive:
+            settings = json.loads(archive.read("data")) if "data" in archive.namelist() else {}
+    except (zipfile.BadZipFile, json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is damaged ({error}): copy it again, or take an older checkpoint") from error
+    finally:
+        if isinstance(path, str | pathlib.Path):
+            file.close()
+    if not isinstance(settings, dict) or "rssm_type" not in settings:
+        raise ValueError(f"{path} was not saved by Dreamer: load it with the algorithm that saved it")
+    saved = settings.get("described", {}).get("format", FORMAT)
+    if saved != FORMAT:
+        age = "an older" if saved < FORMAT else "a newer"
+        raise ValueError(
+            f"{path} was saved by {age} version of sb3_dreamer, in format {saved}, this one reads {FORMAT}: "
+            "load it with the version that saved it"
+        )
+    return settings
+
+
+def _check_whole(file: Any, path: FileLike) -> None:
+    """A zip file whose every byte is as it was written.
+
+    :raises ValueError: if it is no zip file, or cut short.
+    :raises zipfile.BadZipFile: if a checksum does not fit.
+    """
+    file.seek(0)
+    if file.read(4) != b"PK\x03\x04":
+        raise ValueError(f"{path} is not a zip-file, so no saved agent: was it written by save()?")
+    if not zipfile.is_zipfile(file) or _begins_at(file) != 0:  # a .pth inside is a zip file too, and looks like the end
+        raise ValueError(f"{path} is truncated, its end is missing: copy it again, or take an older checkpoint")
+    with zipfile.ZipFile(file) as archive:
+        if bad := archive.testzip():
+            raise zipfile.BadZipFile(f"the checksum of {bad} does not fit")
+    file.seek(0)
+
+
+def _begins_at(file: Any) -> int:
+    """Where the first part of a zip file lies, by the list at its end."""
+    with zipfile.ZipFile(file) as archive:
+        return min((part.header_offset for part in archive.infolist()), default=0)
+
+
+def in_place_of_pickles(
+    settings: Mapping[str, Any], policies: Mapping[str, type[BasePolicy]], cls: type, given: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Objects for everything pickled in a saved agent, made from data.
+
+    :param settings: of :func:`read_settings`.
+    :param policies: policies by name; a file that asks for another one is refused.
+    :param cls: the algorithm, whose defaults replace settings that are pickled.
+    :param given: what the caller provides instead.
+    :return: for ``custom_objects``.
+    :raises ValueError: if the file lacks the description, or asks for a policy of somebody else.
+    """
+    described = settings.get("described")
+    if not described:
+        raise ValueError("the file is from before spaces were saved as data: only trusted=True can load it")
+    if described["policy"] not in policies:
+        raise ValueError(
+            f"the file asks for the policy class {described['policy']}, which is not one of {sorted(policies)}: "
+            "only trusted=True can load it"
+        )
+    defaults = {name: p.default for name, p in inspect.signature(cls).parameters.items()}
+    replaced = {
+        key: defaults.get(key)
+        for key, value in settings.items()
+        if isinstance(value, dict) and PICKLED in value and key not in given
+    }
+    if lost := sorted(replaced.keys() & defaults.keys()):
+        warnings.warn(f"{lost} of the saved agent are pickled and were not read, the defaults stand in", stacklevel=3)
+    replaced |= {key: space_from(described[key]) for key in ("observation_space", "action_space")}
+    return {**replaced, "policy_class": policies[described["policy"]], "train_freq": 1, **given}

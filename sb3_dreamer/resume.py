@@ -1,0 +1,279 @@
+"""Stop at any moment and go on as if nothing had happened.
+
+A folder holds complete checkpoints, numbered as they came. One appears by a rename when every byte of it is on the
+disk, and goes by a rename before the first byte of it is deleted; what begins with a dot is never read::
+
+    folder/
+      000007_step_30000/         model.zip  replay_buffer.pkl  state.pth
+      000008_step_40000/         the newest, which ``Dreamer.resume`` takes
+      .000009_step_50000.part/   being written, or being deleted, or left by a kill
+
+``model.zip`` and ``replay_buffer.pkl`` are what ``save`` and ``save_replay_buffer`` write. ``state.pth`` has the rest:
+the random numbers of Python, NumPy and PyTorch, what the agent saw last and remembers, and the environment; numbers
+and plain containers only, read with ``weights_only=True``.
+
+With an environment that can be restored, the resumed run has the same parameters, bit for bit on a CPU, as one that
+was never stopped. An environment can be restored if it (or its outermost wrapper that knows) has two methods::
+
+    def resume_state(self): ...              # all that decides its future, as arrays, numbers, strings, bytes,
+    def set_resume_state(self, state): ...   # tuples, lists and dicts of these; called after a reset
+
+Wrappers around the vector of environments that remember something (VecNormalize, VecFrameStack) are restored too.
+Any other environment is reset on resume: the episode under way ends there, as by a time limit. A replay on disk
+(``storage_path``) is not copied but goes on as it is, with whatever was collected or refreshed after the checkpoint.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import numpy as np
+import torch as th
+from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.running_mean_std import RunningMeanStd
+from stable_baselines3.common.save_util import load_from_pkl
+from stable_baselines3.common.type_aliases import GymEnv
+from stable_baselines3.common.vec_env import VecEnv, VecFrameStack, VecNormalize
+from stable_baselines3.common.vec_env.base_vec_env import VecEnvWrapper
+
+if TYPE_CHECKING:
+    from sb3_dreamer.dreamer import Dreamer
+
+SelfDreamer = TypeVar("SelfDreamer", bound="Dreamer")
+
+FORMAT = 1
+REMEMBERED = ("_last_obs", "_last_original_obs", "_last_episode_starts", "_online_state")
+
+
+class ResumeCallback(BaseCallback):
+    """Writes all that a resume needs, every so many steps and at the end of ``learn``.
+
+    It saves between an update and the next step, where nothing is half done.
+
+    :param folder: of the checkpoints, and of no other run.
+    :param every: environment steps between them.
+    :param keep: how many of the newest to keep.
+    :param verbose: 1 tells of each.
+    """
+
+    model: Dreamer
+
+    def __init__(self, folder: str | Path, every: int, keep: int = 2, verbose: int = 0) -> None:
+        super().__init__(verbose)
+        if every < 1 or keep < 1:
+            raise ValueError(f"every={every} and keep={keep} must be at least 1")
+        self.folder, self.every, self.keep = Path(folder), every, keep
+        self._saved_at = 0
+
+    def _on_training_start(self) -> None:
+        self._saved_at = self.model.num_timesteps
+
+    def _on_rollout_start(self) -> None:
+        if self.model.num_timesteps - self._saved_at >= self.every:
+            self._save()
+
+    def _on_step(self) -> bool:
+        return True
+
+    def _on_training_end(self) -> None:
+        if self.model.num_timesteps > self._saved_at:
+            self._save()
+
+    def _save(self) -> None:
+        path = save_checkpoint(self.model, self.folder, self.keep)
+        self._saved_at = self.model.num_timesteps
+        if self.verbose:
+            self.logger.log(f"Saved {path}")
+
+
+# -- checkpoints -------------------------------------------------------------------------------------------------------
+
+
+def checkpoints(folder: str | Path) -> list[Path]:
+    """The complete checkpoints of a folder, oldest first."""
+    return sorted(Path(folder).glob("[0-9]*_step_*"))
+
+
+def save_checkpoint(model: Dreamer, folder: Path, keep: int) -> Path:
+    """Add a checkpoint, whole or not at all, then delete the oldest beyond ``keep``.
+
+    :raises OSError: if the disk is full; the checkpoints before stay.
+    """
+    for leftover in folder.glob(".*.part"):
+        shutil.rmtree(leftover)
+    there = checkpoints(folder)
+    number = int(there[-1].name.partition("_")[0]) + 1 if there else 0
+    path = folder / f"{number:06d}_step_{model.num_timesteps}"
+    part = _part(path)
+    part.mkdir(parents=True)
+    model.save(part / "model.zip")
+    model.save_replay_buffer(part / "replay_buffer.pkl")
+    model.replay_buffer.flush()
+    th.save(_to_tensors(run_state(model)), part / "state.pth")
+    for file in part.iterdir():
+        _sync(file)
+    _sync(part)
+    part.rename(path)
+    _sync(folder)
+    for old in checkpoints(folder)[:-keep]:
+        shutil.rmtree(old.rename(_part(old)))
+    return path
+
+
+def resume(cls: type[SelfDreamer], folder: str | Path, env: GymEnv, **kwargs: Any) -> SelfDreamer:
+    """The agent of the newest complete checkpoint, ready for ``learn(..., reset_num_timesteps=False)``.
+
+    :param cls: Dreamer.
+    :param folder: where :class:`ResumeCallback` wrote.
+    :param env: an environment like the one before, wrapped the same way.
+    :param kwargs: further arguments of ``Dreamer.load``.
+    :raises FileNotFoundError: if the folder has no complete checkpoint.
+    """
+    there = checkpoints(folder)
+    if not there:
+        raise FileNotFoundError(
+            f"{folder} has no complete checkpoint: start a new run, with callback=ResumeCallback({str(folder)!r}, ...)"
+        )
+    model = cls.load(there[-1] / "model.zip", env=env, **kwargs)
+    # load_replay_buffer would end the episode under way
+    model.replay_buffer = load_from_pkl(there[-1] / "replay_buffer.pkl")
+    model.replay_buffer.device = model.device
+    restore_run_state(model, _to_arrays(th.load(there[-1] / "state.pth", weights_only=True)))
+    return model
+
+
+def _part(path: Path) -> Path:
+    return path.with_name(f".{path.name}.part")
+
+
+def _sync(path: Path) -> None:
+    """Wait until a file, or the names in a folder, are on the disk."""
+    if os.name == "nt" and path.is_dir():
+        return
+    handle = os.open(path, os.O_RDWR if path.is_file() else os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+# -- the state of a run ------------------------------------------------------------------------------------------------
+
+
+def run_state(model: Dreamer) -> dict[str, Any]:
+    """What ``save`` leaves out, as plain containers of numbers, strings and arrays."""
+    assert model.env is not None
+    return {
+        "format": FORMAT,
+        "python": random.getstate(),
+        "numpy": np.random.get_state(legacy=False),  # noqa: NPY002
+        "torch": th.get_rng_state().numpy(),
+        "cuda": [state.numpy() for state in th.cuda.get_rng_state_all()],
+        "action_space": model.action_space.np_random.bit_generator.state,
+        "agent": {name: getattr(model, name) for name in REMEMBERED},
+        "wrappers": [_wrapper_state(wrapper) for wrapper in _wrappers(model.env)],
+        "environments": model.env.env_method("resume_state") if _restorable(model.env) else None,
+    }
+
+
+def restore_run_state(model: Dreamer, state: dict[str, Any]) -> None:
+    """Put back what :func:`run_state` gave; random numbers last, since a reset of the environment may draw some.
+
+    :raises ValueError: if the environment is wrapped in another way than the one before.
+    """
+    env = model.env
+    assert env is not None
+    if state["format"] != FORMAT:
+        raise ValueError(f"state.pth has format {state['format']}, this version of sb3_dreamer reads {FORMAT}")
+    goes_on = state["environments"] is not None and state["agent"]["_last_obs"] is not None and _restorable(env)
+    if goes_on:
+        env.reset()
+        for i, one in enumerate(state["environments"]):
+            env.env_method("set_resume_state", one, indices=i)
+        for name, value in state["agent"].items():
+            setattr(model, name, value)
+    elif model.seed is not None:
+        env.seed(model.seed + model.num_timesteps)  # not the first episodes of the run again
+    wrappers = _wrappers(env)
+    now, then = [type(one).__name__ for one in wrappers], [one["kind"] for one in state["wrappers"]]
+    if now != then:
+        raise ValueError(f"the environments are wrapped in {now}, those of the run in {then}: wrap them the same way")
+    for wrapper, one in zip(wrappers, state["wrappers"], strict=True):
+        _restore_wrapper(wrapper, one)
+    model.action_space.np_random.bit_generator.state = state["action_space"]
+    random.setstate(state["python"])
+    np.random.set_state(state["numpy"])  # noqa: NPY002
+    th.set_rng_state(th.from_numpy(state["torch"]))
+    if len(state["cuda"]) == th.cuda.device_count():
+        th.cuda.set_rng_state_all([th.from_numpy(one) for one in state["cuda"]])
+
+
+def _restorable(env: VecEnv) -> bool:
+    return all(env.has_attr(name) for name in ("resume_state", "set_resume_state"))
+
+
+def _wrappers(env: VecEnv) -> list[VecEnvWrapper]:
+    """The wrappers that remember something, outermost first."""
+    found: list[VecEnvWrapper] = []
+    while isinstance(env, VecEnvWrapper):
+        if isinstance(env, VecNormalize | VecFrameStack):
+            found.append(env)
+        env = env.venv
+    return found
+
+
+def _statistics(wrapper: VecNormalize) -> dict[str, RunningMeanStd]:
+    """The moving statistics by name."""
+    seen = getattr(wrapper, "obs_rms", None) or {}
+    seen = seen if isinstance(seen, dict) else {"": seen}
+    return {**{f"obs {key}": one for key, one in seen.items()}, "returns": wrapper.ret_rms}
+
+
+def _wrapper_state(wrapper: VecEnvWrapper) -> dict[str, Any]:
+    state: dict[str, Any] = {"kind": type(wrapper).__name__}
+    if isinstance(wrapper, VecNormalize):
+        stats = {key: (s.mean, s.var, s.count) for key, s in _statistics(wrapper).items()}
+        return {**state, "statistics": stats, "returns": wrapper.returns}
+    assert isinstance(wrapper, VecFrameStack)
+    return {**state, "stacked": {key: one.stacked_obs for key, one in _stacks(wrapper).items()}}
+
+
+def _restore_wrapper(wrapper: VecEnvWrapper, state: dict[str, Any]) -> None:
+    if isinstance(wrapper, VecNormalize):
+        wrapper.returns = state["returns"]
+        for key, one in _statistics(wrapper).items():
+            one.mean, one.var, one.count = state["statistics"][key]
+    elif isinstance(wrapper, VecFrameStack):
+        for key, one in _stacks(wrapper).items():
+            one.stacked_obs = state["stacked"][key]
+
+
+def _stacks(wrapper: VecFrameStack) -> dict[str, Any]:
+    """SB3's stacks of observations by key."""
+    stacked = wrapper.stacked_obs
+    return dict(getattr(stacked, "sub_stacked_observations", None) or {"": stacked})
+
+
+# -- arrays and tensors: torch reads only the latter without running code ----------------------------------------------
+
+
+def _to_tensors(value: Any) -> Any:
+    if isinstance(value, np.ndarray):
+        return th.from_numpy(np.array(value))
+    if isinstance(value, np.generic):
+        return value.item()
+    if isinstance(value, dict):
+        return {key: _to_tensors(one) for key, one in value.items()}
+    return type(value)(map(_to_tensors, value)) if isinstance(value, list | tuple) else value
+
+
+def _to_arrays(value: Any) -> Any:
+    if isinstance(value, th.Tensor):
+        return value.numpy()
+    if isinstance(value, dict):
+        return {key: _to_arrays(one) for key, one in value.items()}
+    return type(value)(map(_to_arrays, value)) if isinstance(value, list | tuple) else value

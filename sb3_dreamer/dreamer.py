@@ -1,33 +1,22 @@
-"""Dreamer, one more SB3 algorithm: all the knobs, the train step, saving."""
+"""Dreamer, one more SB3 algorithm: all the knobs and the train step."""
 
 from __future__ import annotations
 
-import io
-import os
-import pathlib
-import tempfile
-from collections.abc import Iterable
 from typing import Any, ClassVar, TypeVar
 
-import numpy as np
 import torch as th
 from gymnasium import spaces
 from stable_baselines3.common.base_class import BaseAlgorithm
-from stable_baselines3.common.buffers import ReplayBuffer
-from stable_baselines3.common.callbacks import BaseCallback
-from stable_baselines3.common.noise import ActionNoise
-from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 from stable_baselines3.common.policies import BasePolicy
-from stable_baselines3.common.save_util import load_from_pkl
-from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedule
-from stable_baselines3.common.vec_env import VecEnv
+from stable_baselines3.common.type_aliases import GymEnv, Schedule
 
+from sb3_dreamer.algorithm import SequenceAlgorithm
 from sb3_dreamer.behavior.actor_critic import actor_loss, critic_loss, replay_critic_loss
 from sb3_dreamer.behavior.imagination import imagine, lambda_returns
-from sb3_dreamer.environments import check_spaces, check_wrapping, deaths_told
-from sb3_dreamer.files import describe, in_place_of_pickles, read_settings
+from sb3_dreamer.knobs import check_knobs
+from sb3_dreamer.metrics import Metrics
 from sb3_dreamer.nets.layers import fast_bfloat16
-from sb3_dreamer.policies import CnnPolicy, DreamerPolicy, MlpPolicy, MultiInputPolicy, PolicyState
+from sb3_dreamer.policies import CnnPolicy, DreamerPolicy, MlpPolicy, MultiInputPolicy
 from sb3_dreamer.replay import SequenceReplayBuffer
 from sb3_dreamer.types import Batch
 
@@ -46,7 +35,7 @@ LOSS_SCALES = {
 }
 
 
-class Dreamer(OffPolicyAlgorithm):
+class Dreamer(SequenceAlgorithm):
     """DreamerV3 (Hafner et al., "Mastering diverse control tasks through world models", Nature 2025).
 
     :param policy: "MlpPolicy", "CnnPolicy" or "MultiInputPolicy".
@@ -81,8 +70,6 @@ class Dreamer(OffPolicyAlgorithm):
         "CnnPolicy": CnnPolicy,
         "MultiInputPolicy": MultiInputPolicy,
     }
-    policy: DreamerPolicy
-    replay_buffer: SequenceReplayBuffer  # type: ignore[assignment]
 
     def __init__(
         self,
@@ -114,7 +101,7 @@ class Dreamer(OffPolicyAlgorithm):
     ) -> None:
         super().__init__(
             policy,
-            env,
+            env,  # type: ignore[arg-type]
             learning_rate,
             buffer_size=buffer_size,
             learning_starts=learning_starts,
@@ -142,20 +129,14 @@ class Dreamer(OffPolicyAlgorithm):
         self.rssm_type = rssm_type
         self.model_size = model_size
         self._entries_owed = 0.0
-        self._online_state: PolicyState | None = None
-        self._metrics: dict[str, list[th.Tensor]] = {}
+        self._online_state = None
+        self._metrics = Metrics(self.device)
         self._cloning: Any = None  # what is left of a warm start
         if _init_setup_model:
             self._setup_model()
 
-    @staticmethod
-    def _wrap_env(env: GymEnv, verbose: int = 0, monitor_wrapper: bool = True) -> VecEnv:
-        check_spaces(env)
-        env = OffPolicyAlgorithm._wrap_env(env, verbose, monitor_wrapper)
-        check_wrapping(env)
-        return env
-
     def _setup_model(self) -> None:
+        check_knobs(self.__dict__)
         self._setup_lr_schedule()
         self.set_random_seed(self.seed)
         self.policy = self.policy_class(  # type: ignore[assignment]
@@ -168,8 +149,8 @@ class Dreamer(OffPolicyAlgorithm):
             warmup_updates=self.warmup_updates,
             **self.policy_kwargs,
         ).to(self.device)
-        buffer_class = self.replay_buffer_class or SequenceReplayBuffer
-        self.replay_buffer = buffer_class(  # type: ignore[assignment]
+        buffer_class: Any = self.replay_buffer_class or SequenceReplayBuffer
+        self.replay_buffer = buffer_class(
             self.buffer_size,
             self.observation_space,
             self.action_space,
@@ -180,107 +161,6 @@ class Dreamer(OffPolicyAlgorithm):
             **self.replay_buffer_kwargs,
         )
         self._convert_train_freq()
-        self.described = describe(self.policy_class, self.observation_space, self.action_space)
-
-    # -- collecting ----------------------------------------------------------------------------------------------------
-
-    def learn(
-        self: SelfDreamer,
-        total_timesteps: int,
-        callback: MaybeCallback = None,
-        log_interval: int | None = 4,
-        tb_log_name: str = "Dreamer",
-        reset_num_timesteps: bool = True,
-        progress_bar: bool = False,
-    ) -> SelfDreamer:
-        """Collect ``total_timesteps`` steps and train after each; arguments as in every SB3 algorithm."""
-        total_timesteps, callback = self._setup_learn(
-            total_timesteps, callback, reset_num_timesteps, tb_log_name, progress_bar
-        )
-        callback.on_training_start(locals(), globals())
-        assert self.env is not None
-        go_on = True
-        while go_on and self.num_timesteps < total_timesteps:
-            go_on = self._collect(callback, log_interval)
-            if go_on:
-                self.train(self._updates_due(), self.batch_size)
-        callback.on_training_end()
-        return self
-
-    def _collect(self, callback: BaseCallback, log_interval: int | None) -> bool:
-        """One step of all environments. An interrupted step leaves the stream cut, never misaligned."""
-        assert self.env is not None
-        finished = False
-        try:
-            with deaths_told(self.env):
-                finished = self.collect_rollouts(
-                    self.env, callback, self.train_freq, self.replay_buffer, log_interval=log_interval  # type: ignore[arg-type]
-                ).continue_training
-        finally:
-            if not finished:
-                self._last_obs = None
-        return finished
-
-    def _setup_learn(self, total_timesteps: int, *args: Any, **kwargs: Any) -> tuple[int, BaseCallback]:
-        total_timesteps, callback = super()._setup_learn(total_timesteps, *args, **kwargs)
-        if np.all(self._last_episode_starts):  # the environments were just reset
-            self.replay_buffer.cut()
-        return total_timesteps, callback
-
-    def _sample_action(
-        self, learning_starts: int, action_noise: ActionNoise | None = None, n_envs: int = 1
-    ) -> tuple[np.ndarray, np.ndarray]:
-        assert self._last_obs is not None
-        actions, self._online_state = self.policy.predict(
-            self._last_obs, self._online_state, self._last_episode_starts  # type: ignore[arg-type]
-        )
-        if self._exploring():
-            actions = np.array([self.action_space.sample() for _ in range(n_envs)])
-            assert self._online_state is not None
-            self._online_state = (self._online_state[0], self.policy.encode_action(actions))
-        is_box = isinstance(self.action_space, spaces.Box)
-        return actions, self.policy.scale_action(actions) if is_box else actions
-
-    def _exploring(self) -> bool:
-        """Random actions until there is something to learn from; not again after a second learn() or a load."""
-        return self._n_updates == 0 and self.replay_buffer.size() < self.learning_starts
-
-    def _store_transition(
-        self,
-        replay_buffer: ReplayBuffer,
-        buffer_action: np.ndarray,
-        new_obs: np.ndarray | dict[str, np.ndarray],
-        reward: np.ndarray,
-        dones: np.ndarray,
-        infos: list[dict[str, Any]],
-    ) -> None:
-        obs, next_obs, normalize = self._last_obs, new_obs, self._vec_normalize_env
-        if normalize is not None:
-            obs, next_obs = self._last_original_obs, normalize.get_original_obs()
-            reward = normalize.get_original_reward()
-            infos = [
-                {**info, "terminal_observation": normalize.unnormalize_obs(info["terminal_observation"])}
-                if "terminal_observation" in info
-                else info
-                for info in infos
-            ]
-        assert self._online_state is not None
-        latent = self._online_state[0][:, : self.policy.world_model.rssm.latent_width]
-        self.replay_buffer.add(obs, next_obs, buffer_action, reward, dones, infos, latent=latent)
-        self._last_obs = new_obs
-        self._last_original_obs = next_obs
-        self._last_episode_starts = dones
-        if not self._exploring():
-            self._entries_owed += self.train_ratio * len(dones)
-
-    def _updates_due(self) -> int:
-        """Updates that the steps taken so far pay for; what is left over stays owed."""
-        if not self.replay_buffer.can_sample():
-            return 0
-        entries = self.batch_size * self.batch_length
-        due = int(self._entries_owed // entries)
-        self._entries_owed -= due * entries
-        return due
 
     # -- learning ------------------------------------------------------------------------------------------------------
 
@@ -291,11 +171,10 @@ class Dreamer(OffPolicyAlgorithm):
         self._update_learning_rate(self.policy.optimizer)
         for _ in range(gradient_steps):
             batch = self.replay_buffer.sample(batch_size, env=self._vec_normalize_env)
-            packed, metrics = self.update(batch)
-            self.replay_buffer.update_latents(batch.index, packed)
-            for key, value in metrics.items():
-                self._metrics.setdefault(key, []).append(value)
-        self._n_updates += gradient_steps
+            latents, metrics = self.update(batch)
+            self.replay_buffer.update_latents(batch.index, latents)
+            self._n_updates += 1
+            self._metrics.add(metrics)
 
     def update(self, batch: Batch) -> tuple[th.Tensor, dict[str, th.Tensor]]:
         """One update of everything, from one batch (paper, Algorithm 1).
@@ -332,16 +211,18 @@ class Dreamer(OffPolicyAlgorithm):
             )
             losses["replay_critic"] = replay_critic_loss(critic, features, logits, replay_returns, batch.is_last)
 
-        loss = sum(LOSS_SCALES[key] * value.mean() for key, value in losses.items())
+        loss = th.stack([LOSS_SCALES[key] * value.mean() for key, value in losses.items()]).sum()
         self.policy.optimizer.zero_grad()
         loss.backward()
-        self.policy.optimizer.step()
-        critic.update_slow()
+        learned = self.policy.optimizer.step(loss)
+        critic.update_slow(learned)
+        self.policy.return_scale.keep(learned)
 
         metrics = {f"{key}_loss": value.detach().mean() for key, value in losses.items()}
         metrics.update(info, **actor_info, imagined_return=returns.mean(), value=values.mean(), return_scale=scale)
         metrics.update(imagined_reward=dream.reward[:, 1:].mean(), replay_return=replay_returns.mean())
-        return world_model.rssm.latents(states.detach()), metrics
+        metrics.update(skipped_updates=~learned)
+        return world_model.rssm.latents(states.detach()).nan_to_num(), metrics
 
     def _imagination_starts(self, n_states: int) -> th.Tensor:
         """Which of the batch's states dreams start from: indices (N,)."""
@@ -351,9 +232,9 @@ class Dreamer(OffPolicyAlgorithm):
 
     def dump_logs(self) -> None:
         """Write the log: the means of the training metrics since the last time, and SB3's own entries."""
-        for key, values in self._metrics.items():
-            self.logger.record(f"train/{key}", th.stack(values).mean().item())
-        self._metrics = {}
+        for key, value in self._metrics.fetch().items():
+            self.logger.record(f"train/{key}", value)
+        self.logger.record("train/skipped_updates", self._metrics.skips())
         self.logger.record("train/n_updates", self._n_updates, exclude="tensorboard")
         super().dump_logs()
 
@@ -386,94 +267,5 @@ class Dreamer(OffPolicyAlgorithm):
 
         return to_model_free(self, algorithm, env, **kwargs)
 
-    # -- keeping -------------------------------------------------------------------------------------------------------
-
-    def predict(
-        self,
-        observation: np.ndarray | dict[str, np.ndarray],
-        state: PolicyState | None = None,
-        episode_start: np.ndarray | None = None,
-        deterministic: bool = False,
-    ) -> tuple[np.ndarray, PolicyState | None]:
-        """See :meth:`sb3_dreamer.policies.DreamerPolicy.predict`."""
-        return self.policy.predict(observation, state, episode_start, deterministic)
-
-    @classmethod
-    def load(  # type: ignore[override]
-        cls: type[SelfDreamer],
-        path: str | pathlib.Path | io.BufferedIOBase,
-        env: GymEnv | None = None,
-        device: th.device | str = "auto",
-        custom_objects: dict[str, Any] | None = None,
-        print_system_info: bool = False,
-        force_reset: bool = True,
-        *,
-        trusted: bool = True,
-        **kwargs: Any,
-    ) -> SelfDreamer:
-        """As in every SB3 algorithm; what a saved agent consists of is told in :mod:`sb3_dreamer.files`.
-
-        :param trusted: False for a file from somebody else: nothing is unpickled, so none of their code can run. The
-            agent acts as the saved one; settings that were pickled, such as a learning rate schedule, are not read.
-        :raises ValueError: for a file that is no agent's, truncated, damaged, or of another version.
-        """
-        settings, custom_objects = read_settings(path), dict(custom_objects or {})
-        if not trusted:
-            custom_objects = in_place_of_pickles(settings, cls.policy_aliases, cls, {**kwargs, **custom_objects})
-        return super().load(path, env, device, custom_objects, print_system_info, force_reset, **kwargs)
-
-    @classmethod
-    def resume(cls: type[SelfDreamer], folder: str | pathlib.Path, env: GymEnv, **kwargs: Any) -> SelfDreamer:
-        """Go on from the newest checkpoint of a ``ResumeCallback``: see :func:`sb3_dreamer.resume.resume`."""
-        from sb3_dreamer.resume import resume
-
-        return resume(cls, folder, env, **kwargs)
-
-    def load_replay_buffer(
-        self, path: str | pathlib.Path | io.BufferedIOBase, truncate_last_traj: bool = True
-    ) -> None:
-        """Go on with a saved replay; the next entry begins an episode.
-
-        :param path: what :meth:`save_replay_buffer` was given.
-        :param truncate_last_traj: only for SB3's signature, it is about HER.
-        :raises ValueError: if it holds no replay of sequences, or one of another shape than this agent's.
-        """
-        buffer = load_from_pkl(path, self.verbose)
-        if not isinstance(buffer, SequenceReplayBuffer):
-            raise ValueError(f"{path} holds a {type(buffer).__name__}, but Dreamer replays a SequenceReplayBuffer")
-        for name in ("observation_space", "action_space", "n_envs", "sequence_length", "latent_size"):
-            saved, own = getattr(buffer, name), getattr(self.replay_buffer, name)
-            if saved != own:
-                raise ValueError(f"the replay in {path} has {name}={saved}, this agent {own}: load it with the same")
-        buffer.device = self.device
-        self.replay_buffer = buffer
-
-    def save(
-        self,
-        path: str | pathlib.Path | io.BufferedIOBase,
-        exclude: Iterable[str] | None = None,
-        include: Iterable[str] | None = None,
-    ) -> None:
-        """As in every SB3 algorithm, but the file appears whole or not at all: an older one survives a crash."""
-        if not isinstance(path, str | pathlib.Path):
-            super().save(path, exclude, include)
-            return
-        path = pathlib.Path(path)
-        path = path if path.suffix else path.with_suffix(".zip")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".part")
-        try:
-            with os.fdopen(handle, "wb") as file:
-                super().save(file, exclude, include)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-        except BaseException:
-            os.unlink(temporary)
-            raise
-
     def _excluded_save_params(self) -> list[str]:
-        return [*super()._excluded_save_params(), "_online_state", "_metrics", "_cloning", "_last_obs", "_last_original_obs"]
-
-    def _get_torch_save_params(self) -> tuple[list[str], list[str]]:
-        return ["policy", "policy.optimizer"], []
+        return [*super()._excluded_save_params(), "_metrics", "_cloning"]

@@ -20,11 +20,12 @@ CORE = {
     "behavior": {"types", "nets", "world_model"},
     "replay": {"types"},
     "policies": {"types", "nets", "world_model", "behavior"},
-    "environments": {"policies"},
-    "files": set(),
-    "dreamer": {"types", "nets", "world_model", "behavior", "replay", "policies", "environments", "files"},
+    "algorithm": {"types", "replay", "policies"},
+    "knobs": set(),
+    "metrics": set(),
+    "dreamer": {"types", "nets", "world_model", "behavior", "replay", "policies", "algorithm", "knobs", "metrics"},
 }
-WINGS = {"resume", "hybrid", "zoo", "tianshou", "distributed", "dreams", "adaptation"}
+WINGS = {"hybrid", "zoo", "tianshou", "distributed", "dreams", "adaptation"}
 # `__init__` stands for what the package itself exports, as in `from sb3_dreamer import Dreamer`
 ALLOWED = CORE | {wing: set(CORE) | {"__init__"} for wing in WINGS} | {"__init__": set(CORE)}
 
@@ -36,8 +37,9 @@ LIBRARIES = {
     "behavior": {"torch", "numpy"},
     "replay": {"torch", "numpy", "gymnasium", "stable_baselines3"},
     "policies": {"torch", "numpy", "gymnasium", "stable_baselines3"},
-    "environments": {"gymnasium", "stable_baselines3"},
-    "files": {"numpy", "gymnasium", "stable_baselines3"},
+    "algorithm": {"torch", "numpy", "gymnasium", "stable_baselines3"},
+    "knobs": set(),
+    "metrics": {"torch"},
     "dreamer": {"torch", "numpy", "gymnasium", "stable_baselines3"},
     "__init__": set(),
 }
@@ -141,11 +143,12 @@ def functions(file: Path) -> Iterator[ast.FunctionDef]:
 
 
 def lines_of_code(function: ast.FunctionDef) -> int:
-    """Without the docstring."""
+    """Without the docstring; of a constructor without the list of its knobs either."""
     first = function.body[0]
     told = ast.get_docstring(function) is not None
     docstring = (first.end_lineno or 0) - first.lineno + 1 if told else 0
-    return (function.end_lineno or 0) - function.lineno + 1 - docstring
+    begin = first.lineno if function.name == "__init__" else function.lineno
+    return (function.end_lineno or 0) - begin + 1 - docstring
 
 
 def test_files_stay_short():

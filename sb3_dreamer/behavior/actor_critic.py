@@ -62,9 +62,10 @@ class Critic(nn.Module):
         return self.fast.loss(logits, target, slow)
 
     @th.no_grad()
-    def update_slow(self) -> None:
-        """Move the slow copy a little towards the critic."""
-        th._foreach_lerp_(list(self.slow.parameters()), list(self.fast.parameters()), self.rate)
+    def update_slow(self, learned: th.Tensor) -> None:
+        """Move the slow copy a little towards the critic, if it has ``learned`` (() bool) something."""
+        slow, fast = list(self.slow.parameters()), list(self.fast.parameters())
+        th._foreach_add_(slow, th._foreach_mul(th._foreach_sub(fast, slow), self.rate * learned))
 
 
 def actor_loss(

@@ -102,13 +102,20 @@ class ReturnScale(nn.Module):
         self.rate = rate
         self.register_buffer("low", th.zeros(()))
         self.register_buffer("high", th.zeros(()))
+        self._before = self.low, self.high
 
     def update(self, returns: th.Tensor) -> th.Tensor:
         """Take note of new returns (any shape) and give the current scale ()."""
+        self._before = self.low.clone(), self.high.clone()
         low, high = th.quantile(returns.detach().flatten(), returns.new_tensor([0.05, 0.95]))
         self.low.lerp_(low, self.rate)
         self.high.lerp_(high, self.rate)
         return self.scale
+
+    def keep(self, learned: th.Tensor) -> None:
+        """Take the last ``update`` back unless something was ``learned`` (() bool) from it."""
+        for now, before in zip((self.low, self.high), self._before, strict=True):
+            now.copy_(th.where(learned, now, before))
 
     @property
     def scale(self) -> th.Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from typing import Any
 
@@ -18,6 +19,9 @@ class LaProp(th.optim.Optimizer):
 
     The learning rate rises linearly from zero over ``warmup_steps`` updates: update k (from 1) uses
     ``lr * min(1, (k - 1) / warmup_steps)``. Gradients are clipped per tensor, see :func:`clip_factor`.
+
+    Where a gradient is not finite, nothing changes: no parameter, no moment, no count. This is decided on the device,
+    the host does not wait for it.
 
     :param params: parameters or parameter groups, as for every torch optimiser.
     :param lr: learning rate after the warm-up.
@@ -39,37 +43,56 @@ class LaProp(th.optim.Optimizer):
         super().__init__(params, dict(lr=lr, betas=betas, eps=eps, clip=clip, warmup_steps=warmup_steps))
 
     @th.no_grad()
-    def step(self, closure: None = None) -> None:  # type: ignore[override]
-        """One update of every parameter that has a gradient."""
-        for group in self.param_groups:
-            self._step_group(group)
+    def step(self, loss: th.Tensor | None = None) -> th.Tensor:  # type: ignore[override]
+        """One update of every parameter that has a gradient.
 
-    def _step_group(self, group: dict[str, Any]) -> None:
-        params = [p for p in group["params"] if p.grad is not None]
-        if not params:
-            return
-        group["step"] = group.get("step", 0) + 1
+        :param loss: what the gradients are of; where it is not finite, nothing changes either.
+        :return: () bool, whether anything was learned.
+        """
+        groups = [(group, [p for p in group["params"] if p.grad is not None]) for group in self.param_groups]
+        clipped = [clip_gradients(params, group["clip"]) for group, params in groups if params]
+        finite = th.stack([norms.isfinite().all() for _, norms in clipped]).all()
+        if loss is not None:
+            finite = finite & loss.isfinite()
+        for (group, params), (grads, _) in zip([g for g in groups if g[1]], clipped, strict=True):
+            self._step_group(group, params, grads, finite)
+        return finite
+
+    def _step_group(
+        self, group: dict[str, Any], params: list[th.Tensor], grads: list[th.Tensor], finite: th.Tensor
+    ) -> None:
         for p in params:
             if not self.state[p]:
                 self.state[p] = {"nu": th.zeros_like(p), "mu": th.zeros_like(p)}
-        grads = clip_gradients(params, group["clip"])
-        (beta1, beta2), step = group["betas"], group["step"]
         nu = [self.state[p]["nu"] for p in params]
         mu = [self.state[p]["mu"] for p in params]
-        th._foreach_mul_(nu, beta2)
+        step = group["step"] = th.as_tensor(group.get("step", 0), dtype=params[0].dtype, device=params[0].device)
+        step += finite
+        beta1, beta2 = group["betas"]
+        for grad in grads:
+            grad.masked_fill_(~finite, 0.0)
+        th._foreach_mul_(nu, th.where(finite, beta2, 1.0))
         th._foreach_addcmul_(nu, grads, grads, 1 - beta2)
-        scale = th._foreach_div(nu, 1 - beta2**step)
+        scale = th._foreach_div(nu, bias(beta2, step))
         th._foreach_sqrt_(scale)
         th._foreach_add_(scale, group["eps"])
-        th._foreach_mul_(mu, beta1)
+        th._foreach_mul_(mu, th.where(finite, beta1, 1.0))
         th._foreach_addcdiv_(mu, grads, scale, 1 - beta1)
         warmup = group["warmup_steps"]
-        rate = group["lr"] * (min(1.0, (step - 1) / warmup) if warmup else 1.0)
-        th._foreach_add_(params, mu, alpha=-rate / (1 - beta1**step))
+        rate = group["lr"] * ((step - 1) / warmup).clamp(0.0, 1.0) if warmup else group["lr"]
+        th._foreach_sub_(params, th._foreach_mul(mu, finite * rate / bias(beta1, step)))
 
 
-def clip_gradients(params: list[th.Tensor], clip: float) -> list[th.Tensor]:
-    """Gradients of ``params``, each scaled by its :func:`clip_factor`; the ``.grad`` themselves stay untouched."""
+def bias(beta: float, step: th.Tensor) -> th.Tensor:
+    """1 - beta^step, what is missing in a moving average from zero; without cancellation, and never 0."""
+    return -th.expm1(step.clamp(min=1.0) * math.log(beta))
+
+
+def clip_gradients(params: list[th.Tensor], clip: float) -> tuple[list[th.Tensor], th.Tensor]:
+    """Gradients of ``params``, each scaled by its :func:`clip_factor`; the ``.grad`` themselves stay untouched.
+
+    :return: the scaled gradients; (n,) norms before.
+    """
     grads = [p.grad for p in params if p.grad is not None]
     norms, param_norms = th.stack(th._foreach_norm(grads)), th.stack(th._foreach_norm(params))
-    return list(th._foreach_mul(grads, list(clip_factor(norms, param_norms, clip).unbind())))
+    return list(th._foreach_mul(grads, list(clip_factor(norms, param_norms, clip).unbind()))), norms

@@ -132,6 +132,14 @@ class SequenceReplayBuffer:
             self._append(storage, ended, final)
             self._interrupt(ended)
 
+    def check(self, obs: Obs) -> None:
+        """Refuse observations that could not be stored, before anybody acts on them.
+
+        :param obs: (n_envs, *shape), by key for Dict spaces; original, not normalised.
+        :raises ValueError: for NaN, infinity, values out of range and wrong shapes.
+        """
+        self._entries.store_observation(obs, self._envs)
+
     def cut(self) -> None:
         """End the stream here: what is added next does not follow what was added last.
 

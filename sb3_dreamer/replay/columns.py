@@ -211,7 +211,7 @@ class EntryCode:
         :param envs: (n,) numbers of the environments.
         :raises ValueError: for what a column refuses.
         """
-        entry = self._store_observation(obs, envs)
+        entry = self.store_observation(obs, envs)
         entry["action"] = self.action.store(action, envs)
         if self.latent is not None:
             no_latent = np.zeros((len(envs), *self.latent.shape), np.float16)
@@ -233,7 +233,7 @@ class EntryCode:
         obs = (
             {key: np.stack([one[key] for one in last]) for key in self.observation} if self.is_dict else np.stack(last)
         )
-        entry = self._store_observation(obs, envs, "terminal ")
+        entry = self.store_observation(obs, envs, "terminal ")
         time_limit = np.array([bool(infos[env].get("TimeLimit.truncated", False)) for env in envs])
         entry["action"] = np.full((len(envs), *self.action.column.shape), self.action.none, self.action.column.dtype)
         entry["reward"] = reward[envs]
@@ -242,6 +242,13 @@ class EntryCode:
             entry["latent"] = np.zeros((len(envs), *self.latent.shape), np.float16)
         return entry
 
-    def _store_observation(self, obs: Any, envs: np.ndarray, prefix: str = "") -> dict[str, np.ndarray]:
+    def store_observation(self, obs: Any, envs: np.ndarray, prefix: str = "") -> dict[str, np.ndarray]:
+        """Check observations alone.
+
+        :param obs: (n, *shape), by key for Dict spaces.
+        :param envs: (n,) numbers of the environments.
+        :param prefix: put before the labels in messages.
+        :raises ValueError: for what a column refuses.
+        """
         by_key = obs if self.is_dict else {"obs": obs}
         return {f"obs/{key}": column.cast(by_key[key], envs, prefix) for key, column in self.observation.items()}

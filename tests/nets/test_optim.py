@@ -44,9 +44,10 @@ def test_the_gradient_is_normalised_before_it_is_averaged() -> None:
 def test_gradients_are_clipped_to_a_share_of_the_norm_of_each_tensor() -> None:
     large, small = th.nn.Parameter(th.tensor([3.0, 4.0])), th.nn.Parameter(th.zeros(1))
     large.grad, small.grad = th.tensor([30.0, 40.0]), th.tensor([1.0])
-    clipped = clip_gradients([large, small], clip=0.3)
+    clipped, norms = clip_gradients([large, small], clip=0.3)
     assert clipped[0].tolist() == pytest.approx([0.9, 1.2])  # norm 50 -> 0.3 * 5
     assert clipped[1].tolist() == pytest.approx([0.3e-3])  # parameters of norm zero count as 1e-3
+    assert norms.tolist() == [50.0, 1.0]
     assert large.grad.tolist() == [30.0, 40.0]
 
 

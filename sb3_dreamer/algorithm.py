@@ -1,0 +1,251 @@
+"""What an SB3 algorithm with a memory and a replay of sequences needs beside learning: collecting and keeping."""
+
+from __future__ import annotations
+
+import io
+import os
+import pathlib
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+import numpy as np
+import torch as th
+from gymnasium import spaces
+from stable_baselines3.common.buffers import ReplayBuffer
+from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.noise import ActionNoise
+from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
+from stable_baselines3.common.save_util import load_from_pkl, load_from_zip_file
+from stable_baselines3.common.type_aliases import MaybeCallback, TensorDict
+
+from sb3_dreamer.policies import DreamerPolicy, PolicyState
+from sb3_dreamer.replay import SequenceReplayBuffer
+
+SelfAlgorithm = TypeVar("SelfAlgorithm", bound="SequenceAlgorithm")
+Observation = np.ndarray | dict[str, np.ndarray]
+FileLike = str | pathlib.Path | io.BufferedIOBase
+
+
+class SequenceAlgorithm(OffPolicyAlgorithm):
+    """SB3's off-policy algorithm, with a policy that carries a state and a replay of sequences.
+
+    Whatever stops a step in the middle (a callback, an exception) ends the stream there: the next ``learn`` resets the
+    environments, and what it stores first begins an episode. A subclass builds ``policy`` and ``replay_buffer`` in
+    ``_setup_model``, and learns in ``train``.
+    """
+
+    policy: DreamerPolicy
+    replay_buffer: SequenceReplayBuffer  # type: ignore[assignment]
+    batch_length: int
+    train_ratio: float
+    _entries_owed: float  # replayed entries that the steps taken so far pay for
+    _online_state: PolicyState | None  # of the training environments
+
+    # -- collecting ----------------------------------------------------------------------------------------------------
+
+    def learn(
+        self: SelfAlgorithm,
+        total_timesteps: int,
+        callback: MaybeCallback = None,
+        log_interval: int | None = 4,
+        tb_log_name: str = "Dreamer",
+        reset_num_timesteps: bool = True,
+        progress_bar: bool = False,
+    ) -> SelfAlgorithm:
+        """Collect ``total_timesteps`` steps and train after each; arguments as in every SB3 algorithm."""
+        total_timesteps, callback = self._setup_learn(
+            total_timesteps, callback, reset_num_timesteps, tb_log_name, progress_bar
+        )
+        callback.on_training_start(locals(), globals())
+        go_on = True
+        while go_on and self.num_timesteps < total_timesteps:
+            go_on = self._collect(callback, log_interval)
+            if go_on:
+                self.train(self._updates_due(), self.batch_size)
+        callback.on_training_end()
+        return self
+
+    def _setup_learn(self, total_timesteps: int, *args: Any, **kwargs: Any) -> tuple[int, BaseCallback]:
+        total_timesteps, callback = super()._setup_learn(total_timesteps, *args, **kwargs)
+        if np.all(self._last_episode_starts):  # the environments were just reset
+            self.replay_buffer.cut()
+        return total_timesteps, callback
+
+    def _collect(self, callback: BaseCallback, log_interval: int | None) -> bool:
+        """One step of all environments. An interrupted step leaves the stream cut, never misaligned."""
+        assert self.env is not None
+        frequency: Any = self.train_freq
+        finished = False
+        try:
+            finished = self.collect_rollouts(
+                self.env,
+                callback,
+                frequency,
+                self.replay_buffer,  # type: ignore[arg-type]
+                log_interval=log_interval,
+            ).continue_training
+        finally:
+            if not finished:
+                self._last_obs = None
+        return finished
+
+    def _sample_action(
+        self, learning_starts: int, action_noise: ActionNoise | None = None, n_envs: int = 1
+    ) -> tuple[np.ndarray, np.ndarray]:
+        seen: Any = self._last_obs if self._vec_normalize_env is None else self._last_original_obs
+        with self._naming_the_step():
+            self.replay_buffer.check(seen)
+        last_obs: Any = self._last_obs
+        actions, self._online_state = self.policy.predict(last_obs, self._online_state, self._last_episode_starts)
+        if self._exploring():
+            actions = np.array([self.action_space.sample() for _ in range(n_envs)])
+            assert self._online_state is not None
+            self._online_state = (self._online_state[0], self.policy.encode_action(actions))
+        is_box = isinstance(self.action_space, spaces.Box)
+        return actions, self.policy.scale_action(actions) if is_box else actions
+
+    def _exploring(self) -> bool:
+        """Random actions until there is something to learn from; not again after a second learn() or a load."""
+        return self._n_updates == 0 and self._waiting()
+
+    def _waiting(self) -> bool:
+        """Whether the replay holds too little to learn from: ``learning_starts`` entries, if so many fit."""
+        replay = self.replay_buffer
+        return replay.size() < min(self.learning_starts, replay.rows * replay.n_envs) or not replay.can_sample()
+
+    def _store_transition(
+        self,
+        replay_buffer: ReplayBuffer,
+        buffer_action: np.ndarray,
+        new_obs: Observation,
+        reward: np.ndarray,
+        dones: np.ndarray,
+        infos: list[dict[str, Any]],
+    ) -> None:
+        obs: Any = self._last_obs
+        next_obs: Any = new_obs
+        if (normalize := self._vec_normalize_env) is not None:
+            obs, next_obs = self._last_original_obs, normalize.get_original_obs()
+            reward = normalize.get_original_reward()
+            infos = [
+                {**info, "terminal_observation": normalize.unnormalize_obs(info["terminal_observation"])}
+                if "terminal_observation" in info
+                else info
+                for info in infos
+            ]
+        assert self._online_state is not None
+        latent = self._online_state[0][:, : self.policy.world_model.rssm.latent_width]
+        with self._naming_the_step():
+            self.replay_buffer.add(obs, next_obs, buffer_action, reward, dones, infos, latent=latent)
+        self._last_obs, self._last_original_obs = new_obs, next_obs
+        self._last_episode_starts = dones
+        if not self._waiting():
+            self._entries_owed += self.train_ratio * len(dones)
+
+    def _updates_due(self) -> int:
+        """Updates that the steps taken so far pay for; what is left over stays owed."""
+        entries = self.batch_size * self.batch_length
+        due = int(self._entries_owed // entries)
+        self._entries_owed -= due * entries
+        return due
+
+    @contextmanager
+    def _naming_the_step(self) -> Iterator[None]:
+        """Complete what the replay says about bad numbers."""
+        try:
+            yield
+        except ValueError as error:
+            raise ValueError(
+                f"at environment step {self.num_timesteps}: {error}. What was collected before is kept: "
+                "save_replay_buffer() saves it, learn(reset_num_timesteps=False) goes on with a reset"
+            ) from None
+
+    def predict(
+        self,
+        observation: Observation,
+        state: PolicyState | None = None,
+        episode_start: np.ndarray | None = None,
+        deterministic: bool = False,
+    ) -> tuple[np.ndarray, PolicyState | None]:
+        """See :meth:`sb3_dreamer.policies.DreamerPolicy.predict`."""
+        return self.policy.predict(observation, state, episode_start, deterministic)
+
+    # -- keeping -------------------------------------------------------------------------------------------------------
+
+    def save(self, path: FileLike, exclude: Iterable[str] | None = None, include: Iterable[str] | None = None) -> None:
+        """As in every SB3 algorithm, but the file appears whole or not at all: an older one survives a crash."""
+        with written_aside(path, "zip") as file:
+            super().save(file, exclude, include)
+
+    def save_replay_buffer(self, path: FileLike) -> None:
+        """Save the replay; the file appears whole or not at all."""
+        with written_aside(path, "pkl") as file:
+            super().save_replay_buffer(file)
+
+    def load_replay_buffer(self, path: FileLike, truncate_last_traj: bool = True) -> None:
+        """Go on with a saved replay; the next entry begins an episode.
+
+        :param path: what :meth:`save_replay_buffer` was given.
+        :param truncate_last_traj: only for SB3's signature, it is about HER.
+        :raises ValueError: if it holds no replay of sequences, or one of another shape than this agent's.
+        """
+        buffer = load_from_pkl(path, self.verbose)
+        if not isinstance(buffer, SequenceReplayBuffer):
+            raise ValueError(f"{path} holds a {type(buffer).__name__}, but Dreamer replays a SequenceReplayBuffer")
+        for name in ("observation_space", "action_space", "n_envs", "sequence_length", "latent_size"):
+            saved, own = getattr(buffer, name), getattr(self.replay_buffer, name)
+            if saved != own:
+                raise ValueError(f"the replay in {path} has {name}={saved}, this agent {own}: load it with the same")
+        buffer.device = self.device
+        self.replay_buffer = buffer
+        self._last_obs = None  # the next learn() resets
+
+    def set_parameters(
+        self, load_path_or_dict: str | TensorDict, exact_match: bool = True, device: th.device | str = "auto"
+    ) -> None:
+        """As in every SB3 algorithm, but parameters of another shape are refused before anything is changed.
+
+        :raises ValueError: for another shape, and for unknown or missing names.
+        """
+        given: Any = load_path_or_dict
+        if not isinstance(given, dict):
+            given = load_from_zip_file(given, device=device, load_data=False)[1]
+        own = self.policy.state_dict()
+        for name, value in given.get("policy", {}).items():
+            if name in own and value.shape != own[name].shape:
+                raise ValueError(
+                    f"the parameters are of other spaces or widths than this agent: {name} has shape "
+                    f"{tuple(value.shape)}, here {tuple(own[name].shape)}. Nothing was changed"
+                )
+        super().set_parameters(given, exact_match, device)
+
+    def _excluded_save_params(self) -> list[str]:
+        return [*super()._excluded_save_params(), "_online_state", "_last_obs", "_last_original_obs"]
+
+    def _get_torch_save_params(self) -> tuple[list[str], list[str]]:
+        return ["policy", "policy.optimizer"], []
+
+
+@contextmanager
+def written_aside(path: FileLike, suffix: str) -> Iterator[Any]:
+    """A file that takes the place of an older one when it is complete and on the disk; an open file is just used.
+
+    :param path: where, with SB3's rule: ``suffix`` is added if there is none, folders are made.
+    :param suffix: without the dot.
+    """
+    if not isinstance(path, str | pathlib.Path):
+        yield path
+        return
+    path = pathlib.Path(path)
+    path = path if path.suffix else pathlib.Path(f"{path}.{suffix}")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        with aside.open("wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        aside.replace(path)
+    finally:
+        aside.unlink(missing_ok=True)

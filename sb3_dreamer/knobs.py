@@ -1,0 +1,54 @@
+"""What each knob may be. Checked when the networks are built, so that ``load(..., knob=...)`` is covered too."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from numbers import Integral, Real
+from typing import Any
+
+Check = tuple[Callable[[Any], bool], str]
+
+
+def whole(least: int) -> Check:
+    """Whole numbers."""
+    return lambda x: isinstance(x, Integral) and int(x) >= least, f"a whole number of at least {least}"
+
+
+def number(low: float, high: float = math.inf) -> Check:
+    """Numbers within bounds; NaN and infinity never pass."""
+    words = f"a number of at least {low:g}" if high == math.inf else f"a number within [{low:g}, {high:g}]"
+    return lambda x: isinstance(x, Real) and low <= float(x) <= high and math.isfinite(x), words
+
+
+def either(check: Check, other: Callable[[Any], bool], words: str) -> Check:
+    """What passes one of two checks."""
+    return lambda x: other(x) or check[0](x), f"{check[1]}, or {words}"
+
+
+KNOBS: dict[str, Check] = {
+    "learning_rate": either(number(0), callable, "a function of the remaining progress"),
+    "warmup_updates": whole(0),
+    "buffer_size": number(1),
+    "learning_starts": number(0),
+    "batch_size": whole(1),
+    "batch_length": whole(2),
+    "train_ratio": (lambda x: isinstance(x, Real) and 0 < float(x) < math.inf, "a number above 0"),
+    "imagination_starts": either(whole(1), lambda x: x is None, "None"),
+    "imagination_horizon": whole(1),
+    "gamma": number(0, 1),
+    "gae_lambda": number(0, 1),
+    "ent_coef": number(0),
+}
+
+
+def check_knobs(settings: Mapping[str, Any]) -> None:
+    """Refuse settings that cannot work.
+
+    :param settings: knobs by name; what is no knob is not looked at.
+    :raises ValueError: names the knob, what was given and what it may be.
+    """
+    for name, (passes, words) in KNOBS.items():
+        value = settings[name]
+        if isinstance(value, bool) or not passes(value):
+            raise ValueError(f"{name}={value!r} must be {words}")

@@ -17,8 +17,11 @@ from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.noise import ActionNoise
 from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 from stable_baselines3.common.save_util import load_from_pkl, load_from_zip_file
-from stable_baselines3.common.type_aliases import MaybeCallback, TensorDict
+from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, TensorDict
+from stable_baselines3.common.vec_env import VecEnv
 
+from sb3_dreamer.environments import check_spaces, check_wrapping, deaths_told
+from sb3_dreamer.files import in_place_of_pickles, read_settings
 from sb3_dreamer.policies import DreamerPolicy, PolicyState
 from sb3_dreamer.replay import SequenceReplayBuffer
 
@@ -41,6 +44,13 @@ class SequenceAlgorithm(OffPolicyAlgorithm):
     train_ratio: float
     _entries_owed: float  # replayed entries that the steps taken so far pay for
     _online_state: PolicyState | None  # of the training environments
+
+    @staticmethod
+    def _wrap_env(env: GymEnv, verbose: int = 0, monitor_wrapper: bool = True) -> VecEnv:
+        check_spaces(env)
+        env = OffPolicyAlgorithm._wrap_env(env, verbose, monitor_wrapper)
+        check_wrapping(env)
+        return env
 
     # -- collecting ----------------------------------------------------------------------------------------------------
 
@@ -78,13 +88,14 @@ class SequenceAlgorithm(OffPolicyAlgorithm):
         frequency: Any = self.train_freq
         finished = False
         try:
-            finished = self.collect_rollouts(
-                self.env,
-                callback,
-                frequency,
-                self.replay_buffer,  # type: ignore[arg-type]
-                log_interval=log_interval,
-            ).continue_training
+            with deaths_told(self.env):
+                finished = self.collect_rollouts(
+                    self.env,
+                    callback,
+                    frequency,
+                    self.replay_buffer,  # type: ignore[arg-type]
+                    log_interval=log_interval,
+                ).continue_training
         finally:
             if not finished:
                 self._last_obs = None
@@ -182,6 +193,30 @@ class SequenceAlgorithm(OffPolicyAlgorithm):
         """Save the replay; the file appears whole or not at all."""
         with written_aside(path, "pkl") as file:
             super().save_replay_buffer(file)
+
+    @classmethod
+    def load(  # type: ignore[override]
+        cls: type[SelfAlgorithm],
+        path: FileLike,
+        env: GymEnv | None = None,
+        device: th.device | str = "auto",
+        custom_objects: dict[str, Any] | None = None,
+        print_system_info: bool = False,
+        force_reset: bool = True,
+        *,
+        trusted: bool = True,
+        **kwargs: Any,
+    ) -> SelfAlgorithm:
+        """As in every SB3 algorithm; what a saved agent consists of is told in :mod:`sb3_dreamer.files`.
+
+        :param trusted: False for a file from somebody else: nothing is unpickled, so none of their code can run. The
+            agent acts as the saved one; settings that were pickled, such as a learning rate schedule, are not read.
+        :raises ValueError: for a file that is no agent's, truncated, damaged, or of another version.
+        """
+        settings, custom_objects = read_settings(path), dict(custom_objects or {})
+        if not trusted:
+            custom_objects = in_place_of_pickles(settings, cls.policy_aliases, cls, {**kwargs, **custom_objects})
+        return super().load(path, env, device, custom_objects, print_system_info, force_reset, **kwargs)
 
     def load_replay_buffer(self, path: FileLike, truncate_last_traj: bool = True) -> None:
         """Go on with a saved replay; the next entry begins an episode.

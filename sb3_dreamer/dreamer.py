@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pathlib
 from typing import Any, ClassVar, TypeVar
 
 import torch as th
@@ -13,6 +14,7 @@ from stable_baselines3.common.type_aliases import GymEnv, Schedule
 from sb3_dreamer.algorithm import SequenceAlgorithm
 from sb3_dreamer.behavior.actor_critic import actor_loss, critic_loss, replay_critic_loss
 from sb3_dreamer.behavior.imagination import imagine, lambda_returns
+from sb3_dreamer.files import describe
 from sb3_dreamer.knobs import check_knobs
 from sb3_dreamer.metrics import Metrics
 from sb3_dreamer.nets.layers import fast_bfloat16
@@ -161,6 +163,7 @@ class Dreamer(SequenceAlgorithm):
             **self.replay_buffer_kwargs,
         )
         self._convert_train_freq()
+        self.described = describe(self.policy_class, self.observation_space, self.action_space)
 
     # -- learning ------------------------------------------------------------------------------------------------------
 
@@ -239,6 +242,13 @@ class Dreamer(SequenceAlgorithm):
         super().dump_logs()
 
     # -- the hybrid: each opens its wing when called -------------------------------------------------------------------
+
+    @classmethod
+    def resume(cls: type[SelfDreamer], folder: str | pathlib.Path, env: GymEnv, **kwargs: Any) -> SelfDreamer:
+        """Go on from the newest checkpoint of a ``ResumeCallback``, see :func:`sb3_dreamer.resume.resume`."""
+        from sb3_dreamer.resume import resume
+
+        return resume(cls, folder, env, **kwargs)
 
     def warm_start(self: SelfDreamer, teacher: Any, n_steps: int, **kwargs: Any) -> SelfDreamer:
         """Begin with what a teacher can do, see :func:`sb3_dreamer.hybrid.warm_start.warm_start`."""

@@ -20,12 +20,26 @@ CORE = {
     "behavior": {"types", "nets", "world_model"},
     "replay": {"types"},
     "policies": {"types", "nets", "world_model", "behavior"},
-    "algorithm": {"types", "replay", "policies"},
+    "environments": {"policies"},
+    "files": set(),
+    "algorithm": {"types", "replay", "policies", "environments", "files"},
     "knobs": set(),
     "metrics": set(),
-    "dreamer": {"types", "nets", "world_model", "behavior", "replay", "policies", "algorithm", "knobs", "metrics"},
+    "dreamer": {
+        "types",
+        "nets",
+        "world_model",
+        "behavior",
+        "replay",
+        "policies",
+        "algorithm",
+        "knobs",
+        "metrics",
+        "environments",
+        "files",
+    },
 }
-WINGS = {"hybrid", "zoo", "tianshou", "distributed", "dreams", "adaptation"}
+WINGS = {"resume", "hybrid", "zoo", "tianshou", "distributed", "dreams", "adaptation"}
 # `__init__` stands for what the package itself exports, as in `from sb3_dreamer import Dreamer`
 ALLOWED = CORE | {wing: set(CORE) | {"__init__"} for wing in WINGS} | {"__init__": set(CORE)}
 
@@ -37,6 +51,8 @@ LIBRARIES = {
     "behavior": {"torch", "numpy"},
     "replay": {"torch", "numpy", "gymnasium", "stable_baselines3"},
     "policies": {"torch", "numpy", "gymnasium", "stable_baselines3"},
+    "environments": {"gymnasium", "stable_baselines3"},
+    "files": {"numpy", "gymnasium", "stable_baselines3"},
     "algorithm": {"torch", "numpy", "gymnasium", "stable_baselines3"},
     "knobs": set(),
     "metrics": {"torch"},

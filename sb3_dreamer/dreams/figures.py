@@ -3,15 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from sb3_dreamer.dreams.extras import need
-from sb3_dreamer.dreams.horizon import BAND, HorizonError, band, data_scale
+from sb3_dreamer.dreams.horizon import BAND, REWARD, HorizonError, calibrated_band, data_scale
 from sb3_dreamer.dreams.open_loop import OpenLoop, Pair, dimension_names, numbers
+from sb3_dreamer.types import Spec
 
 TRUTH, DREAM, SEEN = "#222222", "#1f6fb4", "#f0efe8"
+
+
+class Panel(NamedTuple):
+    """One dimension of one sequence, (T,) each.
+
+    :param truth: as it was.
+    :param dream: mean of the dreams.
+    :param low: lower end of the band.
+    :param high: upper end.
+    """
+
+    truth: np.ndarray
+    dream: np.ndarray
+    low: np.ndarray
+    high: np.ndarray
 
 
 def open_loop_figure(loop: OpenLoop, sequence: int, dims: Sequence[str] | None = None, at_most: int = 6) -> Any:
@@ -26,19 +42,19 @@ def open_loop_figure(loop: OpenLoop, sequence: int, dims: Sequence[str] | None =
     :raises ValueError: for dimensions that there are not.
     """
     panels = vector_panels(loop, sequence)
-    names = worst(loop, panels, at_most) if dims is None else list(dims)
+    names = worst(panels, loop, at_most) if dims is None else list(dims)
     if unknown := set(names) - set(panels):
         raise ValueError(f"dims {sorted(unknown)} are unknown; there are {', '.join(panels) or 'only images'}")
     shown = {name: panels[name] for name in names}
-    heads = {"reward": loop.reward, "continue": loop.goes_on, "value": loop.value}
-    shown |= {name: Pair(pair.truth[sequence], pair.dream[:, sequence]) for name, pair in heads.items()}
+    for name, pair in {"reward": loop.reward, "continue": loop.goes_on, "value": loop.value}.items():
+        shown |= panels_of(loop, sequence, pair, REWARD, [name])
 
     rows = -(-len(shown) // 3)
     figure = need("matplotlib.figure", "dreams").Figure(figsize=(12, 2.1 * rows), layout="constrained")
     until = int(loop.valid[sequence].sum())
-    for i, (name, pair) in enumerate(shown.items()):
+    for i, (name, panel) in enumerate(shown.items()):
         axes = figure.add_subplot(rows, 3, i + 1)
-        draw_pair(axes, Pair(pair.truth[:until], pair.dream[:, :until]), loop.context)
+        draw_panel(axes, Panel(*(line[:until] for line in panel)), loop.context)
         axes.set_title(name, fontsize=10)
     figure.axes[0].legend(fontsize=8, loc="best")
     for axes in figure.axes[-3:]:
@@ -46,38 +62,47 @@ def open_loop_figure(loop: OpenLoop, sequence: int, dims: Sequence[str] | None =
     return figure
 
 
-def draw_pair(axes: Any, pair: Pair, context: int) -> None:
-    """Truth (T,), mean and band of the dreams (M, T); the context is shaded."""
-    steps, dreamed = np.arange(len(pair.truth)), slice(context - 1, None)
-    low, high = band(pair.dream)
+def draw_panel(axes: Any, panel: Panel, context: int) -> None:
+    """One dimension in time; the context is shaded."""
+    steps, dreamed = np.arange(len(panel.truth)), slice(context - 1, None)
+    spread = steps[dreamed], panel.low[dreamed], panel.high[dreamed]
     axes.axvspan(0, context - 1, color=SEEN, zorder=0)
-    spread = steps[dreamed], low[dreamed], high[dreamed]
-    axes.fill_between(*spread, color=DREAM, alpha=0.25, lw=0, label=f"{BAND:.0%} of dreams")
-    axes.plot(steps, pair.truth, color=TRUTH, lw=1.3, label="truth")
-    axes.plot(steps, pair.dream.mean(0), color=DREAM, lw=1.3, label="dream")
+    axes.fill_between(*spread, color=DREAM, alpha=0.25, lw=0, label=f"{BAND:.0%} band")
+    axes.plot(steps, panel.truth, color=TRUTH, lw=1.3, label="truth")
+    axes.plot(steps, panel.dream, color=DREAM, lw=1.3, label="dream")
     axes.tick_params(labelsize=8)
     axes.margins(x=0)
     axes.spines[["top", "right"]].set_visible(False)
 
 
-def vector_panels(loop: OpenLoop, sequence: int) -> dict[str, Pair]:
-    """Name of a dimension -> its truth (T,) and dreams (M, T)."""
-    panels: dict[str, Pair] = {}
+def vector_panels(loop: OpenLoop, sequence: int) -> dict[str, Panel]:
+    """Name of a dimension -> its panel, for all keys that are no images."""
+    panels: dict[str, Panel] = {}
     for key, names in dimension_names(loop.specs).items():
-        truth = numbers(loop.obs[key].truth[sequence], loop.specs[key])
-        dream = numbers(loop.obs[key].dream[:, sequence], loop.specs[key])
-        panels.update({name: Pair(truth[:, i], dream[..., i]) for i, name in enumerate(names)})
+        panels |= panels_of(loop, sequence, loop.obs[key], loop.specs[key], names)
     return panels
 
 
-def worst(loop: OpenLoop, panels: Mapping[str, Pair], at_most: int) -> list[str]:
+def panels_of(loop: OpenLoop, sequence: int, pair: Pair, spec: Spec, names: Sequence[str]) -> dict[str, Panel]:
+    """The panels of one quantity."""
+    truth, dream = numbers(pair.truth, spec), numbers(pair.dream, spec)
+    low, high, _ = calibrated_band(truth, dream, loop)
+    lines = [x.T for x in (truth[sequence], dream[:, sequence].mean(0), low[sequence], high[sequence])]
+    return {name: Panel(*(line[i] for line in lines)) for i, name in enumerate(names)}
+
+
+def worst(panels: Mapping[str, Panel], loop: OpenLoop, at_most: int) -> list[str]:
     """The dimensions with the largest error in standard deviations of the data, in the order of the observation."""
     scale: dict[str, float] = {}
     for key, names in dimension_names(loop.specs).items():
-        scale.update(zip(names, data_scale(numbers(loop.obs[key].truth, loop.specs[key]), loop.specs[key])))
-    c = loop.context
-    errors = {n: np.square((p.truth - p.dream.mean(0))[c:] / scale[n]).mean() for n, p in panels.items()}
-    chosen = sorted(errors, key=lambda name: -errors[name])[:at_most]
+        spec = loop.specs[key]
+        scale.update(zip(names, data_scale(numbers(loop.obs[key].truth, spec), spec)))
+
+    def error(name: str) -> float:
+        difference = (panels[name].truth - panels[name].dream)[loop.context :]
+        return float(np.square(difference / scale[name]).mean())
+
+    chosen = sorted(panels, key=error, reverse=True)[:at_most]
     return [name for name in panels if name in chosen]
 
 

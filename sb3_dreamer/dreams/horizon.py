@@ -10,7 +10,10 @@ from sb3_dreamer.dreams.open_loop import OpenLoop, Pair, numbers
 from sb3_dreamer.types import Spec
 
 STEPS = (1, 5, 15, 50)
-BAND = 0.8  # what the band over sampled dreams claims to cover
+REWARD = Spec("vector", ())
+CHECKED = slice(1, None, 2)  # sequences that the band was not calibrated on
+NORMAL = 1.2816  # standard deviations around the mean that hold BAND of a normal distribution
+BAND = 0.8  # what the band claims to cover
 
 
 @dataclass(frozen=True)
@@ -20,13 +23,15 @@ class HorizonError:
     :param dream: (H,) of the mean over sampled dreams.
     :param unchanged: (H,) of "nothing changes": the last observation of the context.
     :param mean: (H,) of "the mean of the data".
-    :param coverage: (H,) share of the truth inside the band over sampled dreams, which claims ``BAND``.
+    :param coverage: (H,) share of the truth inside the :func:`calibrated_band`, which claims ``BAND``.
+    :param too_sure: how many times as far off the dreams are as their spread says; 1 is honest. Mean over dimensions.
     """
 
     dream: np.ndarray
     unchanged: np.ndarray
     mean: np.ndarray
     coverage: np.ndarray
+    too_sure: float
 
     @property
     def steps(self) -> list[int]:
@@ -41,8 +46,8 @@ class HorizonError:
 
 def horizon_errors(loop: OpenLoop) -> dict[str, HorizonError]:
     """Observation key -> its errors; those of the reward under "reward", unless an observation has that name."""
-    errors = {"reward": horizon_error(loop.reward, Spec("vector", ()), loop)}
-    return errors | {key: horizon_error(pair, loop.specs[key], loop) for key, pair in loop.obs.items()}
+    errors = {key: horizon_error(pair, loop.specs[key], loop) for key, pair in loop.obs.items()}
+    return {**errors, "reward": horizon_error(loop.reward, REWARD, loop)} if "reward" not in errors else errors
 
 
 def horizon_error(observed: Pair, spec: Spec, loop: OpenLoop) -> HorizonError:
@@ -59,15 +64,29 @@ def horizon_error(observed: Pair, spec: Spec, loop: OpenLoop) -> HorizonError:
     def error(future: np.ndarray, expected: np.ndarray) -> float:
         return float(np.sqrt(np.square((future - expected) / scale).mean()))
 
-    rows = np.full((loop.horizon, 4), np.nan)
+    rows = np.full((loop.horizon, 3), np.nan)
     for row, t in zip(rows, range(loop.context, loop.context + loop.horizon)):
         valid = loop.valid[:, t]
         if valid.any():
-            future, dream = truth[valid, t], numbers(observed.dream[:, valid, t], spec)
-            low, high = band(dream)
-            inside = ((low <= future) & (future <= high)).mean()
-            row[:] = error(future, dream.mean(0)), error(future, last[valid]), error(future, mean), inside
-    return HorizonError(*rows.T)
+            future, expected = truth[valid, t], numbers(observed.dream[:, valid, t], spec).mean(0)
+            row[:] = error(future, expected), error(future, last[valid]), error(future, mean)
+    dream, unchanged, average = rows.T
+    return HorizonError(dream, unchanged, average, *coverage(observed, spec, loop))
+
+
+def coverage(observed: Pair, spec: Spec, loop: OpenLoop) -> tuple[np.ndarray, float]:
+    """Share of the truth inside the band by step (H,), and how much too sure the dreams are; NaN for images."""
+    share = np.full(loop.horizon, np.nan)
+    if spec.kind == "image":
+        return share, float("nan")
+    truth = numbers(observed.truth, spec)
+    low, high, factor = calibrated_band(truth, numbers(observed.dream, spec), loop)
+    inside = ((low <= truth) & (truth <= high))[CHECKED]
+    for k in range(loop.horizon):
+        valid = loop.valid[CHECKED, loop.context + k]
+        if valid.any():
+            share[k] = inside[valid, loop.context + k].mean()
+    return share, float(factor.mean())
 
 
 def data_scale(truth: np.ndarray, spec: Spec) -> np.ndarray:
@@ -81,8 +100,21 @@ def data_scale(truth: np.ndarray, spec: Spec) -> np.ndarray:
     return np.where(std > 1e-6, std, 1.0)
 
 
-def band(dream: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Quantiles over dreams between which a new dream falls with probability ``BAND``: (M, ...) -> two of (...)."""
-    tails = [(1 - BAND) / 2, (1 + BAND) / 2]
-    low, high = np.quantile(dream, tails, axis=0, method="weibull")  # i-th of M lies at i / (M + 1)
-    return low, high
+def calibrated_band(truth: np.ndarray, dream: np.ndarray, loop: OpenLoop) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Where the truth should be found with probability ``BAND``.
+
+    Mean of the dreams, plus and minus their spread (and that of the decoder's errors at what it sees) times a factor
+    for each dimension. World models are often too sure, so the factor is such that the band holds what it claims on
+    every second sequence; the others are left to check it (split conformal prediction).
+
+    :param truth: (B, T, X) numbers.
+    :param dream: (M, B, T, X).
+    :param loop: says what was seen and what can be compared.
+    :return: low (B, T, X), high (B, T, X), and the factor (X,) as a multiple of that of a normal distribution.
+    """
+    c, mean = loop.context, dream.mean(0)
+    seen = (truth - dream)[:, :, :c].std((0, 1, 2))
+    spread = np.sqrt(dream.var(0) + np.square(seen)) + 1e-9
+    surprise = (np.abs(truth - mean) / spread)[::2, c:][loop.valid[::2, c:]]  # (entries, X)
+    factor = np.quantile(surprise, BAND, axis=0) if len(surprise) else np.full(truth.shape[-1], NORMAL)
+    return mean - factor * spread, mean + factor * spread, factor / NORMAL

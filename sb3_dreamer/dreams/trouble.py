@@ -30,8 +30,8 @@ def signs_of(
     :param errors: of the open-loop dreams.
     :param real_return: mean of :func:`returns_to_go` over real episodes, if known.
     :return: "kl" and "kl_capacity" (the most that the latents can hold) in nats, "dead_latents" (share),
-        "rewarded" (share of entries), "imagined_return", "real_return", "return_scale", and
-        "error_ratio" (see :attr:`~sb3_dreamer.dreams.horizon.HorizonError.ratio`, mean over observation keys).
+        "rewarded" (share of entries), "imagined_return", "real_return", "return_scale", and means over observation
+        keys of "too_sure" and "error_ratio", see :class:`~sb3_dreamer.dreams.horizon.HorizonError`.
     """
     policy = model.policy
     world_model = policy.world_model
@@ -49,6 +49,7 @@ def signs_of(
         "imagined_return": returns[:, 0].mean().item(),
         "real_return": real_return,
         "return_scale": policy.return_scale.scale.item(),
+        "too_sure": float(np.mean([errors[key].too_sure for key in batch.obs])),
         "error_ratio": float(np.mean([errors[key].ratio for key in batch.obs])),
     }
 

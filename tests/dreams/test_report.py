@@ -1,0 +1,163 @@
+import importlib
+import re
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+import pytest
+from stable_baselines3.common.logger import configure
+from stable_baselines3.common.vec_env import DummyVecEnv
+
+import sb3_dreamer.dreams
+from sb3_dreamer import Dreamer
+from sb3_dreamer.dreams import DreamCallback, collect, write_report
+from sb3_dreamer.dreams.__main__ import main
+from sb3_dreamer.dreams.collect import peek
+from sb3_dreamer.dreams.extras import MissingExtra, need
+from sb3_dreamer.dreams.videos import Body, encode
+from tests.dreams.dial import Dial
+
+TINY = dict(model_size="debug", batch_size=2, batch_length=16, learning_starts=40, train_ratio=2, seed=0)
+
+
+def block(monkeypatch: pytest.MonkeyPatch, *names: str) -> None:
+    """As if these libraries were not installed."""
+    real: Callable[..., Any] = importlib.import_module
+
+    def blocked(name: str, package: str | None = None) -> Any:
+        if name.split(".")[0] in names:
+            raise ImportError(name)
+        return real(name, package)
+
+    monkeypatch.setattr(importlib, "import_module", blocked)
+
+
+def page_of(model: Dreamer, env: DummyVecEnv, folder: Path, **settings: Any) -> str:
+    replay, real_return = collect(model, env, 60, sequence_length=20)
+    path = write_report(model, peek(replay, 4), folder / "a" / "index.html", "Dial", real_return, samples=4, **settings)
+    return path.read_text("utf-8")
+
+
+def test_the_page_stands_alone(tmp_path: Path):
+    page = page_of(Dreamer("MlpPolicy", Dial(), **TINY), DummyVecEnv([Dial]), tmp_path)
+    assert page.count("data:image/svg+xml;base64,") == 4  # the horizon error, and three sequences
+    assert not re.findall(r"(?:src|href)=\"(?!data:)", page)
+    assert "http://" not in page
+    assert "https://" not in page
+
+
+def test_the_page_tells_numbers_and_settings(tmp_path: Path):
+    page = page_of(Dreamer("MlpPolicy", Dial(), **TINY), DummyVecEnv([Dial]), tmp_path, dims=["obs[2]"])
+    for text in ("nothing changes", "train ratio</td><td>2<", "model size</td><td>debug<", "steps ahead the dream"):
+        assert text in page
+
+
+def test_unknown_dimensions_are_refused_with_those_that_there_are(tmp_path: Path):
+    with pytest.raises(ValueError, match=r"\['obs\[9\]'\] are unknown; there are obs\[0\], obs\[1\], obs\[2\]"):
+        page_of(Dreamer("MlpPolicy", Dial(), **TINY), DummyVecEnv([Dial]), tmp_path, dims=["obs[9]"])
+
+
+def test_a_missing_extra_names_the_command_and_the_numbers_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    block(monkeypatch, "matplotlib")
+    page = page_of(Dreamer("MlpPolicy", Dial(), **TINY), DummyVecEnv([Dial]), tmp_path)
+    assert "matplotlib is not installed" in page
+    assert "pip install &#34;sb3-dreamer[dreams]&#34;" in page
+    assert "data:image/svg" not in page
+    assert "Horizon error" in page
+
+
+@pytest.mark.parametrize(("module", "extra"), [("moviepy", "dreams"), ("mujoco", "mujoco")])
+def test_missing_extras_of_videos_name_the_command(module: str, extra: str, monkeypatch: pytest.MonkeyPatch):
+    block(monkeypatch, module)
+    with pytest.raises(MissingExtra, match=rf'pip install "sb3-dreamer\[{extra}\]"'):
+        need(module, extra)
+    with pytest.raises(MissingExtra, match=module):
+        encode(np.zeros((2, 8, 8, 3), np.uint8), ".gif") if module == "moviepy" else Body(gym.make("Hopper-v4"))
+
+
+def test_videos_are_files_that_browsers_know():
+    frames = np.zeros((3, 16, 16, 3), np.uint8)
+    assert encode(frames, ".gif").startswith(b"GIF89a")
+    assert encode(frames, ".mp4")[4:8] == b"ftyp"
+
+
+def test_the_command_writes_the_page(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    Dreamer("MlpPolicy", "Pendulum-v1", **TINY).save(tmp_path / "model.zip")
+    sizes = ["--steps", "60", "--horizon", "20", "--sequences", "3", "--samples", "3"]
+    page = main([str(tmp_path / "model.zip"), "--env", "Pendulum-v1", "--out", str(tmp_path / "dreams"), *sizes])
+    assert page == tmp_path / "dreams" / "index.html"
+    assert capsys.readouterr().out == f"{page}\n"
+    text = page.read_text("utf-8")
+    assert "Dreams of model in Pendulum-v1" in text
+    assert "No video of the body" in text
+
+
+class Pictures(gym.ObservationWrapper[np.ndarray, np.int64, np.ndarray]):
+    """The dial as images."""
+
+    def __init__(self) -> None:
+        super().__init__(Dial())
+        self.observation_space = gym.spaces.Box(0, 255, (1, 16, 16), np.uint8)
+
+    def observation(self, observation: np.ndarray) -> np.ndarray:
+        image = np.zeros((1, 16, 16), np.uint8)
+        x, y = (7 + 6 * observation[:2]).astype(int)
+        image[0, x : x + 2, y : y + 2] = 255
+        return image
+
+
+def test_images_become_videos(tmp_path: Path):
+    model = Dreamer("CnnPolicy", Pictures(), **TINY)
+    page = page_of(model, DummyVecEnv([Pictures]), tmp_path)
+    assert page.count("data:video/mp4;base64,") == 2
+
+
+def learn(callback: DreamCallback | None, folder: Path, formats: list[str]) -> Dreamer:
+    model = Dreamer("MlpPolicy", Dial(), **TINY)
+    model.set_logger(configure(str(folder), formats))
+    model.learn(100, callback=callback, log_interval=1)
+    model.logger.close()
+    return model
+
+
+def test_callback_logs_numbers_figures_and_each_warning_once(tmp_path: Path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        learn(DreamCallback(every=20, sequences=2, samples=3), tmp_path, ["tensorboard", "csv"])
+    told = [str(warning.message) for warning in said if "said once" in str(warning.message)]
+    assert len(told) == len(set(told))
+    log = EventAccumulator(str(tmp_path))
+    log.Reload()
+    scalars = {tag for tag in log.Tags()["scalars"] if tag.startswith("dreams/")}
+    assert {"dreams/obs_error_1", "dreams/obs_error_5", "dreams/obs_unchanged_5", "dreams/reward_mean_1"} <= scalars
+    assert {"dreams/kl", "dreams/dead_latents", "dreams/imagined_return", "dreams/error_ratio"} <= scalars
+    assert {"dreams/open_loop", "dreams/horizon_error"} <= set(log.Tags()["images"])
+
+
+@pytest.mark.filterwarnings("ignore:.*said once")
+def test_training_goes_on_as_if_nobody_looked(tmp_path: Path):
+    alone = learn(None, tmp_path / "alone", [])
+    watched = learn(DreamCallback(every=20, sequences=2, samples=3), tmp_path / "watched", ["csv"])
+    for mine, theirs in zip(alone.policy.parameters(), watched.policy.parameters(), strict=True):
+        np.testing.assert_array_equal(mine.detach(), theirs.detach())
+
+
+def test_callback_without_matplotlib_says_so_once_and_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    block(monkeypatch, "matplotlib")
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        model = learn(DreamCallback(every=20, sequences=2, samples=3), tmp_path, ["tensorboard"])
+    assert sum("pip install" in str(warning.message) for warning in said) == 1
+    assert model.num_timesteps == 100
+
+
+def test_dreams_import_without_their_extras():
+    heavy = "matplotlib|moviepy|mujoco|jinja2"
+    assert sb3_dreamer.dreams.__file__ is not None
+    source = "".join(path.read_text("utf-8") for path in Path(sb3_dreamer.dreams.__file__).parent.glob("*.py"))
+    assert not re.findall(rf"^(?:import|from) (?:{heavy})", source, re.MULTILINE)

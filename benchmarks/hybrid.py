@@ -1,0 +1,174 @@
+"""The comparisons of the hybrid, each with one command; a CSV row for each evaluation, and a verdict at the end.
+
+python benchmarks/hybrid.py hand-over                    Dreamer, then SAC or CrossQ, beside each of them alone
+python benchmarks/hybrid.py warm-start --teacher sac     a teacher, then Dreamer
+python benchmarks/hybrid.py dream                        PPO, a world model of what it did, PPO in the dream
+python benchmarks/hybrid.py hand-over --envs Pendulum-v1 --seeds 0 --first 3000 --then 2000 --eval-every 500
+
+Steps are the agent's; evaluations are deterministic episodes in environments of their own.
+"""
+
+import argparse
+import csv
+import json
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch as th
+from stable_baselines3 import PPO
+from stable_baselines3.common.base_class import BaseAlgorithm
+from stable_baselines3.common.env_util import make_vec_env
+
+from benchmarks.envs import make_env
+from benchmarks.learn import algorithm, commit, evaluate, machine, parse_overrides, policy_alias
+from sb3_dreamer import Dreamer
+from sb3_dreamer.hybrid import DreamVecEnv
+
+ENVS = ("Hopper-v4", "HalfCheetah-v4", "dmc/walker-walk")
+COLUMNS = ("comparison", "env", "seed", "agent", "step", "return_mean", "return_std", "n_episodes", "seconds", "commit",
+           "machine", "settings")  # fmt: skip
+Row = dict[str, Any]
+
+
+class Runner:
+    """One environment and seed: trains, evaluates, and writes rows.
+
+    :param args: the command line.
+    :param env: name of the environment.
+    :param seed: of training and evaluation.
+    """
+
+    def __init__(self, args: argparse.Namespace, env: str, seed: int) -> None:
+        self.args, self.env, self.seed = args, env, seed
+        self.rows: list[Row] = []
+        self.started = time.perf_counter()
+        settings = {k: v for k, v in vars(args).items() if k not in ("out", "envs", "seeds", "comparison")}
+        self.constant = {"comparison": args.comparison, "env": env, "seed": seed, "commit": commit(),
+                         "machine": machine(), "settings": json.dumps(settings, default=str)}  # fmt: skip
+
+    def new(self, name: str) -> Any:
+        """An untrained agent."""
+        env = make_vec_env(lambda: make_env(self.env), seed=self.seed)
+        kwargs = parse_overrides(self.args.dreamer) if name == "dreamer" else {}
+        return algorithm(name)(policy_alias(env.observation_space), env, seed=self.seed, **kwargs)
+
+    def note(self, agent: str, model: BaseAlgorithm, step: int) -> float:
+        """Evaluate, print and write a row."""
+        score = evaluate(model, self.env, self.args.eval_episodes, seed=10_000 + 1_000 * self.seed)
+        row = {"agent": agent, "step": step, **score, "seconds": time.perf_counter() - self.started}
+        row = {key: round(float(value), 2) if isinstance(value, float) else value for key, value in row.items()}
+        print(json.dumps({"env": self.env, "seed": self.seed, **row}), flush=True)
+        self.rows.append(row)
+        new = not self.args.out.exists()
+        self.args.out.parent.mkdir(parents=True, exist_ok=True)
+        with self.args.out.open("a", newline="") as file:
+            writer = csv.DictWriter(file, COLUMNS)
+            if new:
+                writer.writeheader()
+            writer.writerow({**self.constant, **row})
+        return row["return_mean"]
+
+    def learn(self, agent: str, model: Any, steps: int, already: int = 0) -> None:
+        """Train for a number of steps, with an evaluation each so often; ``already`` steps were taken before."""
+        for done in range(self.args.eval_every, steps + 1, self.args.eval_every):
+            model.learn(self.args.eval_every, reset_num_timesteps=False)
+            self.note(agent, model, already + done)
+
+    def returns(self, agent: str) -> list[float]:
+        """Of all evaluations of an agent, in order."""
+        return [row["return_mean"] for row in self.rows if row["agent"] == agent]
+
+
+def hand_over(run: Runner) -> Row:
+    """Comparisons 1 and 2: at the same total number of steps."""
+    first, then = run.args.first, run.args.then
+    dreamer: Dreamer = run.new("dreamer")
+    run.learn("dreamer", dreamer, first)
+    before = run.returns("dreamer")[-1]
+    verdict: Row = {"dreamer before": before}
+    for name in ("sac", "crossq"):
+        agent = f"dreamer-then-{name}"
+        env = make_vec_env(lambda: make_env(run.env), seed=run.seed)
+        student = dreamer.to_model_free(algorithm(name), env=env, seed=run.seed, buffer_size=first + then)
+        verdict[f"{agent} at once"] = run.note(agent, student, first)
+        run.learn(agent, student, then, already=first)
+        verdict[f"{agent} lowest"] = min(run.returns(agent))
+    run.learn("dreamer", dreamer, then, already=first)
+    for name in ("sac", "crossq"):
+        run.learn(name, run.new(name), first + then)
+    return verdict | {f"{row['agent']} at the end": row["return_mean"] for row in run.rows}
+
+
+def warm_start(run: Runner) -> Row:
+    """Comparison 3: a teacher, then Dreamer."""
+    teacher = run.new(run.args.teacher)
+    teacher.learn(run.args.first)
+    verdict: Row = {"teacher": run.note("teacher", teacher, run.args.first)}
+    model = run.new("dreamer").warm_start(teacher, run.args.teacher_steps)
+    verdict["at once"] = run.note("dreamer", model, run.args.teacher_steps)
+    run.learn("dreamer", model, run.args.then, already=run.args.teacher_steps)
+    return verdict | {"lowest": min(run.returns("dreamer")), "at the end": run.returns("dreamer")[-1]}
+
+
+def dream(run: Runner) -> Row:
+    """Comparison 4: PPO goes on in a dream, without a single new real step."""
+    ppo = run.new("ppo")
+    ppo.learn(run.args.first)
+    verdict: Row = {"ppo before": run.note("ppo", ppo, run.args.first)}
+    model = run.new("dreamer").warm_start(ppo, run.args.teacher_steps)
+    dreams = DreamVecEnv(model, n_envs=run.args.dreams, horizon=run.args.horizon)
+    with tempfile.TemporaryDirectory() as folder:
+        ppo.save(Path(folder) / "ppo")
+        settings = dict(n_steps=run.args.horizon, batch_size=4096, n_epochs=4, learning_rate=1e-4)
+        dreaming = PPO.load(Path(folder) / "ppo", env=dreams, custom_objects=settings)
+    for done in range(run.args.eval_every, run.args.then + 1, run.args.eval_every):
+        dreaming.learn(run.args.eval_every, reset_num_timesteps=False)
+        run.note("ppo in the dream", dreaming, done)
+    return verdict | {"ppo after": run.returns("ppo in the dream")[-1]}
+
+
+COMPARISONS: dict[str, Callable[[Runner], Row]] = {"hand-over": hand_over, "warm-start": warm_start, "dream": dream}
+
+
+def runs(args: argparse.Namespace) -> Iterator[Runner]:
+    """All environments with all seeds."""
+    for env in args.envs:
+        for seed in args.seeds:
+            yield Runner(args, env, seed)
+
+
+def main() -> None:
+    """Read the command line, run, and tell the means over the seeds."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("comparison", choices=COMPARISONS)
+    parser.add_argument("--envs", nargs="+", default=ENVS)
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--first", type=int, default=30_000, help="steps of the agent that comes first")
+    parser.add_argument("--then", type=int, default=30_000, help="steps of the one that takes over")
+    parser.add_argument("--teacher", choices=("ppo", "sac"), default="ppo")
+    parser.add_argument("--teacher-steps", type=int, default=10_000, help="steps in which the world model watches")
+    parser.add_argument("--dreams", type=int, default=1024)
+    parser.add_argument("--horizon", type=int, default=32)
+    parser.add_argument("--eval-every", type=int, default=2_500)
+    parser.add_argument("--eval-episodes", type=int, default=10)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--dreamer", nargs="*", default=[], metavar="key=value", help="arguments of Dreamer")
+    parser.add_argument("--out", type=Path, default=Path("runs/hybrid.csv"), help="rows are appended")
+    args = parser.parse_args()
+    th.set_num_threads(args.threads)
+    args.out = args.out.absolute()
+
+    verdicts: dict[str, list[Row]] = {}
+    for run in runs(args):
+        verdicts.setdefault(run.env, []).append(COMPARISONS[args.comparison](run))
+    for env, of_seeds in verdicts.items():
+        means = {key: round(float(np.mean([verdict[key] for verdict in of_seeds])), 1) for key in of_seeds[0]}
+        print(json.dumps({"env": env, "seeds": len(of_seeds), **means}))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,45 @@
+"""A few thousand steps with Dreamer, then SAC goes on from there; and back: Dreamer learns from that SAC.
+
+python examples/hybrid.py --steps 3000
+"""
+
+import argparse
+from typing import Any
+
+import gymnasium as gym
+from stable_baselines3 import SAC
+from stable_baselines3.common.evaluation import evaluate_policy
+from stable_baselines3.common.monitor import Monitor
+
+from sb3_dreamer import Dreamer
+
+
+def report(what: str, model: Any, env_id: str) -> None:
+    """Print the return of ten deterministic episodes."""
+    mean, std = evaluate_policy(model, Monitor(gym.make(env_id)), n_eval_episodes=10)
+    print(f"{what}: {mean:.0f} +- {std:.0f}")
+
+
+def main() -> None:
+    """Train, hand over, train, hand back."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--env", default="Pendulum-v1")
+    parser.add_argument("--steps", type=int, default=3_000, help="of each of the two")
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+
+    dreamer = Dreamer("MlpPolicy", args.env, seed=args.seed).learn(args.steps, progress_bar=True)
+    report("Dreamer", dreamer, args.env)
+
+    sac = dreamer.to_model_free(SAC)
+    report("SAC, just handed over", sac, args.env)
+    sac.learn(args.steps, reset_num_timesteps=False, progress_bar=True)
+    report("SAC", sac, args.env)
+    sac.save("runs/sac_after_dreamer.zip")  # a plain SB3 file
+
+    pupil = Dreamer("MlpPolicy", args.env, seed=args.seed + 1).warm_start(sac, n_steps=args.steps // 3)
+    report("a new Dreamer that watched it", pupil, args.env)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,90 @@
+"""The world model as a VecEnv: SB3's contract, and the model's numbers."""
+
+import numpy as np
+import pytest
+import torch as th
+from stable_baselines3 import PPO
+
+from sb3_dreamer import Dreamer
+from sb3_dreamer.hybrid import DreamVecEnv
+from tests.hybrid.conftest import SMALL, pendulum
+
+
+def push(env: DreamVecEnv) -> np.ndarray:
+    return np.full((env.num_envs, 1), 1.0, np.float32)
+
+
+def test_dreams_begin_at_real_moments(dreamer: Dreamer):
+    obs = DreamVecEnv(dreamer, 8).reset()
+    stored = dreamer.replay_buffer._storage.arrays["obs/obs"]
+    assert obs.shape == (8, 3)
+    assert all((stored == one).all(-1).any() for one in obs)
+
+
+def test_a_step_is_the_models(dreamer: Dreamer):
+    env, model = DreamVecEnv(dreamer, 4), dreamer.policy.world_model
+    env.reset()
+    state = env._state
+    th.manual_seed(5)
+    obs, rewards, dones, infos = env.step(push(env))
+    th.manual_seed(5)
+    with th.no_grad():
+        features = model.rssm.imagine_step(state, th.full((4, 1), 0.5)).features
+        np.testing.assert_allclose(rewards, model.predict_reward(features), atol=0.05)
+        decoded = (
+            model.decoder.predict(features)["obs"].numpy().clip(env.observation_space.low, env.observation_space.high)
+        )
+    going_on = ~dones
+    np.testing.assert_allclose(obs[going_on], decoded[going_on], atol=0.1)
+    assert (rewards.dtype, dones.dtype, obs.dtype, len(infos)) == (np.float32, bool, np.float32, 4)
+
+
+def test_the_horizon_is_a_time_limit_with_the_last_observation(dreamer: Dreamer):
+    env = DreamVecEnv(dreamer, 4, horizon=3)
+    dreamer.policy.world_model.continue_head[-1].bias.data.add_(50.0)  # never terminal
+    try:
+        env.reset()
+        for last in (False, False, True):
+            obs, _, dones, infos = env.step(push(env))
+            assert dones.tolist() == [last] * 4
+    finally:
+        dreamer.policy.world_model.continue_head[-1].bias.data.sub_(50.0)
+    assert all(info["TimeLimit.truncated"] for info in infos)
+    assert not np.allclose(np.stack([info["terminal_observation"] for info in infos]), obs)
+    assert env._age.tolist() == [0] * 4
+
+
+def test_the_model_ends_dreams_that_it_thinks_are_over(dreamer: Dreamer):
+    env = DreamVecEnv(dreamer, 4)
+    env.reset()
+    dreamer.policy.world_model.continue_head[-1].bias.data.sub_(50.0)
+    try:
+        _, _, dones, infos = env.step(push(env))
+    finally:
+        dreamer.policy.world_model.continue_head[-1].bias.data.add_(50.0)
+    assert dones.all()
+    assert not any(info["TimeLimit.truncated"] for info in infos)
+
+
+def test_ppo_trains_in_it_unchanged_and_the_model_stays_as_it_is(dreamer: Dreamer):
+    before = {name: value.clone() for name, value in dreamer.policy.state_dict().items()}
+    steps = dreamer.num_timesteps
+    PPO("MlpPolicy", DreamVecEnv(dreamer, 16, horizon=5), n_steps=8, batch_size=64, device="cpu").learn(256)
+    assert dreamer.num_timesteps == steps
+    assert all(th.equal(before[name], value) for name, value in dreamer.policy.state_dict().items())
+
+
+@pytest.mark.parametrize(("n_envs", "horizon"), [(0, 5), (4, 0)])
+def test_senseless_numbers_are_refused(dreamer: Dreamer, n_envs: int, horizon: int):
+    with pytest.raises(ValueError, match="have to be at least 1"):
+        DreamVecEnv(dreamer, n_envs, horizon)
+
+
+def test_an_empty_replay_is_refused():
+    with pytest.raises(ValueError, match="DreamVecEnv needs experience"):
+        DreamVecEnv(Dreamer("MlpPolicy", pendulum(), **SMALL))
+
+
+def test_no_real_environment_is_behind_it(dreamer: Dreamer):
+    with pytest.raises(AttributeError, match="only the real environment has"):
+        DreamVecEnv(dreamer, 2).env_method("close_door")

@@ -1,0 +1,260 @@
+"""From Dreamer to SB3: what the model-free algorithm is given, and that SB3 alone can go on with it."""
+
+import copy
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch as th
+from sb3_contrib import TQC, CrossQ, RecurrentPPO
+from stable_baselines3 import DQN, PPO, SAC, TD3
+from stable_baselines3.common.buffers import NStepReplayBuffer, ReplayBuffer
+from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
+
+from sb3_dreamer import Dreamer
+from sb3_dreamer.hybrid import LatentVecEnv
+from sb3_dreamer.hybrid.hand_over import fill_replay
+from sb3_dreamer.hybrid.lessons import Lessons, lessons_from
+from sb3_dreamer.hybrid.real_states import real_states
+from sb3_dreamer.hybrid.students import teach
+from sb3_dreamer.replay import Episode, read_episodes
+from tests.hybrid.conftest import SMALL, pendulum
+
+NET = dict(net_arch=[32, 32])
+QUICK: dict[str, Any] = dict(updates=5, critic_updates=2, buffer_size=1000, batch_size=16, policy_kwargs=NET)
+
+
+def episode(first: int, length: int, terminal: bool) -> Episode:
+    obs = np.arange(first, first + length + 1, dtype=np.float32)[:, None]
+    return Episode({"obs": obs}, np.full((length, 1), 0.1, np.float32), obs[1:, 0], terminal)
+
+
+def line_buffer(n_envs: int, kind: type[ReplayBuffer] = ReplayBuffer, **kwargs: Any) -> ReplayBuffer:
+    line, stick = gym.spaces.Box(-np.inf, np.inf, (1,), np.float32), gym.spaces.Box(-1, 1, (1,), np.float32)
+    return kind(20 * n_envs, line, stick, "cpu", n_envs=n_envs, **kwargs)
+
+
+def smooth_lessons(n: int) -> Lessons:
+    """Observations like Pendulum's, actions that depend on them, a standard deviation of 0.2."""
+    rng = np.random.default_rng(n)
+    obs = rng.uniform(-1, 1, (n, 3)).astype(np.float32)
+    mean = th.tanh(th.as_tensor(obs @ np.array([[1.0], [-1.0], [0.5]], np.float32)))
+    nothing = th.zeros(n)
+    return Lessons({"obs": obs}, mean, th.full((n, 1), 0.2), nothing, mean, nothing)
+
+
+class TestTransitions:
+    def test_next_observations_ends_and_time_limits(self):
+        buffer = line_buffer(1)
+        fill_replay(buffer, [episode(0, 2, terminal=True), episode(10, 2, terminal=False)])
+        assert buffer.observations[:4].flatten().tolist() == [0, 1, 10, 11]
+        assert buffer.next_observations[:4].flatten().tolist() == [1, 2, 11, 12]
+        assert buffer.rewards[:4].flatten().tolist() == [1, 2, 11, 12]
+        assert buffer.dones[:4].flatten().tolist() == [0, 1, 0, 1]
+        assert buffer.timeouts[:4].flatten().tolist() == [0, 0, 0, 1]
+        assert buffer.pos == 4
+
+    def test_an_environment_keeps_whole_episodes_and_a_cut_one_is_a_time_limit(self):
+        buffer = line_buffer(2)
+        fill_replay(buffer, [episode(0, 3, terminal=True), episode(10, 5, terminal=True)])
+        assert buffer.pos == 3
+        assert buffer.observations[:3, :, 0].T.tolist() == [[0, 1, 2], [10, 11, 12]]
+        assert buffer.dones[:3].T.tolist() == [[0, 0, 1], [0, 0, 1]]
+        assert buffer.timeouts[:3].T.tolist() == [[0, 0, 0], [0, 0, 1]]
+
+    def test_n_step_returns_stay_within_their_episode(self):
+        buffer = line_buffer(1, NStepReplayBuffer, n_steps=3, gamma=1.0)
+        fill_replay(buffer, [episode(0, 2, terminal=False), episode(10, 4, terminal=True)])
+        samples = buffer._get_samples(np.array([0, 2, 3]))
+        assert samples.rewards.flatten().tolist() == [1 + 2, 11 + 12 + 13, 12 + 13 + 14]
+        assert samples.next_observations.flatten().tolist() == [2, 13, 14]
+        assert samples.dones.flatten().tolist() == [0, 0, 1]
+
+    def test_every_transition_of_the_replay_arrives(self, dreamer: Dreamer):
+        sac = dreamer.to_model_free(SAC, **QUICK)
+        episodes = list(read_episodes(dreamer.replay_buffer))
+        buffer = sac.replay_buffer
+        assert [len(e) for e in episodes[:4]] == [50, 50, 50, 50]
+        assert buffer.n_envs == 2
+        first = episodes[0]
+        np.testing.assert_array_equal(buffer.observations[:50, 0], first.obs["obs"][:-1])
+        np.testing.assert_array_equal(buffer.next_observations[:50, 0], first.obs["obs"][1:])
+        np.testing.assert_array_equal(buffer.actions[:50, 0], first.action)
+        np.testing.assert_array_equal(buffer.dones, buffer.timeouts)
+        assert np.flatnonzero(buffer.timeouts[:100, 0]).tolist() == [49, 99]
+        assert sum(map(len, episodes)) - 50 < 2 * buffer.pos <= sum(map(len, episodes)), "columns end together"
+
+
+class TestSettings:
+    def test_nothing_throws_the_policy_away(self, dreamer: Dreamer):
+        sac = dreamer.to_model_free(SAC, **QUICK)
+        assert sac.learning_starts == 0
+        assert sac.num_timesteps == dreamer.num_timesteps
+        assert sac._n_updates == 0
+        scale = dreamer.policy.return_scale.scale.item()
+        np.testing.assert_allclose(sac.log_ent_coef.exp().item(), dreamer.ent_coef * scale, rtol=0.01)
+        obs = sac.policy.obs_to_tensor(sac.replay_buffer.observations[:200].reshape(-1, 3))[0]
+        with th.no_grad():
+            entropy = -sac.actor.action_log_prob(obs)[1].mean().item()
+        assert abs(sac.target_entropy - entropy) < 0.2
+        assert not sac.actor.optimizer.state, "its first steps are as large as its learning rate, not larger"
+        for ours, theirs in zip(sac.critic.parameters(), sac.critic_target.parameters()):
+            assert (ours - theirs).abs().max() < 0.01
+
+    def test_what_the_caller_gives_is_kept(self, dreamer: Dreamer):
+        kwargs = {**QUICK, "policy_kwargs": dict(net_arch=[16])}
+        given = copy.deepcopy(kwargs)
+        chosen = dict(ent_coef=0.2, learning_starts=7, target_entropy=-3.0, gamma=0.9)
+        sac = dreamer.to_model_free(SAC, **kwargs, **chosen)
+        assert kwargs == given
+        assert (sac.ent_coef, sac.learning_starts, sac.target_entropy, sac.gamma) == (0.2, 7, -3.0, 0.9)
+        assert sac.actor.latent_pi[0].out_features == 16
+
+    @pytest.mark.parametrize("algorithm", [SAC, TD3, TQC, CrossQ])
+    def test_off_policy_algorithms_go_on_learning(self, dreamer: Dreamer, algorithm: Any):
+        model = dreamer.to_model_free(algorithm, **QUICK)
+        before = model.replay_buffer.pos
+        model.learn(6, reset_num_timesteps=False)
+        assert model.num_timesteps == dreamer.num_timesteps + 6
+        assert model.replay_buffer.pos == before + 3
+
+    def test_dreamer_goes_on_after_it_lent_its_environments(self):
+        model = Dreamer("MlpPolicy", pendulum(), **SMALL).learn(60)
+        model.to_model_free(SAC, **QUICK).learn(5)
+        model.learn(20, reset_num_timesteps=False)
+        lengths = [len(e) for e in read_episodes(model.replay_buffer)]
+        assert lengths == [50, 9, 19], "the stream was cut where the environments were lent"
+
+
+class TestPolicy:
+    @pytest.mark.parametrize("algorithm", [SAC, TD3, CrossQ, PPO])
+    def test_deterministic_actions_are_those_taught_also_on_observations_not_seen(self, algorithm: Any):
+        settings = dict(n_steps=64) if algorithm is PPO else dict(buffer_size=10)
+        student = algorithm("MlpPolicy", pendulum(), seed=0, device="cpu", policy_kwargs=dict(NET), **settings)
+        lessons, held_out = smooth_lessons(2000), smooth_lessons(200)
+        teach(student, lessons, 600)
+        actions = student.predict(held_out.obs["obs"], deterministic=True)[0] / 2.0
+        assert np.abs(actions - held_out.mean.numpy()).mean() < 0.05
+        assert held_out.mean.std() > 0.3
+
+    def test_sacs_width_is_dreamers(self):
+        sac = SAC("MlpPolicy", pendulum(), seed=0, device="cpu", policy_kwargs=dict(NET), buffer_size=10)
+        lessons = smooth_lessons(2000)
+        teach(sac, lessons, 600)
+        obs = sac.policy.obs_to_tensor(lessons.obs["obs"])[0]
+        with th.no_grad():
+            actions = th.stack([sac.actor(obs) for _ in range(64)])
+        assert abs(actions.std(0).mean() - 0.2) < 0.05
+
+    def test_ppo_has_dreamers_width_and_values(self, dreamer: Dreamer):
+        ppo = dreamer.to_model_free(PPO, updates=500, n_steps=32, policy_kwargs=NET)
+        lessons = lessons_from(dreamer, real_states(dreamer, 1000), ppo.gamma, False)
+        np.testing.assert_allclose(ppo.policy.log_std.exp().item(), 2 * lessons.std.mean().item(), rtol=0.05)
+        with th.no_grad():
+            values = ppo.policy.predict_values(ppo.policy.obs_to_tensor(lessons.observation(slice(None)))[0])
+        assert abs(values.mean() - lessons.value.mean()) < 3 * lessons.value.std() + 0.1
+
+    def test_choices_are_handed_over_as_probabilities(self):
+        model = Dreamer("MlpPolicy", "CartPole-v1", **SMALL).learn(80)
+        ppo = model.to_model_free(PPO, updates=200, n_steps=16, batch_size=16, policy_kwargs=NET)
+        lessons = lessons_from(model, real_states(model, 1000), ppo.gamma, False)
+        with th.no_grad():
+            probs = ppo.policy.get_distribution(ppo.policy.obs_to_tensor(lessons.observation(slice(None)))[0])
+        assert (probs.distribution.probs - lessons.mean).abs().mean() < 0.05
+
+    def test_values_of_another_discount_are_scaled_and_nothing_follows_a_terminal_entry(self, dreamer: Dreamer):
+        real = real_states(dreamer, 100)
+        last = np.flatnonzero(~real.is_last)
+        lessons = lessons_from(dreamer, real, 0.9, False)
+        assert len(lessons) >= 2 * len(last) - dreamer.imagination_horizon * 4
+        assert lessons.taken.abs().max() <= 1.0
+
+
+class TestLatents:
+    def test_features_for_a_task_that_needs_memory(self, dreamer: Dreamer):
+        sac = dreamer.to_model_free(SAC, on="latents", **QUICK)
+        assert isinstance(sac.env, LatentVecEnv)
+        assert sac.observation_space.shape == (dreamer.policy.world_model.feature_width,)
+        sac.learn(110, reset_num_timesteps=False)
+        buffer = sac.replay_buffer
+        end = int(np.flatnonzero(buffer.dones[: buffer.pos, 0])[-1])
+        assert not np.allclose(buffer.next_observations[end, 0], buffer.observations[end + 1, 0])
+        np.testing.assert_array_equal(buffer.next_observations[end - 1], buffer.observations[end])
+
+    def test_the_features_are_those_of_predict(self, dreamer: Dreamer):
+        env = LatentVecEnv(dreamer, pendulum())
+        env.seed(3)
+        plain = pendulum()
+        plain.seed(3)
+        features, obs, state = env.reset(), plain.reset(), None
+        for _ in range(3):
+            action, state = dreamer.predict(obs, state, deterministic=True)
+            with th.no_grad():
+                expected = dreamer.policy.world_model.rssm.unpack(th.as_tensor(state[0])).features
+            np.testing.assert_allclose(features, expected, atol=1e-6)
+            features, obs = env.step(action)[0], plain.step(action)[0]
+
+
+class TestFiles:
+    def test_sb3_loads_it_without_this_package(self, dreamer: Dreamer, tmp_path: Path):
+        sac = dreamer.to_model_free(SAC, **QUICK)
+        sac.save(tmp_path / "sac.zip")
+        sac.save_replay_buffer(tmp_path / "replay.pkl")
+        obs = sac.replay_buffer.observations[0]
+        np.save(tmp_path / "obs.npy", obs)
+        code = (
+            "import sys, numpy as np; sys.modules['sb3_dreamer'] = None\n"
+            "from stable_baselines3 import SAC\n"
+            f"model = SAC.load(r'{tmp_path}/sac.zip'); model.load_replay_buffer(r'{tmp_path}/replay.pkl')\n"
+            f"action = model.predict(np.load(r'{tmp_path}/obs.npy'), deterministic=True)[0]\n"
+            "print(model.replay_buffer.pos, *action.flatten())"
+        )
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+        pos, *actions = done.stdout.split()
+        assert int(pos) == sac.replay_buffer.pos
+        np.testing.assert_allclose(
+            np.array(actions, float), sac.predict(obs, deterministic=True)[0].flatten(), atol=1e-5
+        )
+
+
+class TestRefused:
+    @pytest.mark.parametrize(
+        ("algorithm", "kwargs", "message"),
+        [
+            (DQN, {}, "cannot take over here.*action space"),
+            (RecurrentPPO, {"policy": "MlpLstmPolicy"}, "of no family"),
+            (SAC, {"on": "pixels"}, 'on="pixels" is unknown'),
+            (SAC, {"use_sde": True}, "leave them False"),
+            (SAC, {"env": "CartPole-v1"}, "same spaces and wrappers"),
+        ],
+    )
+    def test_what_cannot_take_over(self, dreamer: Dreamer, algorithm: Any, kwargs: Any, message: str):
+        kwargs = dict(kwargs)
+        if "env" in kwargs:
+            kwargs["env"] = gym.make(kwargs["env"])
+        with pytest.raises(ValueError, match=message):
+            dreamer.to_model_free(algorithm, **kwargs)
+
+    def test_an_empty_replay(self):
+        with pytest.raises(ValueError, match="needs experience, and the replay holds 0 entries"):
+            Dreamer("MlpPolicy", pendulum(), **SMALL).to_model_free(SAC)
+
+    def test_normalisation_on_one_side_only(self, dreamer: Dreamer):
+        env = VecNormalize(DummyVecEnv([lambda: gym.make("Pendulum-v1")]))
+        with pytest.raises(ValueError, match="wrap env as Dreamer's is"):
+            dreamer.to_model_free(SAC, env=env)
+
+
+def test_under_vecnormalize_the_replay_is_original_and_lessons_are_normalised():
+    env = VecNormalize(pendulum(), clip_obs=5.0)
+    model = Dreamer("MlpPolicy", env, **SMALL).learn(60)
+    sac = model.to_model_free(SAC, **QUICK)
+    episodes = list(read_episodes(model.replay_buffer))
+    np.testing.assert_array_equal(sac.replay_buffer.observations[:50, 0], episodes[0].obs["obs"][:-1])
+    real = real_states(model, 1000)
+    np.testing.assert_allclose(real.obs["obs"][:51], env.normalize_obs(episodes[0].obs["obs"]), rtol=1e-5)

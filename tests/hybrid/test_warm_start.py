@@ -1,0 +1,172 @@
+"""From a teacher to Dreamer: whose steps these are, what is imitated, and for how long."""
+
+from pathlib import Path
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch as th
+from sb3_contrib import RecurrentPPO
+from stable_baselines3 import DQN, PPO, SAC
+from stable_baselines3.common.vec_env import VecNormalize
+
+from sb3_dreamer import Dreamer
+from sb3_dreamer.hybrid.warm_start import Cloning
+from sb3_dreamer.replay import read_episodes
+from tests.hybrid.conftest import SMALL, pendulum
+
+
+class Constant:
+    """Always pushes with the same torque."""
+
+    def __init__(self, action: float = 1.0) -> None:
+        self.observation_space, self.action_space = pendulum().observation_space, pendulum().action_space
+        self.action, self.seen = action, []
+
+    def predict(self, obs: Any, state: Any = None, episode_start: Any = None, deterministic: bool = False) -> Any:
+        self.seen.append((obs, state, episode_start.copy()))
+        return np.full((len(obs), 1), self.action, np.float32), ("memory", len(self.seen))
+
+
+def fresh(n_envs: int = 1, **kwargs: Any) -> Dreamer:
+    return Dreamer("MlpPolicy", pendulum(n_envs), **{**SMALL, **kwargs})
+
+
+class TestExperience:
+    def test_the_teachers_steps_are_stored_and_counted(self):
+        model = fresh(2).warm_start(Constant(), 120, updates=0)
+        assert model.num_timesteps == 120
+        episodes = list(read_episodes(model.replay_buffer))
+        assert [len(e) for e in episodes] == [50, 9, 50, 9]
+        assert all((e.action == 0.5).all() for e in episodes), "scaled: the torque limit is 2"
+
+    def test_its_memory_and_the_starts_of_episodes_are_handed_to_it(self):
+        teacher = Constant()
+        fresh().warm_start(teacher, 60, updates=0)
+        assert [n for n, (_, _, start) in enumerate(teacher.seen) if start[0]] == [0, 50]
+        assert [state for _, state, _ in teacher.seen[:2]] == [None, ("memory", 1)]
+
+    def test_updates_are_what_the_steps_pay_for(self):
+        model = fresh(train_ratio=8).warm_start(Constant(), 60)
+        assert model._n_updates == 60 * 8 // (4 * 8)
+        model.learn(4)
+        assert model._n_updates == 60 * 8 // (4 * 8) + 1, "nothing more is owed"
+
+    def test_learning_does_not_begin_with_random_actions(self):
+        model = fresh(learning_starts=10_000).warm_start(Constant(), 60, updates=1)
+        assert not model._exploring()
+
+
+class TestImitation:
+    def test_the_actor_becomes_the_teacher(self):
+        model = fresh(learning_rate=3e-3, warmup_updates=0).warm_start(Constant(1.5), 100, updates=150)
+        action, _ = model.predict(np.array([[1.0, 0.0, 0.0]], np.float32), deterministic=True)
+        assert abs(action.item() - 1.5) < 0.3
+
+    def test_its_weight_fades(self):
+        cloning = Cloning(np.zeros(1), np.ones(1), fade_from=10, fade_updates=20, steps_left=0)
+        assert [cloning.weight(n) for n in (0, 10, 15, 20, 30, 99)] == [1, 1, 0.75, 0.5, 0, 0]
+
+    def test_only_the_teachers_entries_are_imitated(self):
+        model = fresh()
+        model.learn(60)
+        model.warm_start(Constant(), 60, updates=1, fade_steps=0)
+        cloning = model._cloning
+        assert cloning.first[0] == cloning.until[0] - 61, (
+            "60 actions and the last observation of the episode that ended"
+        )
+        model.learn(10, reset_num_timesteps=False)
+        assert cloning.until[0] < model.replay_buffer.heads()[0]
+
+    def test_the_loss_is_the_likelihood_of_what_the_teacher_did(self):
+        model = fresh().warm_start(Constant(), 60, updates=0)
+        batch = model.replay_buffer.sample(4)
+        features = th.randn(4, 8, model.policy.world_model.feature_width)
+        cloning = Cloning(np.array([0]), np.array([10**6]), fade_from=0, fade_updates=2, steps_left=0)
+        own, actor = th.tensor(7.0), model.policy.actor
+        likelihood = actor(features).log_prob(batch.action)[~batch.is_last].mean()
+        th.testing.assert_close(cloning.mix(own, actor, features, batch, 1), 0.5 * own - 0.5 * likelihood)
+        assert cloning.mix(own, actor, features, batch, 2) is own
+
+    def test_a_saved_model_has_nothing_left_to_imitate(self, tmp_path: Path):
+        fresh().warm_start(Constant(), 60, updates=1).save(tmp_path / "model")
+        assert Dreamer.load(tmp_path / "model")._cloning is None
+
+
+class TestTeachers:
+    @pytest.mark.parametrize(
+        ("algorithm", "policy", "settings"),
+        [
+            (SAC, "MlpPolicy", dict(buffer_size=100)),
+            (PPO, "MlpPolicy", dict(n_steps=16, batch_size=16)),
+            (RecurrentPPO, "MlpLstmPolicy", dict(n_steps=16, batch_size=16, policy_kwargs=dict(lstm_hidden_size=8))),
+        ],
+    )
+    def test_a_file_acts_as_the_model_does(self, tmp_path: Path, algorithm: Any, policy: str, settings: Any):
+        teacher = algorithm(policy, pendulum(), seed=0, device="cpu", **settings)
+        teacher.save(tmp_path / "teacher")
+        actions = []
+        for given in (teacher, tmp_path / "teacher.zip"):
+            model = fresh().warm_start(given, 60, deterministic=True, updates=0)
+            actions.append(np.concatenate([e.action for e in read_episodes(model.replay_buffer)]))
+        np.testing.assert_array_equal(*actions)
+
+    def test_a_normalised_teacher_sees_what_it_was_trained_on(self, tmp_path: Path):
+        env = VecNormalize(pendulum())
+        teacher = PPO("MlpPolicy", env, n_steps=16, batch_size=16, seed=0, device="cpu").learn(16)
+        teacher.save(tmp_path / "ppo")
+        env.save(str(tmp_path / "vecnormalize.pkl"))
+        with pytest.raises(ValueError, match="cannot act without its statistics"):
+            fresh().warm_start(tmp_path / "ppo.zip", 60)
+        model = fresh()
+        path = tmp_path / "vecnormalize.pkl"
+        model.warm_start(tmp_path / "ppo.zip", 60, vec_normalize=path, deterministic=True, updates=0)
+        first = next(read_episodes(model.replay_buffer))
+        expected = teacher.predict(env.normalize_obs(first.obs["obs"][:-1]), deterministic=True)[0]
+        np.testing.assert_allclose(2 * first.action, expected, atol=1e-5)
+
+
+class TestInterrupted:
+    def test_the_same_call_takes_what_is_missing(self):
+        class Stops(Constant):
+            def predict(self, *args: Any, **kwargs: Any) -> Any:
+                if len(self.seen) == 40:
+                    raise KeyboardInterrupt
+                return super().predict(*args, **kwargs)
+
+        model = fresh()
+        with pytest.raises(KeyboardInterrupt):
+            model.warm_start(Stops(), 60, updates=2)
+        assert (model.num_timesteps, model._n_updates) == (40, 0)
+        model.warm_start(Constant(), 60, updates=2)
+        assert (model.num_timesteps, model._n_updates) == (60, 2)
+        assert [len(e) for e in read_episodes(model.replay_buffer)] == [39, 19]
+
+
+class TestRefused:
+    def test_before_any_work(self):
+        model = fresh()
+        with pytest.raises(ValueError, match="the teacher's observations are"):
+            model.warm_start(DQN("MlpPolicy", gym.make("CartPole-v1"), buffer_size=10, device="cpu"), 60)
+        with pytest.raises(ValueError, match="has to be at least 1"):
+            model.warm_start(Constant(), 0)
+        assert model.replay_buffer.size() == 0
+
+    def test_without_environment(self, tmp_path: Path):
+        fresh().save(tmp_path / "model")
+        with pytest.raises(ValueError, match="needs an environment"):
+            Dreamer.load(tmp_path / "model").warm_start(Constant(), 60)
+
+    def test_pretraining_on_nothing(self):
+        with pytest.raises(ValueError, match="needs experience, and the replay holds 0 entries"):
+            fresh().pretrain(1)
+
+
+def test_pretraining_takes_no_step():
+    model = fresh().warm_start(Constant(), 60, updates=0)
+    model._cloning = None
+    before = [p.clone() for p in model.policy.actor.parameters()]
+    model.pretrain(3)
+    assert (model._n_updates, model.num_timesteps) == (3, 60)
+    assert any(not th.equal(a, b) for a, b in zip(before, model.policy.actor.parameters()))

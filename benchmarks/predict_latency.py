@@ -1,4 +1,4 @@
-"""Milliseconds per call of ``predict``, recurrent state carried, for one observation and for many. Prints one JSON line.
+"""Milliseconds per call of ``predict``, state carried, for one observation and for many. Prints one JSON line.
 
 python benchmarks/predict_latency.py --model-size size1m --obs-dim 17 --act-dim 6 --threads 1
 """
@@ -19,7 +19,8 @@ def latencies(model: Dreamer, n_envs: int, calls: int, warmup: int = 50) -> np.n
     """Milliseconds of each of ``calls`` steps of ``n_envs`` environments at once; 0 for a single, unbatched one."""
     space = model.observation_space
     assert space.shape is not None
-    obs = np.random.default_rng(0).standard_normal((calls + warmup, *([n_envs] * bool(n_envs)), *space.shape), np.float32)
+    shape = (calls + warmup, *([n_envs] * bool(n_envs)), *space.shape)
+    obs = np.random.default_rng(0).standard_normal(shape, np.float32)
     state, milliseconds = None, []
     for one in obs:
         start = time.perf_counter()

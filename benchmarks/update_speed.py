@@ -1,6 +1,6 @@
 """Seconds per update of everything (world model, actor, critic), on random data. Prints one JSON line.
 
-    python benchmarks/update_speed.py --model-size size1m --obs-dim 17 --act-dim 6 --threads 2 --updates 20
+python benchmarks/update_speed.py --model-size size1m --obs-dim 17 --act-dim 6 --threads 2 --updates 20
 """
 
 from __future__ import annotations

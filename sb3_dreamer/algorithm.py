@@ -195,7 +195,7 @@ class SequenceAlgorithm(OffPolicyAlgorithm):
             super().save_replay_buffer(file)
 
     @classmethod
-    def load(  # type: ignore[override]
+    def load(
         cls: type[SelfAlgorithm],
         path: FileLike,
         env: GymEnv | None = None,

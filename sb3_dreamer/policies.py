@@ -185,8 +185,8 @@ class DreamerPolicy(BasePolicy):
         is_first = np.zeros(n, bool) if episode_start is None else np.asarray(episode_start).reshape(n).astype(bool)
         device = next(iter(obs.values())).device
         with th.inference_mode():
-            carried = (th.as_tensor(x, device=device) for x in (packed, prev_action, is_first))
-            encoded, packed_next = self.act(obs, *carried, deterministic)
+            carried, before, starts = (th.as_tensor(x, device=device) for x in (packed, prev_action, is_first))
+            encoded, packed_next = self.act(obs, carried, before, starts, deterministic)
         actions = self.decode_action(encoded.cpu().numpy())
         new_state = (packed_next.cpu().numpy(), encoded.cpu().numpy())
         return actions if vectorized else actions[0], new_state

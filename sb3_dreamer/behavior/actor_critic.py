@@ -64,7 +64,8 @@ class Critic(nn.Module):
     @th.no_grad()
     def update_slow(self, learned: th.Tensor) -> None:
         """Move the slow copy a little towards the critic, if it has ``learned`` (() bool) something."""
-        slow, fast = list(self.slow.parameters()), list(self.fast.parameters())
+        slow: list[th.Tensor] = list(self.slow.parameters())
+        fast: list[th.Tensor] = list(self.fast.parameters())
         th._foreach_add_(slow, th._foreach_mul(th._foreach_sub(fast, slow), self.rate * learned))
 
 

@@ -34,7 +34,8 @@ def symexp_bins(bins: int = 255) -> th.Tensor:
 def twohot_mean(logits: th.Tensor, bins: th.Tensor) -> th.Tensor:
     """Expected value (..., bins) -> (...), by pairs of mirrored bins, so that uniform logits give exactly zero."""
     probs, m = F.softmax(logits, -1), bins.shape[0] // 2
-    return ((probs[..., m + 1 :] - probs[..., :m].flip(-1)) * bins[m + 1 :]).sum(-1)  # no product: autocast would round it
+    pairs = probs[..., m + 1 :] - probs[..., :m].flip(-1)
+    return (pairs * bins[m + 1 :]).sum(-1)  # not a matrix product, which autocast would round
 
 
 def twohot_loss(logits: th.Tensor, target: th.Tensor, bins: th.Tensor) -> th.Tensor:

@@ -3,7 +3,7 @@
 The loop over time is the one part of training that no batching can avoid, and with a batch of 16 it costs kernel
 launches, not arithmetic. So its backward pass is written by hand: inside the loop only the gradients of activations
 flow; every derivative that does not depend on the flowing gradient, and every weight gradient, is computed for all
-entries at once, outside. Plain autograd over ``RSSM.observe_step`` gives the same numbers, and the tests hold it to that::
+entries at once, outside. Plain autograd over ``RSSM.observe_step`` gives the same numbers; the tests hold it to that::
 
     forward, t = 0 .. T-1                                   backward, t = T-1 .. 0
     h', z'  = keep * (h, z)                                 dz -> logits -> dy -> posterior -> dh
@@ -103,7 +103,7 @@ class FilterScan(th.autograd.Function):
     """
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any,
         noise: th.Tensor,
         keep: th.Tensor,
@@ -140,9 +140,7 @@ class FilterScan(th.autograd.Function):
         return tape.deter, tape.stoch, tape.logits
 
     @staticmethod
-    def backward(  # type: ignore[override]
-        ctx: Any, d_deter: th.Tensor, d_stoch: th.Tensor, d_logits: th.Tensor
-    ) -> tuple[th.Tensor | None, ...]:
+    def backward(ctx: Any, d_deter: th.Tensor, d_stoch: th.Tensor, d_logits: th.Tensor) -> tuple[th.Tensor | None, ...]:
         keep, *saved = ctx.saved_tensors
         tape, w = Tape(*saved[: len(Tape._fields)]), Weights(*saved[len(Tape._fields) :])
         grads = Tape(*(th.empty_like(x) for x in tape))  # gradients of what the tape holds, by the same names

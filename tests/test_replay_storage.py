@@ -36,7 +36,7 @@ def add(buffer: SequenceReplayBuffer, number: int, last: int | None = None) -> N
     buffer.add(
         np.full((1, 500), number),
         None,
-        np.full((1, 2), number / 10_000),
+        np.full((1, 2), number / 1e6),
         np.array([number + 1.0]),
         np.array([last is not None]),
         [info],
@@ -53,11 +53,11 @@ def fill(folder: Path, until: int, **kwargs: Any) -> SequenceReplayBuffer:
 
 def served(buffer: SequenceReplayBuffer) -> set[int]:
     """All numbers served as observations, after a check that every entry served is whole and in its place."""
-    batch = buffer.sample(300)
+    batch = buffer.sample(40 * buffer.n_sequences)  # each with probability 1 - 1e-17
     number = batch.index[:, 1:] + np.arange(LENGTH)
     assert (batch.obs["obs"].numpy() == number[:, :, None]).all()
     acting = ~batch.is_terminal.numpy()
-    np.testing.assert_allclose(batch.action.numpy()[acting], np.repeat(number[acting][:, None], 2, 1) / 1e4, rtol=1e-6)
+    np.testing.assert_allclose(batch.action.numpy()[acting], np.repeat(number[acting][:, None], 2, 1) / 1e6, rtol=1e-6)
     counted = ~batch.is_first.numpy()
     np.testing.assert_array_equal(batch.reward.numpy()[counted], number[counted])
     led_in = counted[:, 0]

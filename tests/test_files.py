@@ -2,6 +2,7 @@
 
 import base64
 import contextlib
+import inspect
 import io
 import json
 import os

@@ -40,12 +40,14 @@ class Metrics:
 
     def fetch(self) -> dict[str, float]:
         """The means since the last fetch; those of skipped updates are not among them."""
-        means: dict[str, float] = {}
+        totals: dict[str, list[float]] = {}
         for names, sums in self._sums.items():
-            *totals, count = sums.tolist()
-            means |= {name: total / count for name, total in zip(names, totals, strict=True) if count}
+            *values, count = sums.tolist()
+            for name, value in zip(names, values, strict=True):
+                total = totals.setdefault(name, [0.0, 0.0])
+                total[0], total[1] = total[0] + value, total[1] + count
         self._sums = {}
-        return means
+        return {name: total / count for name, (total, count) in totals.items() if count}
 
     def skips(self) -> int:
         """How many updates were skipped since this object was made."""

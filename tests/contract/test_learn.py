@@ -1,0 +1,341 @@
+"""learn(): what SB3 users count on, and what a recurrent agent has to add to it."""
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch as th
+from gymnasium import spaces
+from stable_baselines3.common.callbacks import EvalCallback
+from stable_baselines3.common.env_util import make_vec_env
+from stable_baselines3.common.logger import KVWriter, Logger
+from stable_baselines3.common.monitor import Monitor
+from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv
+
+from sb3_dreamer import Dreamer
+from sb3_dreamer.metrics import Metrics
+from sb3_dreamer.replay.columns import FIRST, LAST
+
+DEBUG = dict(
+    model_size="debug", learning_starts=16, batch_size=2, batch_length=8, buffer_size=500, train_ratio=8,
+    imagination_horizon=2, imagination_starts=2, seed=0, device="cpu",
+)  # fmt: skip
+
+
+class Count(gym.Env):
+    """Observes (steps of the episode, number of the episode); reward is the step."""
+
+    observation_space = spaces.Box(-np.inf, np.inf, (2,))
+    action_space = spaces.Box(-2, 2, (1,))
+
+    def __init__(self, length: int = 10) -> None:
+        self.length, self.episode, self.step_number = length, -1, 0
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.episode, self.step_number = self.episode + 1, 0
+        return self.observation(), {}
+
+    def step(self, action):
+        self.step_number += 1
+        return self.observation(), float(self.step_number), False, self.step_number == self.length, {}
+
+    def observation(self):
+        return np.array([self.step_number, self.episode], np.float32)
+
+
+class Written(KVWriter):
+    """Remembers what was logged."""
+
+    def __init__(self) -> None:
+        self.rows: list[dict] = []
+        self.hidden_from_tensorboard: set[str] = set()
+
+    def write(self, key_values, key_excluded, step=0):
+        self.rows.append({**key_values, "step": step})
+        self.hidden_from_tensorboard |= {key for key, where in key_excluded.items() if where and "tensorboard" in where}
+
+    def close(self):
+        pass
+
+
+def agent(env=None, **settings) -> Dreamer:
+    return Dreamer("MlpPolicy", Count() if env is None else env, **{**DEBUG, **settings})
+
+
+def written(model: Dreamer) -> Written:
+    output = Written()
+    model.set_logger(Logger(None, [output]))
+    return output
+
+
+def stored(model: Dreamer, env: int = 0) -> dict[str, np.ndarray]:
+    """All entries of one environment."""
+    replay = model.replay_buffer
+    rows = slice(env * replay.rows, env * replay.rows + int(replay.heads()[env]))
+    return {name: array[rows] for name, array in replay._storage.arrays.items()}
+
+
+def same(a: Dreamer, b: Dreamer) -> bool:
+    pairs = zip(a.policy.state_dict().values(), b.policy.state_dict().values(), strict=True)
+    return all(th.equal(x, y) for x, y in pairs)
+
+
+# -- environments ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "env",
+    [
+        lambda: "Pendulum-v1",
+        lambda: gym.make("Pendulum-v1"),
+        lambda: Monitor(gym.make("Pendulum-v1")),
+        lambda: make_vec_env("Pendulum-v1", 1),
+    ],
+    ids=["id", "environment", "monitored", "vector"],
+)
+def test_an_environment_may_be_an_id_an_environment_or_a_vector_of_them(env):
+    model = agent(env())
+    assert model.learn(30) is model
+    assert (model.num_timesteps, model._n_updates) == (30, 7)
+
+
+@pytest.mark.parametrize("kind", [DummyVecEnv, SubprocVecEnv])
+def test_several_environments_run_side_by_side(kind):
+    env = kind([lambda: Count(10), lambda: Count(7), lambda: Count(5)])
+    model = agent(env).learn(61)
+    assert model.num_timesteps == 63  # the first multiple of three that is not below
+    for i, length in enumerate((10, 7, 5)):
+        obs = stored(model, i)["obs/obs"]
+        expected = [(t, episode) for episode in range(9) for t in range(length + 1)][: len(obs)]
+        assert obs.tolist() == [list(pair) for pair in expected]
+    env.close()
+
+
+def test_the_number_of_steps_may_be_a_float():
+    assert agent().learn(2e1).num_timesteps == 20
+
+
+# -- counting ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("n_envs", "batch_size", "batch_length", "train_ratio"),
+    [(1, 2, 8, 8), (1, 4, 4, 8), (3, 2, 8, 8), (1, 1, 5, 2.5), (2, 3, 6, 0.7), (1, 2, 4, 10)],
+)
+def test_the_train_ratio_is_exact_whatever_the_environments_and_the_shape_of_the_batch(
+    n_envs, batch_size, batch_length, train_ratio
+):
+    env = DummyVecEnv([lambda: Count(1000)] * n_envs)
+    model = agent(env, batch_size=batch_size, batch_length=batch_length, train_ratio=train_ratio).learn(90)
+    waited = next(steps for steps in range(0, 90, n_envs) if steps >= 16 and steps // n_envs >= batch_length) - n_envs
+    due = train_ratio * (90 - waited) / (batch_size * batch_length)
+    assert model._n_updates == int(due + 1e-9)
+    assert model._entries_owed / (batch_size * batch_length) == pytest.approx(due - int(due + 1e-9), abs=1e-6)
+
+
+def test_with_many_environments_no_updates_pile_up_while_there_is_no_sequence_yet():
+    model = agent(DummyVecEnv([lambda: Count(1000)] * 20), learning_starts=16, batch_length=8)
+    most = 0
+
+    def watch(local, _):
+        nonlocal most
+        most = max(most, int(model._entries_owed))
+        return True
+
+    model.learn(20 * 8, callback=watch)
+    assert most == 0
+    assert model._n_updates == 20 * 8 // 16  # what the last step paid for
+
+
+def test_actions_are_random_until_there_is_something_to_learn_from_and_never_again(monkeypatch):
+    model = agent(learning_starts=16)
+    drawn: list[int] = []
+    sample = model.action_space.sample
+    monkeypatch.setattr(model.action_space, "sample", lambda: drawn.append(model.num_timesteps) or sample())
+    model.learn(30)
+    assert drawn == list(range(15))  # 15 steps are 16 entries: the last one of the episode of 10 counts
+    model.learn(10)
+    assert len(drawn) == 15
+
+
+def test_learning_starts_that_do_not_fit_into_the_replay_still_begin():
+    assert agent(buffer_size=20, learning_starts=100).learn(30)._n_updates > 0
+
+
+def test_the_replay_takes_no_memory_before_the_first_step():
+    model = agent(buffer_size=10**9)
+    assert model.replay_buffer.nbytes == 0
+
+
+# -- going on ----------------------------------------------------------------------------------------------------------
+
+
+def test_learning_on_stays_in_the_episode():
+    model = agent().learn(24)
+    state = model._online_state[0].copy()
+    model.learn(3, reset_num_timesteps=False)
+    assert model.num_timesteps == 27
+    assert model.env.envs[0].unwrapped.episode == 2
+    flags = stored(model)["flags"]
+    assert np.flatnonzero(flags & FIRST).tolist() == [0, 11, 22]
+    assert not np.array_equal(model._online_state[0], state)
+
+
+def test_learning_anew_resets_and_cuts_the_stream_but_keeps_what_was_learned():
+    model = agent().learn(24)
+    updates = model._n_updates
+    model.learn(5)
+    assert (model.num_timesteps, model._episode_num) == (5, 0)
+    assert model._n_updates > updates
+    flags = stored(model)["flags"]
+    assert np.flatnonzero(flags & FIRST).tolist() == [0, 11, 22, 26]
+    assert np.flatnonzero(flags & LAST).tolist() == [10, 21, 25]
+    assert stored(model)["reward"][26] == 0
+
+
+@pytest.mark.parametrize("error", [None, RuntimeError, KeyboardInterrupt])
+def test_whatever_stops_a_step_in_the_middle_cuts_the_stream_there(error):
+    def stop(local, _):
+        if local["self"].num_timesteps == 24:
+            if error:
+                raise error
+            return False
+        return True
+
+    model = agent()
+    if error:
+        with pytest.raises(error):
+            model.learn(100, callback=stop)
+    else:
+        model.learn(100, callback=stop)
+    assert model.num_timesteps == 24
+    model.learn(5, reset_num_timesteps=False)
+    entries = stored(model)
+    assert np.flatnonzero(entries["flags"] & FIRST).tolist() == [0, 11, 22, 25]  # the step that was stopped is missing
+    assert np.flatnonzero(entries["flags"] & LAST).tolist() == [10, 21, 24]
+    assert entries["obs/obs"][22:26].tolist() == [[0, 2], [1, 2], [2, 2], [0, 3]]
+    assert entries["reward"][22:27].tolist() == [0, 1, 2, 0, 1]
+
+
+def test_another_environment_begins_an_episode():
+    model = agent().learn(24)
+    model.set_env(Count())
+    model.learn(3, reset_num_timesteps=False)
+    assert np.flatnonzero(stored(model)["flags"] & FIRST).tolist() == [0, 11, 22, 26]
+
+
+def test_the_recurrent_state_is_reset_where_an_episode_begins(monkeypatch):
+    model = agent()
+    seen = []
+    act = model.policy.act
+    monkeypatch.setattr(model.policy, "act", lambda *args: seen.append(args[3].item()) or act(*args))
+    model.learn(24)
+    assert np.flatnonzero(seen).tolist() == [0, 10, 20]
+
+
+# -- seeds -------------------------------------------------------------------------------------------------------------
+
+
+def test_the_same_seed_gives_the_same_run_bit_for_bit_and_another_seed_another():
+    first, second, other = (agent("Pendulum-v1", seed=seed).learn(40) for seed in (3, 3, 4))
+    assert first._n_updates == 12
+    assert same(first, second)
+    assert not same(first, other)
+
+
+def test_evaluating_does_not_change_the_training():
+    callback = EvalCallback(make_vec_env("Pendulum-v1", 2, seed=9), n_eval_episodes=1, eval_freq=15, verbose=0)
+    plain = agent("Pendulum-v1").learn(40)
+    evaluated = agent("Pendulum-v1").learn(40, callback=callback)
+    assert callback.n_calls == 40
+    assert np.isfinite(callback.last_mean_reward)
+    assert same(plain, evaluated)
+
+
+# -- settings ----------------------------------------------------------------------------------------------------------
+
+
+def test_unknown_arguments_are_a_type_error():
+    with pytest.raises(TypeError, match="batchsize"):
+        agent(batchsize=3)
+
+
+def test_dictionaries_of_the_caller_stay_as_they_are():
+    policy_kwargs, replay_buffer_kwargs = dict(units=8), dict(storage_path=None)
+    model = agent(policy_kwargs=policy_kwargs, replay_buffer_kwargs=replay_buffer_kwargs).learn(20)
+    assert (policy_kwargs, replay_buffer_kwargs) == (dict(units=8), dict(storage_path=None))
+    assert model.policy_kwargs == dict(units=8)
+
+
+def test_a_schedule_of_the_learning_rate_is_followed_and_logged():
+    model = agent(learning_rate=lambda remaining: 1e-3 * remaining)
+    output = written(model)
+    model.learn(40)
+    assert model.policy.optimizer.param_groups[0]["lr"] == pytest.approx(0.0, abs=1e-12)
+    model.learn(40)
+    model._current_progress_remaining = 0.25
+    model.train(1, 2)
+    model.dump_logs()
+    assert output.rows[-1]["train/learning_rate"] == pytest.approx(2.5e-4)
+    assert model.policy.optimizer.param_groups[0]["lr"] == pytest.approx(2.5e-4)
+
+
+# -- logs --------------------------------------------------------------------------------------------------------------
+
+
+def test_logs_have_the_names_of_sb3_and_the_numbers_of_the_run():
+    model = agent()
+    output = written(model)
+    model.learn(45, log_interval=2)
+    assert [row["step"] for row in output.rows] == [20, 40]
+    row = output.rows[-1]
+    assert {"time/fps", "time/time_elapsed", "train/learning_rate", "train/actor_loss"} < row.keys()
+    assert (row["rollout/ep_rew_mean"], row["rollout/ep_len_mean"]) == (55.0, 10.0)
+    assert (row["time/total_timesteps"], row["time/episodes"]) == (40, 4)
+    # entry 16 comes with step 15; at step 40 the updates of 39 steps are done
+    assert (row["train/n_updates"], row["train/skipped_updates"]) == ((39 - 14) * 8 // 16, 0)
+    assert all(np.isscalar(value) for value in row.values())
+    not_there = {"time/episodes", "time/time_elapsed", "time/total_timesteps", "train/n_updates"}
+    assert output.hidden_from_tensorboard == not_there
+
+
+def test_without_an_interval_nothing_is_logged_and_nothing_piles_up():
+    model = agent()
+    output = written(model)
+    model.learn(45, log_interval=None)
+    assert output.rows == []
+    sums = model._metrics._sums
+    assert len(sums) == 1
+    assert sum(one.numel() for one in sums.values()) < 40
+
+
+def test_metrics_are_means_since_the_last_time():
+    metrics = Metrics(th.device("cpu"))
+    for value in (1.0, 2.0, 6.0):
+        metrics.add({"a": th.tensor(value), "skipped_updates": th.tensor(False)})
+    metrics.add({"a": th.tensor(th.nan), "skipped_updates": th.tensor(True)})
+    metrics.add({"a": th.tensor(7.0), "b": th.tensor(1.0), "skipped_updates": th.tensor(False)})
+    assert metrics.skips() == 1
+    assert metrics.fetch() == {"a": (1 + 2 + 6 + 7) / 4, "b": 1.0}
+    assert metrics.fetch() == {}
+
+
+def test_successes_are_logged():
+    class Success(Count):
+        def step(self, action):
+            *step, _info = super().step(action)
+            return *step, {"is_success": self.episode % 2 == 0}
+
+    model = agent(Success())
+    output = written(model)
+    model.learn(45, log_interval=4)
+    assert output.rows[-1]["rollout/success_rate"] == 0.5
+
+
+def test_tensorboard_has_one_folder_for_each_fresh_run(tmp_path):
+    model = agent(tensorboard_log=str(tmp_path))
+    model.learn(20, tb_log_name="run", log_interval=1)
+    model.learn(20, tb_log_name="run", log_interval=1, reset_num_timesteps=False)
+    assert [folder.name for folder in tmp_path.iterdir()] == ["run_1"]
+    model.learn(20, log_interval=1)
+    assert sorted(folder.name for folder in tmp_path.iterdir()) == ["Dreamer_1", "run_1"]

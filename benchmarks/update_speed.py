@@ -10,6 +10,8 @@ import json
 import platform
 import statistics
 import time
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import gymnasium as gym
@@ -17,7 +19,10 @@ import numpy as np
 import torch as th
 
 from sb3_dreamer import Dreamer
-from sb3_dreamer.types import Batch
+from sb3_dreamer.behavior.actor_critic import actor_loss, critic_loss
+from sb3_dreamer.behavior.imagination import imagine, lambda_returns
+from sb3_dreamer.nets.layers import fast_bfloat16
+from sb3_dreamer.types import Batch, Dream
 
 
 class Shape(gym.Env[np.ndarray, np.ndarray]):
@@ -60,6 +65,53 @@ def time_updates(model: Dreamer, updates: int, warmup: int) -> list[float]:
     return seconds[warmup:]
 
 
+def cpu_milliseconds(work: Callable[[], Any], repeats: int) -> float:
+    """Least processor time of several runs: on a busy machine the wall clock tells little."""
+    times = []
+    for _ in range(repeats + 2):
+        start = time.process_time()
+        work()
+        times.append(1e3 * (time.process_time() - start))
+    return min(times[2:])
+
+
+def time_parts(model: Dreamer, repeats: int) -> dict[str, float]:
+    """Processor milliseconds of the parts of an update."""
+    policy, batch = model.policy, random_batch(model, str(model.device))
+    world_model = policy.world_model
+    rssm, embed = world_model.rssm, world_model.encoder(batch.obs).detach()
+    precision = partial(th.autocast, model.device.type, th.bfloat16, enabled=fast_bfloat16(model.device))
+
+    def scan() -> None:
+        states, post = rssm.observe(embed, batch.prev_action, batch.is_first, rssm.unpack(batch.start))
+        (states.features.sum() + post.sum()).backward()
+
+    def learn_model() -> None:
+        with precision():
+            losses, _, _ = world_model.loss(batch)
+        th.stack([loss.mean() for loss in losses.values()]).sum().backward()
+
+    def dream() -> Dream:
+        with precision():
+            return imagine(world_model, policy.actor, starts, model.imagination_horizon)
+
+    def learn_behavior() -> None:
+        with precision():
+            logits = policy.critic(dreamt.features)
+            values = policy.critic.fast.mean(logits.detach())
+            returns = lambda_returns(dreamt.reward, dreamt.discount, values, model.gae_lambda)
+            loss, _ = actor_loss(policy.actor, dreamt, returns, values, policy.return_scale.scale, model.ent_coef)
+            loss = loss + critic_loss(policy.critic, dreamt, logits, returns)
+        loss.backward()
+
+    states = world_model.observe(batch)[0].detach().flatten()
+    starts = states[model._imagination_starts(batch.reward.numel())]
+    dreamt = dream()
+    parts: dict[str, Callable[[], Any]] = {"scan": scan, "world_model": learn_model, "imagination": dream}
+    parts |= {"actor_and_critic": learn_behavior, "update": lambda: model.update(batch)}
+    return {name: cpu_milliseconds(work, repeats) for name, work in parts.items()}
+
+
 def main() -> None:
     """Read the settings, measure, print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -74,6 +126,7 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--updates", type=int, default=20)
     parser.add_argument("--warmup", type=int, default=5)
+    parser.add_argument("--parts", action="store_true", help="processor milliseconds of the parts too")
     args = parser.parse_args()
 
     th.set_num_threads(args.threads)
@@ -92,7 +145,13 @@ def main() -> None:
     seconds = time_updates(model, args.updates, args.warmup)
     name = th.cuda.get_device_name() if args.device.startswith("cuda") else platform.processor() or platform.machine()
     settings = {**vars(args), "imagination_starts": model.imagination_starts, "torch": th.__version__, "machine": name}
-    result = {"seconds_per_update": statistics.median(seconds), "min": min(seconds), "settings": settings}
+    result: dict[str, Any] = {
+        "seconds_per_update": statistics.median(seconds),
+        "min": min(seconds),
+        "settings": settings,
+    }
+    if args.parts:
+        result["cpu_milliseconds"] = time_parts(model, args.updates)
     print(json.dumps(result))
 
 

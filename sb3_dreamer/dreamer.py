@@ -44,6 +44,7 @@ class Dreamer(SequenceAlgorithm):
     :param env: environment, VecEnv, or the id of a registered one.
     :param learning_rate: a number, or a function of the remaining progress (1 to 0).
     :param warmup_updates: updates over which the learning rate rises from zero.
+    :param actor_lr_scale: learning rate of the actor, as a share of the others'.
     :param buffer_size: capacity of the replay in entries, all environments together.
     :param learning_starts: environment steps with random actions before the first update.
     :param batch_size: sequences in a batch.
@@ -79,6 +80,7 @@ class Dreamer(SequenceAlgorithm):
         env: GymEnv | str | None,
         learning_rate: float | Schedule = 6e-4,
         warmup_updates: int = 500,
+        actor_lr_scale: float = 0.2,
         buffer_size: int = 1_000_000,
         learning_starts: int = 500,
         batch_size: int = 16,
@@ -122,6 +124,7 @@ class Dreamer(SequenceAlgorithm):
             supported_action_spaces=(spaces.Box, spaces.Discrete, spaces.MultiDiscrete, spaces.MultiBinary),
         )
         self.warmup_updates = warmup_updates
+        self.actor_lr_scale = actor_lr_scale
         self.batch_length = batch_length
         self.train_ratio = train_ratio
         self.imagination_starts = imagination_starts
@@ -149,6 +152,7 @@ class Dreamer(SequenceAlgorithm):
             rssm_type=self.rssm_type,
             gamma=self.gamma,
             warmup_updates=self.warmup_updates,
+            actor_lr_scale=self.actor_lr_scale,
             **self.policy_kwargs,
         ).to(self.device)
         buffer_class: Any = self.replay_buffer_class or SequenceReplayBuffer

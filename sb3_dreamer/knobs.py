@@ -29,6 +29,7 @@ def either(check: Check, other: Callable[[Any], bool], words: str) -> Check:
 KNOBS: dict[str, Check] = {
     "learning_rate": either(number(0), callable, "a function of the remaining progress"),
     "warmup_updates": whole(0),
+    "actor_lr_scale": number(0),
     "buffer_size": number(1),
     "learning_starts": number(0),
     "batch_size": whole(1),

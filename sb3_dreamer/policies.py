@@ -96,6 +96,7 @@ class DreamerPolicy(BasePolicy):
     :param rssm_type: sequence model, "gru" or "transformer".
     :param gamma: discount.
     :param warmup_updates: updates over which the learning rate rises from zero.
+    :param actor_lr_scale: learning rate of the actor, as a share of the others'.
     :param widths: single widths in place of those of ``model_size``, e.g. ``units=128``.
     :raises ValueError: for spaces that have no code, or that another policy reads, and for unknown settings.
     """
@@ -112,6 +113,7 @@ class DreamerPolicy(BasePolicy):
         rssm_type: str = "gru",
         gamma: float = 0.997,
         warmup_updates: int = 1000,
+        actor_lr_scale: float = 1.0,
         **widths: int,
     ) -> None:
         super().__init__(observation_space, action_space, squash_output=isinstance(action_space, spaces.Box))
@@ -120,9 +122,8 @@ class DreamerPolicy(BasePolicy):
         known = {field.name for field in dataclasses.fields(SIZES[model_size])}
         if unknown := set(widths) - known:
             raise ValueError(f"policy_kwargs {sorted(unknown)} are unknown; single widths are {sorted(known)}")
-        self._arguments = dict(
-            model_size=model_size, rssm_type=rssm_type, gamma=gamma, warmup_updates=warmup_updates, **widths
-        )
+        rates = dict(warmup_updates=warmup_updates, actor_lr_scale=actor_lr_scale)
+        self._arguments = dict(model_size=model_size, rssm_type=rssm_type, gamma=gamma, **rates, **widths)
         if self.alias not in (None, right := policy_for(observation_space)):
             raise ValueError(
                 f'{self.alias} does not read {observation_space}: use "{right}" (MultiInputPolicy is for Dicts, '
@@ -136,8 +137,10 @@ class DreamerPolicy(BasePolicy):
         self.actor = Actor(features, self.action_spec, size)
         self.critic = Critic(features, size)
         self.return_scale = ReturnScale()
-        learned = [p for p in self.parameters() if p.requires_grad]
-        self.optimizer = LaProp(learned, lr=lr_schedule(1.0), warmup_steps=warmup_updates)
+        actor = list(self.actor.parameters())
+        others = [*self.world_model.parameters(), *self.critic.fast.parameters()]
+        groups: list[dict[str, Any]] = [{"params": others}, {"params": actor, "lr_scale": actor_lr_scale}]
+        self.optimizer = LaProp(groups, lr=lr_schedule(1.0), warmup_steps=warmup_updates)
 
     def _get_constructor_parameters(self) -> dict[str, Any]:
         data = super()._get_constructor_parameters()

@@ -29,6 +29,7 @@ class LaProp(th.optim.Optimizer):
     :param eps: added to the root of the squared gradient.
     :param clip: largest ratio of gradient norm to parameter norm.
     :param warmup_steps: updates until the full learning rate is reached.
+    :param lr_scale: factor on ``lr``, for groups that learn at another rate under the same schedule.
     """
 
     def __init__(
@@ -39,8 +40,10 @@ class LaProp(th.optim.Optimizer):
         eps: float = 1e-20,
         clip: float = 0.3,
         warmup_steps: int = 1000,
+        lr_scale: float = 1.0,
     ) -> None:
-        super().__init__(params, dict(lr=lr, betas=betas, eps=eps, clip=clip, warmup_steps=warmup_steps))
+        rates = dict(lr=lr, warmup_steps=warmup_steps, lr_scale=lr_scale)
+        super().__init__(params, dict(betas=betas, eps=eps, clip=clip, **rates))
 
     @th.no_grad()
     def step(self, loss: th.Tensor | None = None) -> th.Tensor:  # type: ignore[override]
@@ -79,7 +82,7 @@ class LaProp(th.optim.Optimizer):
         th._foreach_mul_(mu, th.where(finite, beta1, 1.0))
         th._foreach_addcdiv_(mu, grads, scale, 1 - beta1)
         warmup = group["warmup_steps"]
-        rate = group["lr"] * ((step - 1) / warmup).clamp(0.0, 1.0) if warmup else group["lr"]
+        rate = group["lr"] * group["lr_scale"] * (((step - 1) / warmup).clamp(0.0, 1.0) if warmup else 1.0)
         th._foreach_sub_(params, th._foreach_mul(mu, finite * rate / bias(beta1, step)))
 
 

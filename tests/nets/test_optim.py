@@ -64,3 +64,12 @@ def test_the_state_survives_a_state_dict() -> None:
     second.load_state_dict(copy.deepcopy(first.state_dict()))
     twin.data.copy_(param.data)
     assert step(first, param, [0.5, -1.0]) == step(second, twin, [0.5, -1.0])
+
+
+def test_a_group_may_learn_at_a_share_of_the_rate() -> None:
+    slow, fast = th.nn.Parameter(th.zeros(1)), th.nn.Parameter(th.zeros(1))
+    groups = [{"params": [fast]}, {"params": [slow], "lr_scale": 0.2}]
+    optimizer = LaProp(groups, lr=0.1, clip=1e9, warmup_steps=0)
+    slow.grad, fast.grad = th.ones(1), th.ones(1)
+    optimizer.step()
+    assert [float(fast.detach()), float(slow.detach())] == pytest.approx([-0.1, -0.02])

@@ -1,0 +1,291 @@
+"""Bad input is named, and nothing is lost."""
+
+import io
+import zipfile
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch as th
+from gymnasium import spaces
+from stable_baselines3 import PPO
+from stable_baselines3.common.env_util import make_vec_env
+from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from sb3_dreamer import Dreamer
+from sb3_dreamer.metrics import MAX_SKIPPED
+
+DEBUG = dict(model_size="debug", learning_starts=12, batch_size=2, batch_length=8, buffer_size=500, train_ratio=4,
+             imagination_horizon=2, imagination_starts=2, seed=0, device="cpu")  # fmt: skip
+
+
+class Broken(gym.Env):
+    """Fine until something happens at a step.
+
+    :param at: the step.
+    :param what: "obs", "reward", "terminal", "reset" or "raise".
+    :param value: the number there.
+    """
+
+    observation_space = spaces.Box(-np.inf, np.inf, (3,))
+    action_space = spaces.Box(-1, 1, (1,))
+
+    def __init__(self, at: int = 10**9, what: str = "", value: float = np.nan) -> None:
+        self.at, self.what, self.value, self.steps = at, what, value, 0
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        return self.observation("reset"), {}
+
+    def step(self, action):
+        self.steps += 1
+        if self.now("raise"):
+            raise RuntimeError("the simulator has exploded")
+        reward = self.value if self.now("reward") else 1.0
+        done = self.steps % 15 == 0
+        return self.observation("terminal" if done else "obs"), reward, done, False, {}
+
+    def now(self, what: str) -> bool:
+        """Whether it happens here; once only."""
+        happens = self.steps == self.at and self.what == what
+        self.what = "" if happens else self.what
+        return happens
+
+    def observation(self, what: str) -> np.ndarray:
+        obs = np.full(3, self.steps, np.float32)
+        if self.now(what):
+            obs[1] = self.value
+        return obs
+
+
+def agent(env=None, policy: str = "MlpPolicy", **settings) -> Dreamer:
+    return Dreamer(policy, Broken() if env is None else env, **{**DEBUG, **settings})
+
+
+def everything(model: Dreamer) -> list[th.Tensor]:
+    """Copies of all that an update may change."""
+    policy = model.policy
+    moments = [t for state in policy.optimizer.state.values() for t in state.values()]
+    steps = [group["step"] for group in policy.optimizer.param_groups]
+    return [t.detach().clone() for t in (*policy.state_dict().values(), *moments, *steps)]
+
+
+def same(first: list[th.Tensor], second: list[th.Tensor]) -> bool:
+    return all(th.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+# -- numbers of the environment ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize(
+    ("what", "at", "message", "kept"),
+    [
+        ("obs", 20, r"at environment step 40: observation of env 1 holds {} at \(1,\), expected finite", 2 * 21),
+        ("reward", 20, r"at environment step 40: reward of env 1 holds {}, expected finite", 2 * 20),
+        ("terminal", 30, r"at environment step 60: terminal observation of env 1 holds {} at \(1,\)", 2 * 30),
+        ("reset", 30, r"at environment step 60: observation of env 1 holds {} at \(1,\)", 2 * 32),
+    ],
+)
+def test_numbers_that_are_not_finite_name_environment_and_step_and_are_not_stored(what, at, value, message, kept):
+    model = agent(DummyVecEnv([Broken, lambda: Broken(at, what, value)]))
+    with pytest.raises(ValueError, match=message.format(value)):
+        model.learn(100)
+    assert model.replay_buffer.size() == kept
+    assert all(np.isfinite(column).all() for column in model.replay_buffer._storage.arrays.values())
+    model.save_replay_buffer(io.BytesIO())
+    before = model._n_updates
+    model.learn(10, reset_num_timesteps=False)  # the fault has passed
+    assert model._n_updates > before
+    assert all(parameter.isfinite().all() for parameter in model.policy.parameters())
+
+
+def test_a_first_observation_that_is_nan_is_named_before_anybody_acts_on_it():
+    with pytest.raises(ValueError, match=r"at environment step 0: observation of env 0 holds nan at \(1,\)"):
+        agent(Broken(0, "reset")).learn(10)
+
+
+def test_nan_is_found_behind_vecnormalize_too():
+    model = agent(VecNormalize(DummyVecEnv([lambda: Broken(20, "obs")])))
+    with pytest.raises(ValueError, match="at environment step 20: observation of env 0 holds nan"):
+        model.learn(100)
+    assert model.replay_buffer.size() == 21
+
+
+def test_an_environment_that_raises_loses_nothing(tmp_path):
+    model = agent(Broken(20, "raise"))
+    with pytest.raises(RuntimeError, match="the simulator has exploded"):
+        model.learn(100)
+    assert model.replay_buffer.size() == 20  # 19 steps, and the end of the episode of 15
+    model.save(tmp_path / "model")
+    model.save_replay_buffer(tmp_path / "replay")
+    other = Dreamer.load(tmp_path / "model", env=Broken())
+    other.load_replay_buffer(tmp_path / "replay")
+    other.learn(10, reset_num_timesteps=False)
+    assert (other.num_timesteps, other.replay_buffer.size()) == (29, 30)
+
+
+# -- updates that are not finite ---------------------------------------------------------------------------------------
+
+
+def poison(model: Dreamer, monkeypatch, updates=range(10**9), where: str = "reward", value: float = np.nan) -> None:
+    """Let some of the coming updates have a number that is not finite."""
+    sample, count = model.replay_buffer.sample, iter(range(10**9))
+
+    def poisoned(*args, **kwargs):
+        batch = sample(*args, **kwargs)
+        if next(count) in updates:
+            (batch.reward if where == "reward" else batch.obs["obs"])[0, 3] = value
+        return batch
+
+    monkeypatch.setattr(model.replay_buffer, "sample", poisoned)
+
+
+@pytest.mark.parametrize(("where", "value"), [("reward", np.nan), ("obs", np.nan), ("obs", np.inf)])
+def test_a_loss_that_is_not_finite_changes_nothing_and_is_counted(monkeypatch, where, value):
+    model = agent().learn(30)
+    before, updates = everything(model), model._n_updates
+    assert len(before) > 150
+    poison(model, monkeypatch, range(3), where, value)
+    latents = model.replay_buffer._storage.arrays["latent"]
+    model.train(3, 2)
+    assert np.isfinite(latents).all()
+    assert same(before, everything(model))
+    assert (model._metrics.skips(), model._n_updates) == (3, updates + 3)
+    model.train(1, 2)
+    assert not same(before, everything(model))
+    assert model._metrics.skips() == 3
+    assert all(t.isfinite().all() for t in everything(model))
+
+
+def test_a_gradient_that_is_not_finite_changes_nothing_either(monkeypatch):
+    model = agent().learn(30)
+    before = everything(model)
+    parameter = next(model.policy.actor.parameters())
+    handle = parameter.register_hook(lambda grad: grad * np.inf)
+    model.train(1, 2)
+    assert same(before, everything(model))
+    assert model._metrics.skips() == 1
+    handle.remove()
+    model.train(1, 2)
+    assert not same(before, everything(model))
+
+
+def test_skipped_updates_are_logged_and_are_in_no_mean(monkeypatch):
+    model = agent().learn(30, log_interval=None)
+    model._metrics.fetch()
+    poison(model, monkeypatch, range(1, 2))
+    model.train(3, 2)
+    logged = {}
+    monkeypatch.setattr(model.logger, "dump", lambda step: logged.update(model.logger.name_to_value))
+    model.dump_logs()
+    assert logged["train/skipped_updates"] == 1
+    assert all(np.isfinite(value) for key, value in logged.items() if key.startswith("train/"))
+
+
+def test_many_in_a_row_stop_with_the_last_good_parameters(monkeypatch, tmp_path):
+    model = agent(train_ratio=16).learn(30)
+    before = everything(model)
+    poison(model, monkeypatch)
+    with pytest.raises(ValueError, match=r"updates were skipped, .* not finite.*reward_loss") as error:
+        model.learn(100)
+    assert "smaller learning_rate" in str(error.value)
+    assert MAX_SKIPPED <= model._metrics.skips() < 2 * MAX_SKIPPED
+    assert same(before, everything(model))
+    model.save(tmp_path / "model")
+    monkeypatch.undo()
+    model.learn(10, reset_num_timesteps=False)
+    assert not same(before, everything(model))
+
+
+def test_many_that_are_not_in_a_row_do_not_stop(monkeypatch):
+    model = agent().learn(30)
+    poison(model, monkeypatch, [i for i in range(60) if i % 3])
+    model.train(60, 2)
+    assert model._metrics.skips() == 40
+
+
+def test_no_update_makes_the_device_wait_for_the_host():
+    class NoNumberIsAskedFor(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            assert func is not th.ops.aten._local_scalar_dense.default
+            return func(*args, **(kwargs or {}))
+
+    model = agent().learn(30)
+    batch = model.replay_buffer.sample(2)
+    with NoNumberIsAskedFor():
+        _, metrics = model.update(batch)
+        model._metrics.add(metrics)
+
+
+# -- settings ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("train_ratio", 0), ("train_ratio", -1.0), ("train_ratio", np.nan), ("train_ratio", np.inf),
+        ("train_ratio", "512"),
+        ("batch_size", 0), ("batch_size", 2.5), ("batch_length", 1), ("batch_length", True),
+        ("imagination_horizon", 0), ("imagination_starts", 0), ("imagination_starts", -3),
+        ("gamma", 1.01), ("gamma", -0.1), ("gae_lambda", 2), ("ent_coef", -1e-3), ("ent_coef", np.nan),
+        ("learning_rate", -1e-4), ("learning_rate", "3e-5"), ("warmup_updates", -1),
+        ("learning_starts", -1), ("buffer_size", 0),
+    ],
+)  # fmt: skip
+def test_settings_that_cannot_work_are_named(name, value):
+    with pytest.raises(ValueError, match=rf"^{name}={value!r} must be "):
+        agent(**{name: value})
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("imagination_starts", None), ("gamma", 1), ("ent_coef", 0), ("gae_lambda", 0)]
+)
+def test_settings_at_their_limits_work(name, value):
+    model = agent(**{name: value}).learn(16)
+    assert model._n_updates > 0
+    assert model._metrics.skips() == 0
+
+
+def test_sequences_that_the_replay_can_never_hold_are_refused():
+    with pytest.raises(ValueError, match=r"buffer_size=100 leaves 50 entries .* use a buffer_size of at least 130"):
+        agent(DummyVecEnv([Broken, Broken]), buffer_size=100, batch_length=64)
+
+
+def test_unknown_sizes_widths_and_models_name_the_known_ones():
+    with pytest.raises(ValueError, match=r'model_size="size1g" is unknown; use one of .*size200m'):
+        agent(model_size="size1g")
+    with pytest.raises(ValueError, match=r"policy_kwargs \['net_arch'\] are unknown; single widths are .*'units'"):
+        agent(policy_kwargs=dict(net_arch=[64]))
+    with pytest.raises(ValueError, match=r'rssm_type="lstm" is unknown; use one of .*gru'):
+        agent(rssm_type="lstm")
+    with pytest.raises(ValueError, match="Policy MlpLstmPolicy unknown"):
+        agent(policy="MlpLstmPolicy")
+
+
+# -- files -------------------------------------------------------------------------------------------------------------
+
+
+def test_files_that_are_no_agents_are_named(tmp_path):
+    (tmp_path / "text.zip").write_text("no zip")
+    with pytest.raises(ValueError, match=r"text.zip is not a zip-file"):
+        Dreamer.load(tmp_path / "text.zip")
+    with zipfile.ZipFile(tmp_path / "photos.zip", "w") as archive:
+        archive.writestr("cat.jpg", b"miau")
+    with pytest.raises(ValueError, match=r"photos.zip was not saved by Dreamer"):
+        Dreamer.load(tmp_path / "photos.zip")
+    PPO("MlpPolicy", make_vec_env("CartPole-v1"), n_steps=8, batch_size=8).save(tmp_path / "ppo")
+    with pytest.raises(ValueError, match=r"ppo was not saved by Dreamer: load it with the algorithm that saved it"):
+        Dreamer.load(tmp_path / "ppo")
+    with pytest.raises(FileNotFoundError, match="nothing"):
+        Dreamer.load(tmp_path / "nothing")
+
+
+@pytest.mark.parametrize("share", [0.02, 0.5, 0.999])
+def test_a_truncated_file_is_named(tmp_path, share):
+    agent().save(tmp_path / "model")
+    whole = (tmp_path / "model.zip").read_bytes()
+    (tmp_path / "model.zip").write_bytes(whole[: int(share * len(whole))])
+    with pytest.raises(ValueError, match=r"model is truncated|model.zip is truncated"):
+        Dreamer.load(tmp_path / "model")

@@ -1,6 +1,6 @@
 """Train a world model on Pendulum from random actions, no policy, and look at what it expects.
 
-python examples/pendulum_world_model.py --updates 3000 --out dreams/pendulum
+python examples/pendulum_world_model.py --updates 1500 --out dreams/pendulum
 """
 
 import argparse
@@ -22,8 +22,8 @@ WIDTHS = dict(deter=256, hidden=64, units=64, stoch=16, classes=8)  # a small mo
 def main() -> None:
     """Collect, train, dream."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=5_000, help="environment steps with random actions")
-    parser.add_argument("--updates", type=int, default=3_000, help="gradient steps of the world model")
+    parser.add_argument("--steps", type=int, default=4_000, help="environment steps with random actions")
+    parser.add_argument("--updates", type=int, default=1_500, help="gradient steps of the world model")
     parser.add_argument("--learning-rate", type=float, default=1e-3, help="at the start; falls to zero")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("dreams/pendulum"))

@@ -56,6 +56,8 @@ def open_loop_figure(loop: OpenLoop, sequence: int, dims: Sequence[str] | None =
         axes = figure.add_subplot(rows, 3, i + 1)
         draw_panel(axes, Panel(*(line[:until] for line in panel)), loop.context)
         axes.set_title(name, fontsize=10)
+        if name == "continue":
+            axes.set_ylim(-0.05, 1.05)
     figure.axes[0].legend(fontsize=8, loc="best")
     for axes in figure.axes[-3:]:
         axes.set_xlabel("step", fontsize=9)

@@ -12,7 +12,6 @@ from stable_baselines3.common.env_util import make_vec_env
 from sb3_dreamer import Dreamer
 from sb3_dreamer.dreamer import LOSS_SCALES
 from sb3_dreamer.dreams import collect, horizon_errors, open_loop, write_report
-from sb3_dreamer.dreams.collect import peek
 
 ENV_ID = "Pendulum-v1"
 CONTEXT, HORIZON = 14, 50
@@ -44,13 +43,13 @@ def main() -> None:
         optimizer.step()
         schedule.step()
         if update % 250 == 0 or update == args.updates:
-            error = horizon_errors(open_loop(model.policy, peek(fresh, 30), CONTEXT))["obs"]
+            error = horizon_errors(open_loop(model.policy, fresh.peek(30), CONTEXT))["obs"]
             print(
                 f"{update} updates: error over {HORIZON} steps is {error.ratio:.2f} of that of 'nothing changes'",
                 flush=True,
             )
 
-    page = write_report(model, peek(fresh, 30), args.out / "index.html", "A world model of Pendulum", context=CONTEXT)
+    page = write_report(model, fresh.peek(30), args.out / "index.html", "A world model of Pendulum", context=CONTEXT)
     print(f"written: {page}")
 
 

@@ -11,7 +11,6 @@ from typing import Any, TypeVar
 
 import numpy as np
 import torch as th
-from gymnasium import spaces
 from stable_baselines3.common.buffers import ReplayBuffer
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.noise import ActionNoise
@@ -113,8 +112,7 @@ class SequenceAlgorithm(OffPolicyAlgorithm):
             actions = np.array([self.action_space.sample() for _ in range(n_envs)])
             assert self._online_state is not None
             self._online_state = (self._online_state[0], self.policy.encode_action(actions))
-        is_box = isinstance(self.action_space, spaces.Box)
-        return actions, self.policy.scale_action(actions) if is_box else actions
+        return actions, self.policy.replay_action(actions)
 
     def _exploring(self) -> bool:
         """Random actions until there is something to learn from; not again after a second learn() or a load."""

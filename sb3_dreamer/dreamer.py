@@ -176,6 +176,7 @@ class Dreamer(SequenceAlgorithm):
         if gradient_steps == 0:
             return
         self._update_learning_rate(self.policy.optimizer)
+        self.policy.set_rates(self.warmup_updates, self.actor_lr_scale)
         for _ in range(gradient_steps):
             batch = self.replay_buffer.sample(batch_size, env=self._vec_normalize_env)
             latents, metrics = self.update(batch)

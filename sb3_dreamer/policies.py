@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
+from functools import cached_property
 from typing import Any, ClassVar
 
 import numpy as np
@@ -18,6 +19,7 @@ from sb3_dreamer.behavior.imagination import ReturnScale
 from sb3_dreamer.nets.optim import LaProp
 from sb3_dreamer.types import SIZES, Spec
 from sb3_dreamer.world_model import WorldModel
+from sb3_dreamer.world_model.rssm import State
 
 PolicyState = tuple[np.ndarray, ...]
 
@@ -149,6 +151,12 @@ class DreamerPolicy(BasePolicy):
         data.pop("features_extractor_class", None)
         return {**data, "lr_schedule": self._dummy_schedule, **self._arguments}
 
+    def set_rates(self, warmup_updates: int, actor_lr_scale: float) -> None:
+        """Settings of the optimiser that a saved one must not overrule; the learning rate itself is SB3's to set."""
+        others, actor = self.optimizer.param_groups
+        others["warmup_steps"] = actor["warmup_steps"] = warmup_updates
+        actor["lr_scale"] = actor_lr_scale
+
     def set_training_mode(self, mode: bool) -> None:
         """SB3 calls this at every step; no layer depends on it, so the modules are walked only when it changes."""
         if mode != self.training:
@@ -203,14 +211,24 @@ class DreamerPolicy(BasePolicy):
         deterministic: bool = False,
     ) -> tuple[th.Tensor, th.Tensor]:
         """One step on tensors: (n, .) observations, (n, L) states, (n, A) actions -> encoded actions, packed states."""
-        rssm = self.world_model.rssm
-        embed = self.world_model.encoder(obs)
-        state = rssm.observe_step(rssm.unpack(packed), embed, prev_action, is_first, sample=not deterministic)
+        state = self.observe(obs, packed, prev_action, is_first, sample=not deterministic)
         policy = self.actor(state.features)
         action = policy.mode() if deterministic else policy.sample()
         if self.action_spec.kind == "vector":
             action = action.clamp(-1.0, 1.0)
-        return action, rssm.pack(state)
+        return action, self.world_model.rssm.pack(state)
+
+    def observe(
+        self,
+        obs: Mapping[str, th.Tensor],
+        packed: th.Tensor,
+        prev_action: th.Tensor,
+        is_first: th.Tensor,
+        sample: bool = True,
+    ) -> State:
+        """The n model states after seeing the observations; arguments as in :meth:`act`."""
+        rssm = self.world_model.rssm
+        return rssm.observe_step(rssm.unpack(packed), self.world_model.encoder(obs), prev_action, is_first, sample)
 
     def _predict(self, observation: Any, deterministic: bool = False) -> th.Tensor:
         """First action of an episode, encoded; SB3's abstract method. Use :meth:`predict`, which keeps the state."""
@@ -231,11 +249,15 @@ class DreamerPolicy(BasePolicy):
         low, high = self._bounds
         return low + 0.5 * (scaled_action + 1.0) * (high - low)
 
-    @property
+    @cached_property
     def _bounds(self) -> tuple[np.ndarray, np.ndarray]:
         if not isinstance(self.action_space, spaces.Box):
             raise ValueError(f"only actions of a Box are scaled, these are of {self.action_space}")
         return float_bounds(self.action_space)
+
+    def replay_action(self, actions: np.ndarray) -> np.ndarray:
+        """Actions of the space (n, *shape) as the replay stores them: those of a Box scaled, others as they are."""
+        return self.scale_action(actions) if isinstance(self.action_space, spaces.Box) else actions
 
     def decode_action(self, encoded: np.ndarray) -> np.ndarray:
         """Encoded actions (n, A) -> actions of the space (n, *shape)."""

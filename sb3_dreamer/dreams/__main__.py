@@ -16,7 +16,7 @@ from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.vec_env import VecEnv, VecNormalize
 
 from sb3_dreamer.dreamer import Dreamer
-from sb3_dreamer.dreams.collect import collect, peek
+from sb3_dreamer.dreams.collect import collect
 from sb3_dreamer.dreams.extras import MissingExtra
 from sb3_dreamer.dreams.report import write_report
 from sb3_dreamer.dreams.videos import Body
@@ -71,7 +71,7 @@ def main(argv: list[str] | None = None) -> Path:
     model = Dreamer.load(args.model, env=env, buffer_size=env.num_envs * 1_000)
     model.set_random_seed(args.seed)
     replay, real_return = collect(model, env, args.steps, args.context + args.horizon, args.random_actions)
-    batch = peek(replay, args.sequences)
+    batch = replay.peek(args.sequences)
     body = find_body(args.env)
     with th.no_grad():
         page = write_report(

@@ -14,7 +14,7 @@ from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.logger import Figure, TensorBoardOutputFormat
 
 from sb3_dreamer.dreamer import Dreamer
-from sb3_dreamer.dreams.collect import original_units, peek
+from sb3_dreamer.dreams.collect import original_units
 from sb3_dreamer.dreams.extras import MissingExtra, need
 from sb3_dreamer.dreams.figures import horizon_figure, open_loop_figure
 from sb3_dreamer.dreams.horizon import HorizonError, horizon_errors
@@ -74,7 +74,7 @@ class DreamCallback(BaseCallback):
         on_cuda = [model.device] if model.device.type == "cuda" else []
         with th.random.fork_rng(on_cuda):
             th.manual_seed(0)  # the same noise at each look
-            batch = peek(model.replay_buffer, self.sequences, env=model.get_vec_normalize_env())
+            batch = model.replay_buffer.peek(self.sequences, env=model.get_vec_normalize_env())
             loop = open_loop(model.policy, batch, self.context, self.samples)
             errors = horizon_errors(loop)
             self._record_numbers(batch, errors)

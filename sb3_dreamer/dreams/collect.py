@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import copy
-
 import numpy as np
-from gymnasium import spaces
 from stable_baselines3.common.vec_env import VecEnv, VecNormalize
 
 from sb3_dreamer.dreamer import Dreamer
 from sb3_dreamer.dreams.trouble import RealReturns
 from sb3_dreamer.replay import SequenceReplayBuffer
-from sb3_dreamer.types import Batch
 
 
 def collect(
@@ -43,27 +39,12 @@ def collect(
         if random_actions:
             actions = np.array([model.action_space.sample() for _ in range(env.num_envs)])
             state = (state[0], model.policy.encode_action(actions))
-        scaled = model.policy.scale_action(actions) if isinstance(model.action_space, spaces.Box) else actions
         next_obs, rewards, start, infos = env.step(actions)
-        buffer.add(obs, next_obs, scaled, rewards, start, infos, latent=state[0][:, : buffer.latent_size])  # type: ignore[arg-type]
+        stored, latent = model.policy.replay_action(actions), state[0][:, : buffer.latent_size]
+        buffer.add(obs, next_obs, stored, rewards, start, infos, latent=latent)  # type: ignore[arg-type]
         returns.add(rewards, start, infos)
         obs = next_obs
     return buffer, returns.mean
-
-
-def peek(replay: SequenceReplayBuffer, batch_size: int, env: VecNormalize | None = None) -> Batch:
-    """Sample from a replay that does not notice: what it serves next stays the same.
-
-    :param replay: the replay.
-    :param batch_size: number of sequences.
-    :param env: normalises observations and rewards.
-    :raises ValueError: if no environment has enough entries yet.
-    """
-    rings, replay._rings = replay._rings, copy.deepcopy(replay._rings)
-    try:
-        return replay.sample(batch_size, env=env)
-    finally:
-        replay._rings = rings
 
 
 def original_units(env: VecEnv | None, obs: np.ndarray) -> np.ndarray:

@@ -55,12 +55,12 @@ class LatentVecEnv(VecEnv):
     @th.inference_mode()
     def _see(self, obs: Any, is_first: np.ndarray) -> tuple[th.Tensor, np.ndarray]:
         """The next states (n, L) and their features (n, F)."""
-        model = self.model.policy.world_model
-        tensors = self.model.policy.obs_to_tensor(obs)[0]
-        embed = model.encoder(tensors if isinstance(tensors, dict) else {"obs": tensors})
+        policy = self.model.policy
+        tensors = policy.obs_to_tensor(obs)[0]
+        tensors = tensors if isinstance(tensors, dict) else {"obs": tensors}
         first = th.as_tensor(is_first, device=self.model.device)
-        state = model.rssm.observe_step(model.rssm.unpack(self._packed), embed, self._action, first, sample=False)
-        return model.rssm.pack(state), state.features.cpu().numpy()
+        state = policy.observe(tensors, self._packed, self._action, first, sample=False)
+        return policy.world_model.rssm.pack(state), state.features.cpu().numpy()
 
     @staticmethod
     def _with_last(obs: Any, ended: np.ndarray, infos: list[dict[str, Any]]) -> Any:

@@ -89,11 +89,7 @@ def _filter(model: Dreamer, episodes: list[Episode]) -> list[th.Tensor]:
 def _seen(model: Dreamer, episode: Episode) -> dict[str, np.ndarray]:
     """The observations as the policy is given them."""
     normalize = model.get_vec_normalize_env()
-    if normalize is None:
-        return episode.obs
-    if isinstance(model.observation_space, spaces.Dict):
-        return normalize.normalize_obs(episode.obs)  # type: ignore[return-value]
-    return {"obs": normalize.normalize_obs(episode.obs["obs"])}  # type: ignore[dict-item]
+    return episode.obs if normalize is None else model.replay_buffer.normalize_obs(episode.obs, normalize)
 
 
 def _encoded(model: Dreamer, episode: Episode) -> th.Tensor:

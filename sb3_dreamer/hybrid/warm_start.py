@@ -165,9 +165,8 @@ class Guide:
                 actions, memory = self.teacher.predict(shown, memory, start, deterministic)
                 _, state = policy.predict(model._last_obs, model._online_state, start)  # type: ignore[arg-type]
                 assert state is not None
-                encoded = policy.encode_action(actions)
-                model._online_state = (state[0], encoded)
-                stored = actions if policy.action_spec.kind != "vector" else encoded.reshape(actions.shape)
+                model._online_state = (state[0], policy.encode_action(actions))
+                stored = policy.replay_action(actions)
                 model._store_transition(model.replay_buffer, stored, *env.step(actions))  # type: ignore[arg-type]
                 model.num_timesteps += env.num_envs
                 cloning.steps_left -= env.num_envs

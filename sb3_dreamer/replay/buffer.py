@@ -19,6 +19,7 @@ How the entries of an environment lie in its ring is drawn in ``rings``.
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -28,12 +29,10 @@ from gymnasium import spaces
 from stable_baselines3.common.utils import get_device
 from stable_baselines3.common.vec_env import VecNormalize
 
-from sb3_dreamer.replay.columns import FIRST, LAST, TERMINAL, EntryCode
+from sb3_dreamer.replay.columns import FIRST, LAST, TERMINAL, EntryCode, to_half
 from sb3_dreamer.replay.rings import Rings
 from sb3_dreamer.replay.storage import DiskStorage, RamStorage
 from sb3_dreamer.types import Batch
-
-FLOAT16_MAX = 65504.0
 
 Obs = np.ndarray | dict[str, np.ndarray]
 
@@ -160,7 +159,7 @@ class SequenceReplayBuffer:
         if not self.latent_size:
             return
         stored = self._writable_storage().arrays["latent"]
-        half = _to_half(latents.detach())
+        half = to_half(latents.detach())
         env, number = index[:, :1], index[:, 1:] + np.arange(latents.shape[1])
         row, kept = self._rings.row(env, number), number >= self._rings.oldest()[env]
         if kept.all():
@@ -220,7 +219,7 @@ class SequenceReplayBuffer:
         obs: Any = {key: arrays[f"obs/{key}"].take(rows, axis=0) for key in self._entries.observation}
         reward = arrays["reward"][rows]
         if env is not None:
-            obs, reward = self._normalize(obs, env), env.normalize_reward(reward)
+            obs, reward = self.normalize_obs(obs, env), env.normalize_reward(reward)
         action = self._entries.action.serve(arrays["action"].take(rows, axis=0))
         prev_action = np.zeros_like(action)
         prev_action[:, 0] = self._entries.action.serve(arrays["action"][before])
@@ -240,6 +239,14 @@ class SequenceReplayBuffer:
             start=self._to_torch(start),
             index=index,
         )
+
+    def peek(self, batch_size: int, env: VecNormalize | None = None) -> Batch:
+        """As :meth:`sample`, but unnoticed: what is served next stays the same."""
+        rings, self._rings = self._rings, copy.deepcopy(self._rings)
+        try:
+            return self.sample(batch_size, env)
+        finally:
+            self._rings = rings
 
     def size(self) -> int:
         """Entries stored, all environments together."""
@@ -263,7 +270,8 @@ class SequenceReplayBuffer:
         """Bytes taken, in memory or on disk; none before the first ``add``."""
         return 0 if self._storage is None else self._storage.nbytes
 
-    def _normalize(self, obs: dict[str, np.ndarray], env: VecNormalize) -> dict[str, np.ndarray]:
+    def normalize_obs(self, obs: dict[str, np.ndarray], env: VecNormalize) -> dict[str, np.ndarray]:
+        """Observations by key, (..., *shape), with the current statistics of VecNormalize."""
         if isinstance(self.observation_space, spaces.Dict):
             return env.normalize_obs(obs)  # type: ignore[return-value]
         return {"obs": env.normalize_obs(obs["obs"])}  # type: ignore[dict-item]
@@ -301,16 +309,3 @@ class SequenceReplayBuffer:
         self._storage.restore(dumped)
         if isinstance(self._storage, DiskStorage):
             self._rings.lower_bound = self._storage.oldest(self._rings.head)
-
-
-def _to_half(latents: th.Tensor) -> np.ndarray:
-    """Latents as float16, what is too large for it clipped.
-
-    :raises ValueError: for NaN.
-    """
-    half = latents.half()
-    if not np.isfinite(half.sum(dtype=th.float32).item()):  # NaN, or too large: both are rare
-        if latents.isnan().any():
-            raise ValueError("latents hold NaN: the state of the model has diverged, nothing was written back")
-        half = latents.clamp(-FLOAT16_MAX, FLOAT16_MAX).half()
-    return half.cpu().numpy()

@@ -18,9 +18,11 @@ from math import prod
 from typing import Any
 
 import numpy as np
+import torch as th
 from gymnasium import spaces
 
 FIRST, LAST, TERMINAL = 1, 2, 4  # bits of the column "flags"
+FLOAT16_MAX = 65504.0
 ACTION_LIMIT = 1.001  # scaled actions, with room for rounding
 
 
@@ -252,3 +254,16 @@ class EntryCode:
         """
         by_key = obs if self.is_dict else {"obs": obs}
         return {f"obs/{key}": column.cast(by_key[key], envs, prefix) for key, column in self.observation.items()}
+
+
+def to_half(latents: th.Tensor) -> np.ndarray:
+    """Latents as float16, what is too large for it clipped.
+
+    :raises ValueError: for NaN.
+    """
+    half = latents.half()
+    if not np.isfinite(half.sum(dtype=th.float32).item()):  # NaN, or too large: both are rare
+        if latents.isnan().any():
+            raise ValueError("latents hold NaN: the state of the model has diverged, nothing was written back")
+        half = latents.clamp(-FLOAT16_MAX, FLOAT16_MAX).half()
+    return half.cpu().numpy()

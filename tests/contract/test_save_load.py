@@ -178,6 +178,17 @@ def test_the_learning_rate_given_to_load_is_used(saved):
     assert all(th.equal(value, before[name]) for name, value in still.policy.named_parameters() if slow not in name)
 
 
+def test_the_rates_given_to_load_are_used_whatever_the_saved_optimiser_says(saved):
+    env = make_vec_env("Pendulum-v1")
+    loaded = Dreamer.load(saved, env=env, device="cpu", actor_lr_scale=0.0, warmup_updates=0)
+    before = {name: value.clone() for name, value in loaded.policy.state_dict().items()}
+    loaded.learn(30)
+    moved = {name for name, value in loaded.policy.state_dict().items() if not th.equal(value, before[name])}
+    assert not any(name.startswith("actor.") for name in moved)
+    assert any(name.startswith("critic.fast.") for name in moved)
+    assert [group["warmup_steps"] for group in loaded.policy.optimizer.param_groups] == [0, 0]
+
+
 def test_settings_given_to_load_are_used_and_checked(saved):
     loaded = Dreamer.load(saved, batch_length=16, gamma=0.5, train_ratio=3)
     assert loaded.replay_buffer.sequence_length == 16

@@ -8,7 +8,6 @@ from stable_baselines3.common.vec_env import DummyVecEnv
 
 from sb3_dreamer import Dreamer
 from sb3_dreamer.dreams import OpenLoop, collect, horizon_errors, open_loop
-from sb3_dreamer.dreams.collect import peek
 from sb3_dreamer.dreams.horizon import REWARD, horizon_error
 from sb3_dreamer.dreams.open_loop import Pair, numbers
 from sb3_dreamer.types import Spec
@@ -30,7 +29,7 @@ def dreams() -> OpenLoop:
     train_world_model(model, 600)
     env.seed(2)
     fresh, _ = collect(model, env, 900, sequence_length=24, random_actions=True)
-    return open_loop(model.policy, peek(fresh, 96), context=6, samples=32)
+    return open_loop(model.policy, fresh.peek(96), context=6, samples=32)
 
 
 def part(loop: OpenLoop, dims: slice) -> Pair:
@@ -75,7 +74,7 @@ def test_context_is_seen_and_what_follows_is_not(dreams: OpenLoop):
 def test_a_dream_does_not_depend_on_what_comes_after_the_context():
     model = Dreamer("MlpPolicy", Dial(), model_size="debug", seed=0)
     replay, _ = collect(model, DummyVecEnv([Dial]), 60, sequence_length=12)
-    batch = peek(replay, 4)
+    batch = replay.peek(4)
     changed = batch.obs["obs"] + (th.arange(12)[:, None] >= 5)
     th.manual_seed(3)
     first = open_loop(model.policy, batch, context=5, samples=2)
@@ -90,7 +89,7 @@ def test_context_has_to_leave_something_to_dream(context: int):
     model = Dreamer("MlpPolicy", Dial(), model_size="debug", seed=0)
     replay, _ = collect(model, DummyVecEnv([Dial]), 60, sequence_length=12)
     with pytest.raises(ValueError, match=f"context={context} .* sequences have 12 entries"):
-        open_loop(model.policy, peek(replay, 4), context=context)
+        open_loop(model.policy, replay.peek(4), context=context)
 
 
 def loop_of(truth: np.ndarray, dream: np.ndarray, valid: np.ndarray, context: int) -> OpenLoop:
@@ -144,7 +143,7 @@ def test_numbers_of_images_and_integers():
 def test_peek_leaves_the_replay_as_it_was():
     model = Dreamer("MlpPolicy", Dial(), model_size="debug", seed=0)
     replay, _ = collect(model, DummyVecEnv([Dial]), 80, sequence_length=12)
-    first, second = peek(replay, 4), peek(replay, 4)
+    first, second = replay.peek(4), replay.peek(4)
     np.testing.assert_array_equal(first.index, second.index)
     np.testing.assert_array_equal(replay.sample(4).index, first.index)
 
@@ -155,6 +154,6 @@ def test_collect_keeps_whole_episodes_and_scaled_actions():
     assert model.env is not None
     replay, real_return = collect(model, model.env, 401, sequence_length=50, random_actions=True)
     assert replay.size() == 401 + 2  # two episodes of 200 actions have 201 entries each
-    batch = peek(replay, 8)
+    batch = replay.peek(8)
     assert 0.9 < batch.action.abs().max() <= 1.0
     assert real_return < -300  # chance earns some -6 a step, discounted by 0.997

@@ -15,7 +15,6 @@ import sb3_dreamer.dreams
 from sb3_dreamer import Dreamer
 from sb3_dreamer.dreams import DreamCallback, collect, write_report
 from sb3_dreamer.dreams.__main__ import main
-from sb3_dreamer.dreams.collect import peek
 from sb3_dreamer.dreams.extras import MissingExtra, need
 from sb3_dreamer.dreams.videos import Body, encode
 from tests.dreams.dial import Dial
@@ -37,7 +36,7 @@ def block(monkeypatch: pytest.MonkeyPatch, *names: str) -> None:
 
 def page_of(model: Dreamer, env: DummyVecEnv, folder: Path, **settings: Any) -> str:
     replay, real_return = collect(model, env, 60, sequence_length=20)
-    path = write_report(model, peek(replay, 4), folder / "a" / "index.html", "Dial", real_return, samples=4, **settings)
+    path = write_report(model, replay.peek(4), folder / "a" / "index.html", "Dial", real_return, samples=4, **settings)
     return path.read_text("utf-8")
 
 

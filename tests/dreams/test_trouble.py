@@ -5,7 +5,6 @@ from stable_baselines3.common.vec_env import DummyVecEnv
 
 from sb3_dreamer import Dreamer
 from sb3_dreamer.dreams import collect, find_trouble, horizon_errors, open_loop, signs_of
-from sb3_dreamer.dreams.collect import peek
 from sb3_dreamer.dreams.trouble import TROUBLES, RealReturns, information, returns_to_go
 from tests.dreams.dial import Dial
 
@@ -73,7 +72,7 @@ def test_real_returns_keep_environments_apart_and_the_newest_episodes():
 def test_signs_of_an_untrained_model():
     model = Dreamer("MlpPolicy", Dial(), model_size="debug", seed=0)
     replay, real_return = collect(model, DummyVecEnv([Dial]), 120, sequence_length=24)
-    batch = peek(replay, 4)
+    batch = replay.peek(4)
     errors = horizon_errors(open_loop(model.policy, batch, samples=4))
     signs = signs_of(model, batch, errors, real_return)
     assert signs["imagined_return"] == 0.0  # reward head and critic begin at exactly zero

@@ -3,6 +3,7 @@
 Any Gymnasium id          that environment
 dmc/<domain>-<task>       DeepMind Control through Shimmy: one float32 vector, every action repeated twice
 <name>-no-velocity        Pendulum and CartPole without their velocities: a policy needs memory
+CartPole-pixels           CartPole as small grey pictures, one at a time: a policy needs memory too
 """
 
 import warnings
@@ -11,7 +12,14 @@ from functools import partial
 import gymnasium as gym
 import numpy as np
 from gymnasium import spaces
-from gymnasium.wrappers import FlattenObservation, RepeatAction, TransformObservation
+from gymnasium.wrappers import (
+    AddRenderObservation,
+    FlattenObservation,
+    GrayscaleObservation,
+    RepeatAction,
+    ResizeObservation,
+    TransformObservation,
+)
 
 DMC_PREFIX = "dmc/"
 DMC_ACTION_REPEAT = 2
@@ -21,6 +29,8 @@ HIDDEN_VELOCITY = {
     "Pendulum-no-velocity": ("Pendulum-v1", [0, 1]),
     "CartPole-no-velocity": ("CartPole-v1", [0, 2]),
 }
+CARTPOLE_ROWS = slice(150, 330)  # of the 400 rows of the rendered picture: the track and the pole
+CARTPOLE_PIXELS = (36, 60)
 
 
 def make_env(name: str) -> gym.Env:
@@ -32,6 +42,8 @@ def make_env(name: str) -> gym.Env:
         return _dm_control(name.removeprefix(DMC_PREFIX))
     if name in HIDDEN_VELOCITY:
         return _without_velocity(*HIDDEN_VELOCITY[name])
+    if name == "CartPole-pixels":
+        return _cartpole_pixels()
     return gym.make(name)
 
 
@@ -57,3 +69,11 @@ def _without_velocity(env_id: str, kept: list[int]) -> gym.Env:
     assert isinstance(full, spaces.Box)
     visible = spaces.Box(full.low[kept], full.high[kept], dtype=np.float32)
     return TransformObservation(env, partial(np.take, indices=kept), visible)
+
+
+def _cartpole_pixels() -> gym.Env:
+    env = AddRenderObservation(gym.make("CartPole-v1", render_mode="rgb_array"))
+    rows, (_, columns, colours) = len(range(*CARTPOLE_ROWS.indices(400))), env.observation_space.shape or ()
+    cropped = spaces.Box(0, 255, (rows, columns, colours), np.uint8)
+    env = TransformObservation(env, lambda picture: picture[CARTPOLE_ROWS], cropped)
+    return GrayscaleObservation(ResizeObservation(env, CARTPOLE_PIXELS), keep_dim=True)

@@ -42,3 +42,17 @@ def test_hidden_velocity_leaves_the_positions(name: str, full: str, kept: list[i
     check_env(hidden, warn=False)
     np.testing.assert_array_equal(hidden.reset(seed=1)[0], shown.reset(seed=1)[0][kept])
     assert action_repeat(name) == 1
+
+
+def test_cartpole_pixels_show_where_cart_and_pole_are():
+    env = make_env("CartPole-pixels")
+    start, _ = env.reset(seed=0)
+    assert env.observation_space.contains(start)
+    assert start.shape == (36, 60, 1)
+    assert (start.min() < 100, start.max()) == (True, 255)
+    moved = start
+    for _ in range(8):
+        moved = env.step(1)[0]
+    darkness = [(255.0 - picture[..., 0]).sum(0) for picture in (start, moved)]
+    centres = [(dark * np.arange(60)).sum() / dark.sum() for dark in darkness]
+    assert abs(centres[1] - centres[0]) > 0.2

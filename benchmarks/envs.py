@@ -72,8 +72,9 @@ def _without_velocity(env_id: str, kept: list[int]) -> gym.Env:
 
 
 def _cartpole_pixels() -> gym.Env:
-    env = AddRenderObservation(gym.make("CartPole-v1", render_mode="rgb_array"))
-    rows, (_, columns, colours) = len(range(*CARTPOLE_ROWS.indices(400))), env.observation_space.shape or ()
-    cropped = spaces.Box(0, 255, (rows, columns, colours), np.uint8)
+    env: gym.Env = AddRenderObservation(gym.make("CartPole-v1", render_mode="rgb_array"))
+    assert env.observation_space.shape is not None
+    rows, columns, colours = env.observation_space.shape
+    cropped = spaces.Box(0, 255, (len(range(rows)[CARTPOLE_ROWS]), columns, colours), np.uint8)
     env = TransformObservation(env, lambda picture: picture[CARTPOLE_ROWS], cropped)
     return GrayscaleObservation(ResizeObservation(env, CARTPOLE_PIXELS), keep_dim=True)

@@ -188,7 +188,7 @@ def critic(world_model: WorldModel) -> Critic:
 @pytest.fixture(autouse=True)
 def no_chance(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rssm, "sample_onehot", lambda probs, dim: rssm.most_likely(probs))
-    monkeypatch.setattr(scan, "sample_onehot_with", lambda probs, noise, dim: rssm.most_likely(probs).contiguous())
+    monkeypatch.setattr(scan, "draw", lambda logits, limit, out: out.copy_(rssm.most_likely(logits)))
     monkeypatch.setattr(BoundedNormal, "sample", lambda self: self.mean + given("normal_shift") * self.std)
 
 

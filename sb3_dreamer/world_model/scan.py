@@ -1,14 +1,14 @@
 """Filtering a batch of sequences with the block GRU, forward and backward written out.
 
 The loop over time is the one part of training that no batching can avoid, and with a batch of 16 it costs kernel
-launches, not arithmetic. So its backward pass is written by hand: inside the loop only the gradients of activations
-flow; every derivative that does not depend on the flowing gradient, and every weight gradient, is computed for all
-entries at once, outside. Plain autograd over ``RSSM.observe_step`` gives the same numbers; the tests hold it to that::
+launches and memory traffic, not arithmetic. So its backward pass is written by hand: in the loop only the gradients of
+activations flow, on arrays small enough for the processor's cache; weight gradients are computed for all entries at
+once, after it. Plain autograd over ``RSSM.observe_step`` gives the same numbers; the tests hold it to that::
 
     forward, t = 0 .. T-1                                   backward, t = T-1 .. 0
-    h', z'  = keep * (h, z)                                 dz -> logits -> dy -> posterior -> dh
+    s       = keep * [h, z]_{t-1}                           dz -> logits -> dy -> posterior -> dh
     x0, x1  = f(h' Wd), f(z' Wz)          f = SiLU(RMSNorm)  dh -> gates -> dx -> hidden
-    x       = f(drive + [x0, x1] Ws + h' Wo)                     -> dx0, dx1, dh', dz'
+    x       = f(drive + [x0, x1] Ws + h' Wo)                     -> dx0, dx1 -> ds
     r, c, u = x Wg;  h = h' + sig(u-1) (tanh(sig(r) c) - h')
     z ~ softmax(f(seen + h Wp) Wl)
 """
@@ -21,8 +21,11 @@ from typing import Any, NamedTuple
 import torch as th
 import torch.nn.functional as F
 
-from sb3_dreamer.nets.distributions import UNIMIX, sample_onehot_with, unimix_probs
+from sb3_dreamer.nets.distributions import UNIMIX
 from sb3_dreamer.nets.layers import RMSNorm, fast_tanh
+
+sigmoid_backward = th.ops.aten.sigmoid_backward.default
+silu_backward = th.ops.aten.silu_backward.default
 
 
 class Weights(NamedTuple):
@@ -48,56 +51,60 @@ class Weights(NamedTuple):
 class Tape(NamedTuple):
     """What the forward pass leaves for the backward pass, all (T, B, .)."""
 
-    h: th.Tensor  # masked h_{t-1}
-    z: th.Tensor  # masked z_{t-1}
-    deter_a: th.Tensor  # products before each norm
-    stoch_a: th.Tensor
+    before: th.Tensor  # masked [h, z]_{t-1}
     inputs: th.Tensor  # [x0, x1]
-    hidden_a: th.Tensor
     x: th.Tensor
-    gates: th.Tensor
-    deter: th.Tensor  # h_t
-    post_a: th.Tensor
+    reset: th.Tensor  # sig(r)
+    candidate: th.Tensor  # c
+    squashed: th.Tensor  # tanh(sig(r) c)
+    update: th.Tensor  # sig(u-1)
+    after: th.Tensor  # [h, z]_t
     y: th.Tensor
     logits: th.Tensor
-    stoch: th.Tensor  # z_t
 
 
-def norm_silu(a: th.Tensor, gain: th.Tensor) -> th.Tensor:
-    """SiLU(RMSNorm(a))."""
-    return F.silu(F.rms_norm(a, gain.shape, gain, RMSNorm.eps))
+class NormSilu:
+    """SiLU(RMSNorm(a)), entry by entry: forward in any order, then backward.
 
+    With q = sqrt(|a|^2 + n eps) the norm is v = g a / q sqrt(n), and da = (du - (du . u) u) / q where u = a / q.
 
-class NormSiluGrad:
-    """Derivatives of :func:`norm_silu` for all entries at once; :meth:`at` applies them to the gradient of one."""
+    :param shape: (T, B, ..., n) of a.
+    :param gain: g, (..., n).
+    """
 
-    def __init__(self, a: th.Tensor, gain: th.Tensor) -> None:
-        self.rstd = (a.square().mean(-1, keepdim=True) + RMSNorm.eps).rsqrt_()
-        self.normed = a * self.rstd
-        v = self.normed * gain
-        s = th.sigmoid(v)
-        self.slope = s.addcmul(v * s, 1 - s)  # dSiLU/dv
-        self.slope_gain = self.slope * gain
-        self.by_entry = list(zip(self.slope_gain, self.normed, self.normed / a.shape[-1], self.rstd, strict=True))
+    def __init__(self, shape: tuple[int, ...], gain: th.Tensor) -> None:
+        n = shape[-1]
+        self.root = n**0.5
+        self.gain, self.floor = gain * self.root, gain.new_tensor((n * RMSNorm.eps) ** 0.5)
+        self.unit, self.length = gain.new_empty(shape), gain.new_empty(*shape[:-1], 1)
+        self.units, self.lengths = self.unit.unbind(0), self.length.unbind(0)
+        self._gain_grad = th.zeros_like(self.units[0])
 
-    def at(self, t: int, dy: th.Tensor, out: th.Tensor) -> th.Tensor:
-        """Gradient with respect to ``a[t]``, written to ``out``."""
-        slope_gain, normed, scaled, rstd = self.by_entry[t]
-        dn = dy * slope_gain
-        along = (dn * scaled).sum(-1, keepdim=True)
-        return th.mul(th.addcmul(dn, normed, along, value=-1), rstd, out=out)
+    def forward(self, t: int, a: th.Tensor) -> th.Tensor:
+        """a of entry t -> SiLU(RMSNorm(a))."""
+        q = th.hypot(th.linalg.vector_norm(a, 2, -1, True), self.floor, out=self.lengths[t])
+        return F.silu(th.div(a, q, out=self.units[t]) * self.gain)
 
-    def gain_grad(self, dy: th.Tensor) -> th.Tensor:
-        """Gradient with respect to the gain, from dy of all entries."""
-        return (dy * self.slope * self.normed).sum((0, 1))
+    def backward(self, t: int, dy: th.Tensor, out: th.Tensor) -> th.Tensor:
+        """Gradient of the output of entry t -> gradient of a, written to ``out``."""
+        unit = self.units[t]
+        dv = silu_backward(dy, unit * self.gain)
+        self._gain_grad.addcmul_(dv, unit)
+        du = dv * self.gain
+        along = th.linalg.vecdot(du, unit).unsqueeze(-1)
+        return th.div(du.addcmul_(unit, along, value=-1), self.lengths[t], out=out)
+
+    def gain_grad(self) -> th.Tensor:
+        """Gradient of the gain, once all entries have gone backward."""
+        return self._gain_grad.sum(0) * self.root
 
 
 class FilterScan(th.autograd.Function):
-    """``(noise, keep, h_{-1}, z_{-1}, drive, seen, *weights) -> (h, z, logits)``, time first.
+    """``(noise, keep, [h, z]_{-1}, drive, seen, *weights) -> ([h, z], logits)``, time first.
 
     :param noise: (T, B, 1, S) uniform numbers in [0, 1) that pick the classes.
     :param keep: (T, B, 1) 0 where an episode starts, else 1.
-    :param deter0: (B, D); stoch0: (B, K * S). No gradient flows to these.
+    :param start: (B, D + K * S). No gradient flows to it.
     :param drive: (T, B, D) the hidden layer's part that is known beforehand.
     :param seen: (T, B, hidden) the posterior's part that is known beforehand.
     """
@@ -107,109 +114,151 @@ class FilterScan(th.autograd.Function):
         ctx: Any,
         noise: th.Tensor,
         keep: th.Tensor,
-        deter0: th.Tensor,
-        stoch0: th.Tensor,
+        start: th.Tensor,
         drive: th.Tensor,
         seen: th.Tensor,
         *weights: th.Tensor,
-    ) -> tuple[th.Tensor, th.Tensor, th.Tensor]:
+    ) -> tuple[th.Tensor, th.Tensor]:
         w = Weights(*weights)
-        length, batch, width = drive.shape
-        hidden, z_width, blocks = w.deter_w.shape[0], stoch0.shape[-1], w.own.shape[0]
-        widths = (width, z_width, hidden, hidden, 2 * hidden, width, width, 3 * width, width, hidden, hidden)
-        tape = Tape(*(drive.new_empty(length, batch, n) for n in (*widths, z_width, z_width)))
-        deter, stoch = deter0, stoch0
-        for now, keep_t, noise_t, drive_t, seen_t in zip(steps(tape), keep, noise, drive, seen, strict=True):
-            h, z = th.mul(deter, keep_t, out=now.h), th.mul(stoch, keep_t, out=now.z)
-            now.inputs[:, :hidden] = norm_silu(th.addmm(w.deter_b, h, w.deter_w.t(), out=now.deter_a), w.deter_g)
-            now.inputs[:, hidden:] = norm_silu(th.addmm(w.stoch_b, z, w.stoch_w.t(), out=now.stoch_a), w.stoch_g)
-            th.add(th.addmm(drive_t, now.inputs, w.shared), block_product(h, w.own), out=now.hidden_a)
-            now.x.copy_(norm_silu(now.hidden_a, w.hidden_g))
-            th.add(block_product(now.x, w.gates_w), w.gates_b, out=now.gates)
-            reset, candidate, update = now.gates.view(batch, blocks, 3, -1).unbind(2)
-            candidate = fast_tanh(th.sigmoid(reset) * candidate)
-            deter = now.deter
-            th.lerp(h.view_as(candidate), candidate, th.sigmoid(update - 1), out=deter.view_as(candidate))
-            th.addmm(seen_t, deter, w.post_w.t(), out=now.post_a)
-            now.y.copy_(norm_silu(now.post_a, w.post_g))
-            th.addmm(w.logits_b, now.y, w.logits_w.t(), out=now.logits)
-            probs = unimix_probs(now.logits.view(batch, -1, noise.shape[-1]), -2)
-            stoch = now.stoch.copy_(sample_onehot_with(probs, noise_t, -2).flatten(1))
+        (length, batch, width), hidden, z_width, blocks = drive.shape, seen.shape[-1], len(w.logits_b), len(w.own)
+        joint = width + z_width
+        widths = (joint, 2 * hidden, width, width, width, width, width, joint, hidden, z_width)
+        tape = Tape(*(drive.new_empty(length, batch, n) for n in widths))
+        input_n = NormSilu((length, batch, 2, hidden), th.stack([w.deter_g, w.stoch_g]))
+        hidden_n = NormSilu((length, batch, width), w.hidden_g)
+        post_n = NormSilu((length, batch, hidden), w.post_g)
+        input_w, input_b = input_layer(w), th.cat([w.deter_b, w.stoch_b])
+        post_w, logits_w = w.post_w.t().contiguous(), w.logits_w.t().contiguous()
+        gates_b = (w.gates_b.view(blocks, 3, -1) - w.gates_b.new_tensor([[0.0], [0.0], [1.0]])).flatten(1)[:, None]
+        limits = class_limits(noise, z_width // noise.shape[-1])
+        state = start
+        for t, (now, keep_t, drive_t, seen_t, limit) in enumerate(
+            zip(steps(tape), keep, drive, seen, limits, strict=True)
+        ):
+            h = th.mul(state, keep_t, out=now.before)[:, :width]
+            inputs = input_n.forward(t, th.addmm(input_b, now.before, input_w).view(batch, 2, hidden))
+            now.inputs.view(batch, 2, hidden).copy_(inputs)
+            shared, own = th.addmm(drive_t, now.inputs, w.shared), th.bmm(by_block(h, blocks), w.own)
+            now.x.copy_(hidden_n.forward(t, by_block(shared, blocks).add_(own).transpose(0, 1).flatten(1)))
+            gates = th.baddbmm(gates_b, by_block(now.x, blocks), w.gates_w)
+            r, c, u = gates.view(blocks, batch, 3, -1).unbind(2)
+            reset, candidate, squashed, update, deter = (
+                by_block(x, blocks) for x in (now.reset, now.candidate, now.squashed, now.update, now.after[:, :width])
+            )
+            th.mul(th.sigmoid(r, out=reset), candidate.copy_(c), out=squashed)
+            squashed.copy_(fast_tanh(squashed))
+            th.lerp(by_block(h, blocks), squashed, th.sigmoid(u, out=update), out=deter)
+            now.y.copy_(post_n.forward(t, th.addmm(seen_t, now.after[:, :width], post_w)))
+            th.addmm(w.logits_b, now.y, logits_w, out=now.logits)
+            draw(now.logits.view_as(limit), limit, out=now.after[:, width:].unflatten(1, limit.shape[1:]))
+            state = now.after
         ctx.save_for_backward(keep, *tape, *weights)
+        ctx.norms = input_n, hidden_n, post_n
         ctx.stoch = noise.shape[-1]
-        return tape.deter, tape.stoch, tape.logits
+        return tape.after, tape.logits
 
     @staticmethod
-    def backward(ctx: Any, d_deter: th.Tensor, d_stoch: th.Tensor, d_logits: th.Tensor) -> tuple[th.Tensor | None, ...]:
+    def backward(ctx: Any, d_after: th.Tensor, d_logits: th.Tensor) -> tuple[th.Tensor | None, ...]:
         keep, *saved = ctx.saved_tensors
         tape, w = Tape(*saved[: len(Tape._fields)]), Weights(*saved[len(Tape._fields) :])
-        grads = Tape(*(th.empty_like(x) for x in tape))  # gradients of what the tape holds, by the same names
-        hidden, blocks = w.deter_w.shape[0], w.own.shape[0]
-        deter_n = NormSiluGrad(tape.deter_a, w.deter_g)
-        stoch_n = NormSiluGrad(tape.stoch_a, w.stoch_g)
-        hidden_n = NormSiluGrad(tape.hidden_a, w.hidden_g)
-        post_n = NormSiluGrad(tape.post_a, w.post_g)
-        softmax = F.softmax(tape.logits.unflatten(-1, (-1, ctx.stoch)), -2)
-        own_t, gates_t, shared_t = w.own.transpose(1, 2), w.gates_w.transpose(1, 2), w.shared.t()
-        dh_next, dz_next = th.zeros_like(d_deter[0]), th.zeros_like(d_stoch[0])
-        each = zip(steps(tape), steps(grads), keep, d_deter, d_stoch, d_logits, softmax, strict=True)
-        for t, (now, grad, keep_t, d_deter_t, d_stoch_t, d_logits_t, probs) in reversed(list(enumerate(each))):
+        input_n, hidden_n, post_n = ctx.norms
+        (length, batch, width), hidden, blocks = tape.x.shape, tape.y.shape[-1], len(w.own)
+        d_input, d_hidden, d_post = tape.inputs.new_empty(tape.inputs.shape), th.empty_like(tape.x), th.empty_like(tape.y)
+        d_gates, dl_all = tape.x.new_empty(length, batch, 3 * width), th.empty_like(tape.logits)
+        own_t, gates_t = (x.transpose(1, 2).contiguous() for x in (w.own, w.gates_w))
+        shared_t, input_t = w.shared.t().contiguous(), input_layer(w).t().contiguous()
+        carried = th.zeros_like(d_after[0])
+        each = zip(steps(tape), keep, d_after, d_logits, strict=True)
+        for t, (now, keep_t, d_after_t, d_logits_t) in reversed(list(enumerate(each))):
             # z_t to logits (straight through), posterior, h_t
-            dz = (d_stoch_t + dz_next).view_as(probs)
-            dl = probs * (dz - (dz * probs).sum(-2, keepdim=True))
-            th.add(d_logits_t, dl.flatten(1), alpha=1 - UNIMIX, out=grad.logits)
-            post_n.at(t, th.mm(grad.logits, w.logits_w, out=grad.y), out=grad.post_a)
-            dh = th.addmm(d_deter_t + dh_next, grad.post_a, w.post_w)
+            d_state = d_after_t + carried
+            dl = softmax_backward(d_state[:, width:], now.logits, ctx.stoch)
+            th.add(d_logits_t, dl, alpha=1 - UNIMIX, out=dl_all[t])
+            post_n.backward(t, th.mm(dl_all[t], w.logits_w), out=d_post[t])
+            dh = th.addmm(d_state[:, :width], d_post[t], w.post_w)
             # h_t to gates, hidden layer, h_{t-1}, z_{t-1}
-            dh = gates_backward(dh, now.gates, now.h, blocks, out=grad.gates)
-            grad.x.copy_(block_product(grad.gates, gates_t))
-            hidden_n.at(t, grad.x, out=grad.hidden_a)
-            th.mm(grad.hidden_a, shared_t, out=grad.inputs)
-            deter_n.at(t, grad.inputs[:, :hidden], out=grad.deter_a)
-            stoch_n.at(t, grad.inputs[:, hidden:], out=grad.stoch_a)
-            dh = th.addmm(dh, grad.deter_a, w.deter_w)
-            dh_next = (dh + block_product(grad.hidden_a, own_t)) * keep_t
-            dz_next = th.mm(grad.stoch_a, w.stoch_w) * keep_t
+            dh = gates_backward(dh, now, blocks, out=d_gates[t])
+            dx = th.bmm(by_block(d_gates[t], blocks), gates_t).transpose(0, 1).flatten(1)
+            hidden_n.backward(t, dx, out=d_hidden[t])
+            d_inputs = th.mm(d_hidden[t], shared_t).view(batch, 2, hidden)
+            input_n.backward(t, d_inputs, out=d_input[t].view(batch, 2, hidden))
+            carried = th.mm(d_input[t], input_t)
+            d_own = th.bmm(by_block(d_hidden[t], blocks), own_t)
+            by_block(carried[:, :width], blocks).add_(d_own).add_(dh)
+            carried.mul_(keep_t)
 
+        deter, before = tape.after[..., :width], tape.before[..., :width]
+        d_input_bias, d_input_gain = d_input.sum((0, 1)), input_n.gain_grad()
         weights = Weights(
-            deter_w=outer(grads.deter_a, tape.h),
-            deter_b=grads.deter_a.sum((0, 1)),
-            deter_g=deter_n.gain_grad(grads.inputs[..., :hidden]),
-            stoch_w=outer(grads.stoch_a, tape.z),
-            stoch_b=grads.stoch_a.sum((0, 1)),
-            stoch_g=stoch_n.gain_grad(grads.inputs[..., hidden:]),
-            shared=outer(tape.inputs, grads.hidden_a),
-            own=block_outer(tape.h, grads.hidden_a, blocks),
-            hidden_g=hidden_n.gain_grad(grads.x),
-            gates_w=block_outer(tape.x, grads.gates, blocks),
-            gates_b=grads.gates.sum((0, 1)),
-            post_w=outer(grads.post_a, tape.deter),
-            post_g=post_n.gain_grad(grads.y),
-            logits_w=outer(grads.logits, tape.y),
-            logits_b=grads.logits.sum((0, 1)),
+            deter_w=outer(d_input[..., :hidden], before),
+            deter_b=d_input_bias[:hidden],
+            deter_g=d_input_gain[0],
+            stoch_w=outer(d_input[..., hidden:], tape.before[..., width:]),
+            stoch_b=d_input_bias[hidden:],
+            stoch_g=d_input_gain[1],
+            shared=outer(tape.inputs, d_hidden),
+            own=block_outer(before, d_hidden, blocks),
+            hidden_g=hidden_n.gain_grad(),
+            gates_w=block_outer(tape.x, d_gates, blocks),
+            gates_b=d_gates.sum((0, 1)),
+            post_w=outer(d_post, deter),
+            post_g=post_n.gain_grad(),
+            logits_w=outer(dl_all, tape.y),
+            logits_b=dl_all.sum((0, 1)),
         )
-        return None, None, None, None, grads.hidden_a, grads.post_a, *weights
+        return None, None, None, d_hidden, d_post, *weights
 
 
-def gates_backward(dh: th.Tensor, gates: th.Tensor, h: th.Tensor, blocks: int, out: th.Tensor) -> th.Tensor:
+def class_limits(noise: th.Tensor, classes: int) -> th.Tensor:
+    """Where the cumulative softmax must reach for each class to be chosen, or one before it::
+
+        noise < (1 - UNIMIX) cumulative_k + UNIMIX k / K        k = 1 .. K
+
+    :param noise: (T, B, 1, S).
+    :return: (T, B, K, S); that of the last class is below all that can be reached.
+    """
+    k = th.arange(1, classes + 1, device=noise.device, dtype=noise.dtype)[:, None]
+    limits = (noise - UNIMIX / classes * k) / (1 - UNIMIX)
+    limits[:, :, -1] = -1.0
+    return limits
+
+
+def draw(logits: th.Tensor, limit: th.Tensor, out: th.Tensor) -> None:
+    """One-hot samples of the softmax with its uniform part, by inversion: (B, K, S), (B, K, S) -> ``out``."""
+    reached = th.empty_like(limit)
+    th.lt(limit, F.softmax(logits, -2).cumsum_(-2), out=reached)  # 0 ... 0 1 ... 1 along K
+    out.copy_(reached)
+    out[:, 1:].sub_(reached[:, :-1])
+
+
+def softmax_backward(d_probs: th.Tensor, logits: th.Tensor, stoch: int) -> th.Tensor:
+    """Gradient of the probabilities (B, K * S) -> gradient of the logits (B, K * S)."""
+    probs = F.softmax(logits.unflatten(-1, (-1, stoch)), -2)
+    weighted = d_probs.view_as(probs) * probs
+    return weighted.addcmul_(probs, weighted.sum(-2, keepdim=True), value=-1).flatten(1)
+
+
+def gates_backward(dh: th.Tensor, now: Tape, blocks: int, out: th.Tensor) -> th.Tensor:
     """Through h_t = h' + sig(u-1) (tanh(sig(r) c) - h') of one entry.
 
     :param dh: (B, D) gradient of h_t.
-    :param gates: (B, 3 D) what the gates were computed from: block by block r, c, u.
-    :param h: (B, D) h'.
-    :param out: (B, 3 D) gradient of ``gates``, written here.
-    :return: (B, D) gradient of h' along the direct path.
+    :param now: the tape of the entry.
+    :param out: (B, 3 D) gradients of r, c, u, block by block, written here.
+    :return: (G, B, D/G) gradient of h' along the direct path.
     """
-    reset, candidate, update = gates.view(len(h), blocks, 3, -1).unbind(2)
-    d_reset, d_candidate, d_update = out.view(len(h), blocks, 3, -1).unbind(2)
-    reset, update, dh = th.sigmoid(reset), th.sigmoid(update - 1), dh.view_as(reset)
-    squashed, taken = fast_tanh(reset * candidate), dh * update
-    carried = dh - taken
-    dc = th.addcmul(taken, taken * squashed, squashed, value=-1) * reset
-    d_candidate.copy_(dc)
-    th.mul(dc * candidate, 1 - reset, out=d_reset)
-    th.mul(carried * update, squashed - h.view_as(reset), out=d_update)
-    return carried.reshape(h.shape)
+    d_reset, d_candidate, d_update = out.view(len(dh), blocks, 3, -1).unbind(2)
+    h = now.before[:, : dh.shape[1]]
+    taken = dh * now.update
+    d_update.copy_(sigmoid_backward(dh * (now.squashed - h), now.update).view_as(d_update))
+    inner = th.addcmul(taken, taken * now.squashed, now.squashed, value=-1)  # at sig(r) c
+    d_candidate.copy_((inner * now.reset).view_as(d_candidate))
+    d_reset.copy_(sigmoid_backward(inner * now.candidate, now.reset).view_as(d_reset))
+    return by_block(dh - taken, blocks)
+
+
+def input_layer(w: Weights) -> th.Tensor:
+    """(D + K * S, 2 hidden): the layers that read h and z as one."""
+    return th.block_diag(w.deter_w.t(), w.stoch_w.t())
 
 
 def steps(tape: Tape) -> Iterator[Tape]:
@@ -217,9 +266,9 @@ def steps(tape: Tape) -> Iterator[Tape]:
     return map(Tape, *(x.unbind(0) for x in tape))
 
 
-def block_product(x: th.Tensor, weight: th.Tensor) -> th.Tensor:
-    """Block-diagonal product: (B, G * i), (G, i, o) -> (B, G * o)."""
-    return th.bmm(x.view(-1, weight.shape[0], weight.shape[1]).transpose(0, 1), weight).transpose(0, 1).flatten(1)
+def by_block(x: th.Tensor, blocks: int) -> th.Tensor:
+    """A view, blocks first: (B, G * i) -> (G, B, i)."""
+    return x.unflatten(1, (blocks, -1)).transpose(0, 1)
 
 
 def outer(left: th.Tensor, right: th.Tensor) -> th.Tensor:
@@ -229,5 +278,5 @@ def outer(left: th.Tensor, right: th.Tensor) -> th.Tensor:
 
 def block_outer(left: th.Tensor, right: th.Tensor, blocks: int) -> th.Tensor:
     """Block by block: (T, B, G * m), (T, B, G * n) -> (G, m, n)."""
-    left, right = (x.flatten(0, 1).unflatten(-1, (blocks, -1)).transpose(0, 1) for x in (left, right))
+    left, right = (by_block(x.flatten(0, 1), blocks) for x in (left, right))
     return th.bmm(left.transpose(1, 2), right)

@@ -134,9 +134,10 @@ class BlockGRU(nn.Module):
         weights = self._scan_weights(from_deter, posterior.norm.weight, to_logits)
         drive, seen = drive.to(keep.dtype), seen.to(keep.dtype)
         with th.autocast(embed.device.type, enabled=False):  # small products, where bfloat16 gains nothing
-            outputs = FilterScan.apply(noise, keep, start.deter, start.stoch, drive, seen, *weights)
-        deter, stoch, logits = (x.transpose(0, 1) for x in outputs)
-        return deter, stoch, logits, start.context
+            before = th.cat([start.deter, start.stoch], -1)
+            after, logits = FilterScan.apply(noise, keep, before, drive, seen, *weights)
+        deter, stoch = after.transpose(0, 1).split([self.width, before.shape[-1] - self.width], -1)
+        return deter, stoch, logits.transpose(0, 1), start.context
 
     def _scan_weights(self, post_w: th.Tensor, post_g: th.Tensor, to_logits: Linear) -> Weights:
         deter, stoch = self.from_deter, self.from_stoch

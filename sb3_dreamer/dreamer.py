@@ -8,12 +8,14 @@ from typing import Any, ClassVar, TypeVar
 import torch as th
 from gymnasium import spaces
 from stable_baselines3.common.base_class import BaseAlgorithm
+from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.type_aliases import GymEnv, Schedule
 
 from sb3_dreamer.algorithm import SequenceAlgorithm
 from sb3_dreamer.behavior.actor_critic import actor_loss, critic_loss, replay_critic_loss
 from sb3_dreamer.behavior.imagination import imagine, lambda_returns
+from sb3_dreamer.capture import CapturedUpdate, Update, record_cuda_graph
 from sb3_dreamer.files import describe
 from sb3_dreamer.knobs import check_knobs
 from sb3_dreamer.metrics import Metrics
@@ -136,6 +138,7 @@ class Dreamer(SequenceAlgorithm):
         self._entries_owed = 0.0
         self._online_state = None
         self._metrics = Metrics(self.device)
+        self._captured: CapturedUpdate | None = None
         self._cloning: Any = None  # what is left of a warm start
         if _init_setup_model:
             self._setup_model()
@@ -177,9 +180,11 @@ class Dreamer(SequenceAlgorithm):
             return
         self._update_learning_rate(self.policy.optimizer)
         self.policy.set_rates(self.warmup_updates, self.actor_lr_scale)
+        self.policy.optimizer.put_rates_on_device()
+        update = self._captured_update()
         for _ in range(gradient_steps):
             batch = self.replay_buffer.sample(batch_size, env=self._vec_normalize_env)
-            latents, metrics = self.update(batch)
+            latents, metrics = update(batch)
             self.replay_buffer.update_latents(batch.index, latents)
             self._n_updates += 1
             self._metrics.add(metrics)
@@ -232,11 +237,28 @@ class Dreamer(SequenceAlgorithm):
         metrics.update(skipped_updates=~learned)
         return world_model.rssm.latents(states.detach()).nan_to_num(), metrics
 
+    def _captured_update(self) -> Update:
+        """:meth:`update`, as a CUDA graph on a GPU. Not while a warm start fades: its weight changes on the host."""
+        if self._cloning is not None and self._cloning.weight(self._n_updates) > 0:
+            return self.update
+        if self._captured is None:
+            self._captured = CapturedUpdate(self.update, record_cuda_graph if self.device.type == "cuda" else None)
+        return self._captured
+
+    def _setup_learn(self, *args: Any, **kwargs: Any) -> tuple[int, BaseCallback]:
+        self._captured = None  # knobs may have changed
+        return super()._setup_learn(*args, **kwargs)
+
+    def set_parameters(self, *args: Any, **kwargs: Any) -> None:
+        """As in every SB3 algorithm."""
+        self._captured = None
+        super().set_parameters(*args, **kwargs)
+
     def _imagination_starts(self, n_states: int) -> th.Tensor:
         """Which of the batch's states dreams start from: indices (N,)."""
         if self.imagination_starts is None or self.imagination_starts >= n_states:
             return th.arange(n_states, device=self.device)
-        return th.randperm(n_states, device=self.device)[: self.imagination_starts]
+        return th.rand(n_states, device=self.device).argsort()[: self.imagination_starts]
 
     def dump_logs(self) -> None:
         """Write the log: the means of the training metrics since the last time, and SB3's own entries."""
@@ -283,4 +305,4 @@ class Dreamer(SequenceAlgorithm):
         return to_model_free(self, algorithm, env, **kwargs)
 
     def _excluded_save_params(self) -> list[str]:
-        return [*super()._excluded_save_params(), "_metrics", "_cloning"]
+        return [*super()._excluded_save_params(), "_metrics", "_captured", "_cloning"]

@@ -126,5 +126,5 @@ def weights(dream: Dream) -> th.Tensor:
     Losses are computed at all states and weighted: cheaper than to cut the last one off large arrays.
     """
     going_on = dream.discount.cumprod(1)
-    going_on[:, -1] = 0.0
+    going_on[:, -1].zero_()
     return going_on

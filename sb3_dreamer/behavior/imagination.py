@@ -96,18 +96,20 @@ class ReturnScale(nn.Module):
 
     low: th.Tensor
     high: th.Tensor
+    quantiles: th.Tensor
 
     def __init__(self, rate: float = 0.01) -> None:
         super().__init__()
         self.rate = rate
         self.register_buffer("low", th.zeros(()))
         self.register_buffer("high", th.zeros(()))
+        self.register_buffer("quantiles", th.tensor([0.05, 0.95]), persistent=False)
         self._before = self.low, self.high
 
     def update(self, returns: th.Tensor) -> th.Tensor:
         """Take note of new returns (any shape) and give the current scale ()."""
         self._before = self.low.clone(), self.high.clone()
-        low, high = th.quantile(returns.detach().flatten(), returns.new_tensor([0.05, 0.95]))
+        low, high = th.quantile(returns.detach().flatten(), self.quantiles)
         self.low.lerp_(low, self.rate)
         self.high.lerp_(high, self.rate)
         return self.scale

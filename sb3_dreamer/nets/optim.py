@@ -52,6 +52,8 @@ class LaProp(th.optim.Optimizer):
         :param loss: what the gradients are of; where it is not finite, nothing changes either.
         :return: () bool, whether anything was learned.
         """
+        if not recording():
+            self.put_rates_on_device()
         groups = [(group, [p for p in group["params"] if p.grad is not None]) for group in self.param_groups]
         clipped = [clip_gradients(params, group["clip"]) for group, params in groups if params]
         finite = th.stack([norms.isfinite().all() for _, norms in clipped]).all()
@@ -60,6 +62,14 @@ class LaProp(th.optim.Optimizer):
         for (group, params), (grads, _) in zip([g for g in groups if g[1]], clipped, strict=True):
             self._step_group(group, params, grads, finite)
         return finite
+
+    @th.no_grad()
+    def put_rates_on_device(self) -> None:
+        """Where a step that was recorded in a CUDA graph reads the learning rates; no other step needs this call."""
+        for group in self.param_groups:
+            like = group["params"][0]
+            group["rate"] = th.as_tensor(group.get("rate", 0.0), dtype=like.dtype, device=like.device)
+            group["rate"].fill_(group["lr"] * group["lr_scale"])
 
     def _step_group(
         self, group: dict[str, Any], params: list[th.Tensor], grads: list[th.Tensor], finite: th.Tensor
@@ -82,8 +92,13 @@ class LaProp(th.optim.Optimizer):
         th._foreach_mul_(mu, th.where(finite, beta1, 1.0))
         th._foreach_addcdiv_(mu, grads, scale, 1 - beta1)
         warmup = group["warmup_steps"]
-        rate = group["lr"] * group["lr_scale"] * (((step - 1) / warmup).clamp(0.0, 1.0) if warmup else 1.0)
+        rate = group["rate"] * (((step - 1) / warmup).clamp(0.0, 1.0) if warmup else 1.0)
         th._foreach_sub_(params, th._foreach_mul(mu, finite * rate / bias(beta1, step)))
+
+
+def recording() -> bool:
+    """Whether what is launched now goes into a CUDA graph instead of being run."""
+    return th.cuda.is_available() and th.cuda.is_current_stream_capturing()
 
 
 def bias(beta: float, step: th.Tensor) -> th.Tensor:

@@ -29,7 +29,7 @@ from gymnasium import spaces
 from stable_baselines3.common.utils import get_device
 from stable_baselines3.common.vec_env import VecNormalize
 
-from sb3_dreamer.replay.columns import FIRST, LAST, TERMINAL, EntryCode, to_half
+from sb3_dreamer.replay.columns import FIRST, LAST, TERMINAL, EntryCode, HalfLatents
 from sb3_dreamer.replay.rings import Rings
 from sb3_dreamer.replay.storage import DiskStorage, RamStorage
 from sb3_dreamer.types import Batch
@@ -83,6 +83,7 @@ class SequenceReplayBuffer:
         self._pending_reward = np.zeros(n_envs, np.float32)
         self._next_is_first = np.ones(n_envs, bool)
         self._rings = Rings(n_envs, self.rows, sequence_length)
+        self._coming: tuple[np.ndarray, HalfLatents] | None = None
         self.storage_path = None if storage_path is None else Path(storage_path)
         self._storage: RamStorage | None = None
         if self.storage_path is not None and DiskStorage.exists(self.storage_path):
@@ -152,15 +153,27 @@ class SequenceReplayBuffer:
     def update_latents(self, index: np.ndarray, latents: th.Tensor) -> None:
         """Write refreshed latents back to sampled sequences; entries overwritten since are left alone.
 
+        Those that come from a GPU are written at the next call, or when the replay is saved: the host does not wait.
+
         :param index: (B, 2) the ``index`` of the batch.
         :param latents: (B, T, L) packed latents of its entries.
         :raises ValueError: for NaN.
         """
         if not self.latent_size:
             return
+        self._settle()
+        self._coming = index, HalfLatents(latents)
+        if not self._coming[1].on_the_way:
+            self._settle()
+
+    def _settle(self) -> None:
+        """Write the latents that are still on their way."""
+        if self._coming is None:
+            return
+        (index, latents), self._coming = self._coming, None
+        half = latents.numpy()
         stored = self._writable_storage().arrays["latent"]
-        half = to_half(latents.detach())
-        env, number = index[:, :1], index[:, 1:] + np.arange(latents.shape[1])
+        env, number = index[:, :1], index[:, 1:] + np.arange(half.shape[1])
         row, kept = self._rings.row(env, number), number >= self._rings.oldest()[env]
         if kept.all():
             stored[row] = half
@@ -288,11 +301,13 @@ class SequenceReplayBuffer:
 
     def flush(self) -> None:
         """Write everything to the disk, to outlive a loss of power; the death of the process needs no flush."""
+        self._settle()
         if self._storage is not None:
             self._storage.flush()
 
     def __getstate__(self) -> dict[str, Any]:
         """A pickle holds the rows in use; with a ``storage_path`` they stay there, and it only refers to them."""
+        self._settle()
         state = self.__dict__.copy()
         if self._storage is not None:
             state["_storage"] = self._storage.dump(int(min(self._rings.head.max(), self.rows)))

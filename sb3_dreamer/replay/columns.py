@@ -256,14 +256,33 @@ class EntryCode:
         return {f"obs/{key}": column.cast(by_key[key], envs, prefix) for key, column in self.observation.items()}
 
 
-def to_half(latents: th.Tensor) -> np.ndarray:
-    """Latents as float16, what is too large for it clipped.
+class HalfLatents:
+    """Latents on their way to the host, as float16; what is too large for it is clipped.
 
-    :raises ValueError: for NaN.
+    :param latents: (B, T, L); from a GPU they travel while it goes on working.
     """
-    half = latents.half()
-    if not np.isfinite(half.sum(dtype=th.float32).item()):  # NaN, or too large: both are rare
-        if latents.isnan().any():
+
+    def __init__(self, latents: th.Tensor) -> None:
+        half = latents.detach().clamp(-FLOAT16_MAX, FLOAT16_MAX).half()
+        self._arrived = None
+        if half.device.type == "cuda":
+            half = th.empty(half.shape, dtype=half.dtype, pin_memory=True).copy_(half, non_blocking=True)
+            self._arrived = th.cuda.Event()
+            self._arrived.record()
+        self._half = half
+
+    @property
+    def on_the_way(self) -> bool:
+        """Whether :meth:`numpy` may have to wait."""
+        return self._arrived is not None
+
+    def numpy(self) -> np.ndarray:
+        """(B, T, L) float16.
+
+        :raises ValueError: for NaN.
+        """
+        if self._arrived is not None:
+            self._arrived.synchronize()
+        if not np.isfinite(self._half.sum(dtype=th.float32).item()):
             raise ValueError("latents hold NaN: the state of the model has diverged, nothing was written back")
-        half = latents.clamp(-FLOAT16_MAX, FLOAT16_MAX).half()
-    return half.cpu().numpy()
+        return self._half.numpy()

@@ -47,7 +47,7 @@ def one_hot(x: th.Tensor, spec: Spec) -> th.Tensor:
     """Concatenated one-hot vectors of integers: (..., *shape) -> (..., sum of classes)."""
     columns = x.long().reshape(*x.shape[: x.ndim - len(spec.shape)], len(spec.classes)).unbind(-1)
     numbers = zip(columns, spec.first, spec.classes, strict=True)
-    return th.cat([F.one_hot(c - first, k) for c, first, k in numbers], -1).float()
+    return th.cat([c[..., None] - first == th.arange(k, device=x.device) for c, first, k in numbers], -1).float()
 
 
 def symlog_mse(out: th.Tensor, raw: th.Tensor, spec: Spec) -> th.Tensor:

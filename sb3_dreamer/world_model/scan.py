@@ -75,7 +75,7 @@ class NormSilu:
     def __init__(self, shape: tuple[int, ...], gain: th.Tensor) -> None:
         n = shape[-1]
         self.root = n**0.5
-        self.gain, self.floor = gain * self.root, gain.new_tensor((n * RMSNorm.eps) ** 0.5)
+        self.gain, self.floor = gain * self.root, gain.new_full((), (n * RMSNorm.eps) ** 0.5)
         self.unit, self.length = gain.new_empty(shape), gain.new_empty(*shape[:-1], 1)
         self.units, self.lengths = self.unit.unbind(0), self.length.unbind(0)
         self._gain_grad = th.zeros_like(self.units[0])
@@ -129,7 +129,9 @@ class FilterScan(th.autograd.Function):
         post_n = NormSilu((length, batch, hidden), w.post_g)
         input_w, input_b = input_layer(w), th.cat([w.deter_b, w.stoch_b])
         post_w, logits_w = w.post_w.t().contiguous(), w.logits_w.t().contiguous()
-        gates_b = (w.gates_b.view(blocks, 3, -1) - w.gates_b.new_tensor([[0.0], [0.0], [1.0]])).flatten(1)[:, None]
+        gates_b = w.gates_b.view(blocks, 3, -1).clone()
+        gates_b[:, 2] -= 1.0
+        gates_b = gates_b.flatten(1)[:, None]
         limits = class_limits(noise, z_width // noise.shape[-1])
         state = start
         for t, (now, keep_t, drive_t, seen_t, limit) in enumerate(
@@ -163,8 +165,8 @@ class FilterScan(th.autograd.Function):
         tape, w = Tape(*saved[: len(Tape._fields)]), Weights(*saved[len(Tape._fields) :])
         input_n, hidden_n, post_n = ctx.norms
         (length, batch, width), hidden, blocks = tape.x.shape, tape.y.shape[-1], len(w.own)
-        d_input, d_hidden, d_post = tape.inputs.new_empty(tape.inputs.shape), th.empty_like(tape.x), th.empty_like(tape.y)
-        d_gates, dl_all = tape.x.new_empty(length, batch, 3 * width), th.empty_like(tape.logits)
+        d_input, d_hidden, d_post, d_draw = map(th.empty_like, (tape.inputs, tape.x, tape.y, tape.logits))
+        d_gates = tape.x.new_empty(len(keep), d_after.shape[1], 3 * tape.x.shape[-1])
         own_t, gates_t = (x.transpose(1, 2).contiguous() for x in (w.own, w.gates_w))
         shared_t, input_t = w.shared.t().contiguous(), input_layer(w).t().contiguous()
         carried = th.zeros_like(d_after[0])
@@ -173,8 +175,8 @@ class FilterScan(th.autograd.Function):
             # z_t to logits (straight through), posterior, h_t
             d_state = d_after_t + carried
             dl = softmax_backward(d_state[:, width:], now.logits, ctx.stoch)
-            th.add(d_logits_t, dl, alpha=1 - UNIMIX, out=dl_all[t])
-            post_n.backward(t, th.mm(dl_all[t], w.logits_w), out=d_post[t])
+            th.add(d_logits_t, dl, alpha=1 - UNIMIX, out=d_draw[t])
+            post_n.backward(t, th.mm(d_draw[t], w.logits_w), out=d_post[t])
             dh = th.addmm(d_state[:, :width], d_post[t], w.post_w)
             # h_t to gates, hidden layer, h_{t-1}, z_{t-1}
             dh = gates_backward(dh, now, blocks, out=d_gates[t])
@@ -203,8 +205,8 @@ class FilterScan(th.autograd.Function):
             gates_b=d_gates.sum((0, 1)),
             post_w=outer(d_post, deter),
             post_g=post_n.gain_grad(),
-            logits_w=outer(dl_all, tape.y),
-            logits_b=dl_all.sum((0, 1)),
+            logits_w=outer(d_draw, tape.y),
+            logits_b=d_draw.sum((0, 1)),
         )
         return None, None, None, d_hidden, d_post, *weights
 
@@ -219,7 +221,7 @@ def class_limits(noise: th.Tensor, classes: int) -> th.Tensor:
     """
     k = th.arange(1, classes + 1, device=noise.device, dtype=noise.dtype)[:, None]
     limits = (noise - UNIMIX / classes * k) / (1 - UNIMIX)
-    limits[:, :, -1] = -1.0
+    limits[:, :, -1].fill_(-1.0)
     return limits
 
 

@@ -166,7 +166,7 @@ class FilterScan(th.autograd.Function):
         input_n, hidden_n, post_n = ctx.norms
         (length, batch, width), hidden, blocks = tape.x.shape, tape.y.shape[-1], len(w.own)
         d_input, d_hidden, d_post, d_draw = map(th.empty_like, (tape.inputs, tape.x, tape.y, tape.logits))
-        d_gates = tape.x.new_empty(len(keep), d_after.shape[1], 3 * tape.x.shape[-1])
+        d_gates = tape.x.new_empty(length, batch, 3 * width)
         own_t, gates_t = (x.transpose(1, 2).contiguous() for x in (w.own, w.gates_w))
         shared_t, input_t = w.shared.t().contiguous(), input_layer(w).t().contiguous()
         carried = th.zeros_like(d_after[0])

@@ -172,4 +172,5 @@ def entropy(probs: th.Tensor) -> th.Tensor:
 
 def most_likely(probs: th.Tensor) -> th.Tensor:
     """One-hot of the most likely class: (..., K, S) -> (..., K, S)."""
-    return F.one_hot(probs.argmax(-2), probs.shape[-2]).to(probs.dtype).transpose(-2, -1)
+    classes = th.arange(probs.shape[-2], device=probs.device)[:, None]
+    return (probs.argmax(-2, keepdim=True) == classes).to(probs.dtype)

@@ -87,7 +87,7 @@ class Dreamer(SequenceAlgorithm):
         learning_starts: int = 500,
         batch_size: int = 16,
         batch_length: int = 64,
-        train_ratio: float = 256,
+        train_ratio: float = 512,
         imagination_starts: int | None = 128,
         imagination_horizon: int = 15,
         gamma: float = 0.997,

@@ -193,7 +193,7 @@ def no_chance(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def state(deter: str, stoch: str, table: Callable[[str], th.Tensor] = given) -> State:
-    return State(table(deter), table(stoch).flatten(-2)[..., LATENTS])
+    return State.of(table(deter), table(stoch).flatten(-2)[..., LATENTS])
 
 
 def by_latent(x: th.Tensor) -> th.Tensor:

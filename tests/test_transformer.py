@@ -46,7 +46,7 @@ def step_through(model: RSSM, data: tuple[th.Tensor, ...], between: Callable[[St
     for entry in zip(*(x.unbind(1) for x in data), strict=True):
         state = between(model.observe_step(state, *entry, sample=False))
         states.append(state)
-    return State(th.stack([s.deter for s in states], 1), th.stack([s.stoch for s in states], 1))
+    return State.of(th.stack([s.deter for s in states], 1), th.stack([s.stoch for s in states], 1))
 
 
 AGES = {0: [0], 1: [3, 90], 2: [0, 1, 2, 70, 71], 3: [140]}  # row 4 goes on from an episode that began before
@@ -120,7 +120,7 @@ def dream(model: RSSM, start: State, actions: th.Tensor) -> State:
     states = [start]
     for action in actions.unbind(1):
         states.append(model.imagine_step(states[-1], action))
-    return State(th.stack([s.deter for s in states], 1), th.stack([s.stoch for s in states], 1))
+    return State.of(th.stack([s.deter for s in states], 1), th.stack([s.stoch for s in states], 1))
 
 
 def recomputed(model: RSSM, filtered: State, data: tuple[th.Tensor, ...], row: int, t: int, dreamt: State) -> th.Tensor:
@@ -147,7 +147,7 @@ def test_dreams_from_any_state_of_the_training_pass_continue_its_context(model: 
     starts = states.detach().flatten()[th.tensor([row * 90 + t for row, t in chosen])]
     dreamt = dream(model, starts, th.tensor(ACTIONS).expand(len(chosen), -1, -1))
     for i, (row, t) in enumerate(chosen):
-        expected = recomputed(model, states, data, row, t, State(dreamt.deter[i], dreamt.stoch[i]))
+        expected = recomputed(model, states, data, row, t, State.of(dreamt.deter[i], dreamt.stoch[i]))
         th.testing.assert_close(dreamt.deter[i, 1:], expected, **EXACT)
 
 

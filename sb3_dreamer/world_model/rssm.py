@@ -21,31 +21,42 @@ FREE_NATS = 1.0
 class State:
     """What the model remembers of a moment. Opaque outside this file: flatten, detach, index, ask for features.
 
-    :param deter: (..., D) deterministic state h.
-    :param stoch: (..., K * S) one-hot latents z, class by class: the S latents lie side by side for each class, since a
-        softmax over few classes is fast across latents and slow within one.
+    :param features: (..., F) what the heads read: the deterministic state h, then the one-hot latents z, class by class
+        (the S latents lie side by side for each class: a softmax over few classes is fast across latents and slow
+        within one).
+    :param width: D, how many of the features are h.
     :param context: what the sequence model remembers beside them.
     """
 
-    deter: th.Tensor
-    stoch: th.Tensor
+    features: th.Tensor
+    width: int
     context: Context = field(default_factory=Context)
 
+    @classmethod
+    def of(cls, deter: th.Tensor, stoch: th.Tensor, context: Context | None = None) -> State:
+        """h (..., D) and z (..., K * S)."""
+        return cls(th.cat([deter, stoch], -1), deter.shape[-1], context or Context())
+
     @property
-    def features(self) -> th.Tensor:
-        """What the heads read: (..., F)."""
-        return th.cat([self.deter, self.stoch], -1)
+    def deter(self) -> th.Tensor:
+        """(..., D) deterministic state h."""
+        return self.features[..., : self.width]
+
+    @property
+    def stoch(self) -> th.Tensor:
+        """(..., K * S) one-hot latents z."""
+        return self.features[..., self.width :]
 
     def __getitem__(self, index: th.Tensor | slice | tuple) -> State:
-        return State(self.deter[index], self.stoch[index], self.context[index])
+        return State(self.features[index], self.width, self.context[index])
 
     def flatten(self) -> State:
         """(B, T, .) -> (B * T, .)."""
-        return State(self.deter.flatten(0, 1), self.stoch.flatten(0, 1), self.context.flatten())
+        return State(self.features.flatten(0, 1), self.width, self.context.flatten())
 
     def detach(self) -> State:
         """The same values without gradient."""
-        return State(self.deter.detach(), self.stoch.detach(), self.context.detach())
+        return State(self.features.detach(), self.width, self.context.detach())
 
 
 class RSSM(nn.Module):
@@ -98,7 +109,7 @@ class RSSM(nn.Module):
         number, deter, context = packed.tensor_split([self.stoch, self.stoch + self.deter], -1)
         onehot = number.unsqueeze(-2) == self.class_numbers  # (n, K, S)
         deter = F.pad(deter, (0, self.deter - deter.shape[-1]))
-        return State(deter, onehot.flatten(-2).to(deter.dtype), self.sequence.unpack(context))
+        return State.of(deter, onehot.flatten(-2).to(deter.dtype), self.sequence.unpack(context))
 
     # -- one step ------------------------------------------------------------------------------------------------------
 
@@ -114,16 +125,16 @@ class RSSM(nn.Module):
         :param sample: sample the latents, else take the most likely.
         """
         keep = (~is_first).to(embed.dtype)[:, None]
-        before = state.deter * keep, state.stoch * keep, prev_action * keep, state.context.restart(is_first)
-        deter, context = self.sequence(*before)
+        before = State(state.features * keep, state.width, state.context.restart(is_first))
+        deter, context = self.sequence(before.deter, before.stoch, prev_action * keep, before.context)
         logits = self.posterior_logits(self.posterior(th.cat([deter[:, : self.carried], embed], -1)))
         probs = self._probs(logits)
-        return State(deter, (sample_onehot(probs, -2) if sample else most_likely(probs)).flatten(-2), context)
+        return State.of(deter, (sample_onehot(probs, -2) if sample else most_likely(probs)).flatten(-2), context)
 
     def imagine_step(self, state: State, action: th.Tensor) -> State:
         """The next state, as the model expects it: n states, actions (n, A) -> n states, sampled from the prior."""
         deter, context = self.sequence(state.deter, state.stoch, action, state.context)
-        return State(deter, sample_onehot(self.prior_probs(deter), -2).flatten(-2), context)
+        return State.of(deter, sample_onehot(self.prior_probs(deter), -2).flatten(-2), context)
 
     # -- a whole sequence ----------------------------------------------------------------------------------------------
 
@@ -139,8 +150,8 @@ class RSSM(nn.Module):
         :return: states (B, T), posterior probabilities (B, T, K, S).
         """
         entries = embed, prev_action, is_first
-        deter, stoch, logits, context = self.sequence.filter(self.posterior, self.posterior_logits, *entries, start)
-        return State(deter, stoch, context), self._probs(logits)
+        features, logits, context = self.sequence.filter(self.posterior, self.posterior_logits, *entries, start)
+        return State(features, self.deter, context), self._probs(logits)
 
     def prior_probs(self, deter: th.Tensor) -> th.Tensor:
         """What the model expects before it sees the observation: h (..., D) -> (..., K, S)."""

@@ -42,7 +42,7 @@ class SequenceModel(Protocol):
         prev_action: th.Tensor,
         is_first: th.Tensor,
         start: State,
-    ) -> tuple[th.Tensor, th.Tensor, th.Tensor, Context]:
+    ) -> tuple[th.Tensor, th.Tensor, Context]:
         """Steps and samples of the posterior over whole sequences.
 
         :param posterior: reads [h_t, embedding], or the embedding alone if the model is ``parallel``.
@@ -51,7 +51,7 @@ class SequenceModel(Protocol):
         :param prev_action: (B, T, A), zero where ``is_first``.
         :param is_first: (B, T) bool.
         :param start: B states before the first entry.
-        :return: h (B, T, D), z (B, T, K * S) with the gradient of its probabilities, logits of z, contexts (B, T).
+        :return: [h, z] (B, T, D + K * S), z with the gradient of its probabilities; logits of z; contexts (B, T).
         """
 
     def pack(self, context: Context, like: th.Tensor) -> th.Tensor:
@@ -120,7 +120,7 @@ class BlockGRU(nn.Module):
         prev_action: th.Tensor,
         is_first: th.Tensor,
         start: State,
-    ) -> tuple[th.Tensor, th.Tensor, th.Tensor, Context]:
+    ) -> tuple[th.Tensor, th.Tensor, Context]:
         """See :meth:`SequenceModel.filter`.
 
         What does not depend on the recurrence (the action's drive, the embedding's share of the posterior) is
@@ -134,10 +134,8 @@ class BlockGRU(nn.Module):
         weights = self._scan_weights(from_deter, posterior.norm.weight, to_logits)
         drive, seen = drive.to(keep.dtype), seen.to(keep.dtype)
         with th.autocast(embed.device.type, enabled=False):  # small products, where bfloat16 gains nothing
-            before = th.cat([start.deter, start.stoch], -1)
-            after, logits = FilterScan.apply(noise, keep, before, drive, seen, *weights)
-        deter, stoch = after.transpose(0, 1).split([self.width, before.shape[-1] - self.width], -1)
-        return deter, stoch, logits.transpose(0, 1), start.context
+            features, logits = FilterScan.apply(noise, keep, start.features, drive, seen, *weights)
+        return features.transpose(0, 1), logits.transpose(0, 1), start.context
 
     def _scan_weights(self, post_w: th.Tensor, post_g: th.Tensor, to_logits: Linear) -> Weights:
         deter, stoch = self.from_deter, self.from_stoch
@@ -246,7 +244,7 @@ class Transformer(nn.Module):
         prev_action: th.Tensor,
         is_first: th.Tensor,
         start: State,
-    ) -> tuple[th.Tensor, th.Tensor, th.Tensor, Context]:
+    ) -> tuple[th.Tensor, th.Tensor, Context]:
         """See :meth:`SequenceModel.filter`."""
         assert isinstance(start.context, Cache)
         logits = to_logits(posterior(embed)).to(start.stoch.dtype)
@@ -258,7 +256,7 @@ class Transformer(nn.Module):
         age = number - began + 1
         h, tapes, places = self.attend(before, prev_action, age, start.context)
         row = th.arange(len(age), device=age.device)[:, None].expand_as(age)
-        return h, stoch, logits, Cache(tapes, row, places.expand_as(age), age)
+        return th.cat([h, stoch], -1), logits, Cache(tapes, row, places.expand_as(age), age)
 
     def attend(
         self, stoch: th.Tensor, action: th.Tensor, age: th.Tensor, before: Cache

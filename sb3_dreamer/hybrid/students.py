@@ -153,19 +153,23 @@ def teach(target: BaseAlgorithm, lessons: Lessons, updates: int) -> None:
 def teach_critics(target: Any, lessons: Lessons, updates: int) -> None:
     """Off-policy critics: first Dreamer's returns, then their own bootstrap on the real transitions, the actor fixed.
 
+    The actor follows their slope over actions from its first step on, and they have to be right about that, not only
+    about the value of a state: both parts learn at a rate of their own, whatever the student's is.
+
     :param target: the student, its replay filled.
     :param lessons: what actions were worth.
     :param updates: minibatches for each of the two.
     """
     target.policy.set_training_mode(True)
+    optimizer = th.optim.Adam(target.critic.parameters(), lr=LEARNING_RATE)
     for index in lessons.batches(updates, BATCH):
         obs = target.policy.obs_to_tensor(lessons.observation(index))[0]
         predicted = target.critic(obs, lessons.taken[index])
         stacked = th.stack(predicted, 1) if isinstance(predicted, tuple) else predicted  # (n, critics, 1 or quantiles)
         loss = (stacked - lessons.taken_value[index, None, None]).square().mean()
-        target.critic.optimizer.zero_grad()
+        optimizer.zero_grad()
         loss.backward()
-        target.critic.optimizer.step()
+        optimizer.step()
     if hasattr(target, "critic_target"):
         target.critic_target.load_state_dict(target.critic.state_dict())
     if updates > 0:
@@ -176,8 +180,9 @@ def teach_critics(target: Any, lessons: Lessons, updates: int) -> None:
 
 @contextmanager
 def actor_fixed(target: Any) -> Iterator[None]:
-    """``train()`` moves the critics only: neither the actor nor the temperature."""
+    """``train()`` moves the critics only, at ``LEARNING_RATE``: neither the actor nor the temperature."""
     updates, temperature = target._n_updates, getattr(target, "ent_coef_optimizer", None)
+    schedule, target.lr_schedule = target.lr_schedule, lambda _: LEARNING_RATE
     target.actor.requires_grad_(False)
     ensure_logger(target)
     if temperature is not None:
@@ -189,5 +194,5 @@ def actor_fixed(target: Any) -> Iterator[None]:
             del target.ent_coef_tensor
             target.ent_coef_optimizer = temperature
         target.actor.requires_grad_(True)
-        target._n_updates = updates
+        target._n_updates, target.lr_schedule = updates, schedule
         del target._logger

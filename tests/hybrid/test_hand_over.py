@@ -20,7 +20,7 @@ from sb3_dreamer.hybrid import LatentVecEnv
 from sb3_dreamer.hybrid.hand_over import fill_replay
 from sb3_dreamer.hybrid.lessons import Lessons, lessons_from
 from sb3_dreamer.hybrid.real_states import real_states
-from sb3_dreamer.hybrid.students import teach
+from sb3_dreamer.hybrid.students import LEARNING_RATE, actor_fixed, teach, teach_critics
 from sb3_dreamer.replay import Episode, read_episodes
 from tests.hybrid.conftest import SMALL, pendulum
 
@@ -45,6 +45,31 @@ def smooth_lessons(n: int) -> Lessons:
     mean = th.tanh(th.as_tensor(obs @ np.array([[1.0], [-1.0], [0.5]], np.float32)))
     nothing = th.zeros(n)
     return Lessons({"obs": obs}, mean, th.full((n, 1), 0.2), nothing, mean, nothing)
+
+
+class TestCritics:
+    def test_they_learn_what_actions_are_worth_whatever_the_rate_of_the_student(self, dreamer: Dreamer):
+        sac = dreamer.to_model_free(SAC, **QUICK, learning_rate=1e-9)
+        lessons = smooth_lessons(2000)
+        lessons.taken = th.rand(2000, 1) * 2 - 1
+        lessons.taken_value = 3 * lessons.taken[:, 0] - 5
+        sac.train = lambda *_: None  # the second part, on real transitions, is not what is looked at
+        teach_critics(sac, lessons, 500)
+        obs = sac.policy.obs_to_tensor(lessons.observation(slice(None)))[0]
+        with th.no_grad():
+            for value in sac.critic(obs, lessons.taken):
+                assert float((value[:, 0] - lessons.taken_value).square().mean()) < 0.05 * 3.0
+
+    def test_only_they_learn_from_the_real_transitions_and_the_rate_is_the_students_again(self, dreamer: Dreamer):
+        sac = dreamer.to_model_free(SAC, **QUICK, learning_rate=1e-9)
+        actor, critic = (copy.deepcopy(part.state_dict()) for part in (sac.actor, sac.critic))
+        with actor_fixed(sac):
+            sac.train(3, 16)
+        assert all(th.equal(value, actor[name]) for name, value in sac.actor.state_dict().items())
+        moved = max(float((value - critic[name]).abs().max()) for name, value in sac.critic.state_dict().items())
+        assert 0.5 * LEARNING_RATE < moved < 10 * LEARNING_RATE
+        assert sac.lr_schedule(1.0) == 1e-9
+        assert sac._n_updates == 0
 
 
 class TestTransitions:

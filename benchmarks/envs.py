@@ -12,14 +12,7 @@ from functools import partial
 import gymnasium as gym
 import numpy as np
 from gymnasium import spaces
-from gymnasium.wrappers import (
-    AddRenderObservation,
-    FlattenObservation,
-    GrayscaleObservation,
-    RepeatAction,
-    ResizeObservation,
-    TransformObservation,
-)
+from gymnasium.wrappers import AddRenderObservation, FlattenObservation, RepeatAction, TransformObservation
 
 DMC_PREFIX = "dmc/"
 DMC_ACTION_REPEAT = 2
@@ -72,9 +65,12 @@ def _without_velocity(env_id: str, kept: list[int]) -> gym.Env:
 
 
 def _cartpole_pixels() -> gym.Env:
-    env: gym.Env = AddRenderObservation(gym.make("CartPole-v1", render_mode="rgb_array"))
-    assert env.observation_space.shape is not None
-    rows, columns, colours = env.observation_space.shape
-    cropped = spaces.Box(0, 255, (len(range(rows)[CARTPOLE_ROWS]), columns, colours), np.uint8)
-    env = TransformObservation(env, lambda picture: picture[CARTPOLE_ROWS], cropped)
-    return GrayscaleObservation(ResizeObservation(env, CARTPOLE_PIXELS), keep_dim=True)
+    env = AddRenderObservation(gym.make("CartPole-v1", render_mode="rgb_array"))
+    return TransformObservation(env, _small_and_grey, spaces.Box(0, 255, (*CARTPOLE_PIXELS, 1), np.uint8))
+
+
+def _small_and_grey(picture: np.ndarray) -> np.ndarray:
+    """(400, 600, 3) -> (36, 60, 1): means over blocks of 5 x 10 pixels and their colours."""
+    rows, columns = CARTPOLE_PIXELS
+    blocks = picture[CARTPOLE_ROWS].reshape(rows, 5, columns, 10, 3)
+    return blocks.mean((1, 3, 4)).astype(np.uint8)[..., None]

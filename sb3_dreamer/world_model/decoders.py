@@ -38,10 +38,11 @@ class ImageDecoder(nn.Module):
     def forward(self, features: th.Tensor) -> th.Tensor:
         deter, stoch = features.split([self.deter, features.shape[-1] - self.deter], -1)
         x = (self.from_deter(deter) + self.from_stoch(stoch)).reshape(-1, *self.map_shape)
-        x = F.silu(self.norm(x))
-        for stage in [*self.stages, self.out]:
-            x = stage(F.interpolate(x, scale_factor=2.0, mode="nearest"))
-        return th.sigmoid(x[..., : self.image_shape[1], : self.image_shape[2]])
+        x = F.silu(self.norm(x.contiguous(memory_format=th.channels_last)))
+        for left, stage in zip(reversed(range(len(IMAGE_MULTIPLIERS))), [*self.stages, self.out], strict=True):
+            rows, columns = (halved(n, left) for n in self.image_shape[1:])
+            x = stage(F.interpolate(x, scale_factor=2.0, mode="nearest")[..., :rows, :columns])
+        return th.sigmoid(x)
 
 
 class Decoder(nn.Module):

@@ -47,7 +47,7 @@ class ImageEncoder(nn.Module):
         self.width = channels[-1] * height * width
 
     def forward(self, image: th.Tensor) -> th.Tensor:
-        x = image.float() / 255 - 0.5
+        x = (image.float() / 255 - 0.5).contiguous(memory_format=th.channels_last)  # what norms and pools are fast on
         for stage in self.stages:
             x = stage(x)
         return x.flatten(1)

@@ -153,7 +153,9 @@ class SequenceAlgorithm(OffPolicyAlgorithm):
             self._entries_owed += self.train_ratio * len(dones)
 
     def _updates_due(self) -> int:
-        """Updates that the steps taken so far pay for; what is left over stays owed."""
+        """Updates that the steps taken so far pay for; what is left over, or has no data yet, stays owed."""
+        if self._waiting():
+            return 0
         entries = self.batch_size * self.batch_length
         due = int(self._entries_owed // entries)
         self._entries_owed -= due * entries

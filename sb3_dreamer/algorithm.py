@@ -225,6 +225,15 @@ class SequenceAlgorithm(OffPolicyAlgorithm):
         :param truncate_last_traj: only for SB3's signature, it is about HER.
         :raises ValueError: if it holds no replay of sequences, or one of another shape than this agent's.
         """
+        self.replay_buffer = self.read_replay(path)
+        self._last_obs = None  # the next learn() resets
+
+    def read_replay(self, path: FileLike) -> SequenceReplayBuffer:
+        """A saved replay, for this agent and on its device.
+
+        :param path: what :meth:`save_replay_buffer` was given.
+        :raises ValueError: if it holds no replay of sequences, or one of another shape than this agent's.
+        """
         buffer = load_from_pkl(path, self.verbose)
         if not isinstance(buffer, SequenceReplayBuffer):
             raise ValueError(f"{path} holds a {type(buffer).__name__}, but Dreamer replays a SequenceReplayBuffer")
@@ -233,8 +242,7 @@ class SequenceAlgorithm(OffPolicyAlgorithm):
             if saved != own:
                 raise ValueError(f"the replay in {path} has {name}={saved}, this agent {own}: load it with the same")
         buffer.device = self.device
-        self.replay_buffer = buffer
-        self._last_obs = None  # the next learn() resets
+        return buffer
 
     def set_parameters(
         self, load_path_or_dict: str | TensorDict, exact_match: bool = True, device: th.device | str = "auto"

@@ -183,7 +183,8 @@ class DreamerPolicy(BasePolicy):
         :param episode_start: (n,) true where a new episode begins; None: nowhere.
         :param deterministic: the most likely latents and action, no random numbers drawn.
         :return: actions in the space's units, clipped to its bounds; the next state.
-        :raises ValueError: for observations of another space, or a Gym ``(obs, info)`` tuple.
+        :raises ValueError: for observations of another space, a Gym ``(obs, info)`` tuple, or a state of other
+            environments.
         """
         if isinstance(observation, tuple) and len(observation) == 2 and isinstance(observation[1], dict):
             raise ValueError(
@@ -193,6 +194,11 @@ class DreamerPolicy(BasePolicy):
         obs = obs if isinstance(obs, dict) else {"obs": obs}
         n = len(next(iter(obs.values())))
         packed, prev_action = self.initial_state(n) if state is None else state
+        if len(packed) != n:
+            raise ValueError(
+                f"the state is of {len(packed)} environments, the observation of {n}: pass what the last call returned "
+                "for the same environments, or state=None where all of them begin an episode"
+            )
         is_first = np.zeros(n, bool) if episode_start is None else np.asarray(episode_start).reshape(n).astype(bool)
         device = next(iter(obs.values())).device
         with th.inference_mode():

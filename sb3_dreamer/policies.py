@@ -205,7 +205,7 @@ class DreamerPolicy(BasePolicy):
             carried, before, starts = (th.as_tensor(x, device=device) for x in (packed, prev_action, is_first))
             encoded, packed_next = self.act(obs, carried, before, starts, deterministic)
         actions = self.decode_action(encoded.cpu().numpy())
-        new_state = (packed_next.cpu().numpy(), encoded.cpu().numpy())
+        new_state = (packed_next.cpu().numpy(), self.encode_action(actions))  # as the replay has it: integers rounded
         return actions if vectorized else actions[0], new_state
 
     def act(

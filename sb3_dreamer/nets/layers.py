@@ -93,7 +93,9 @@ class BlockLinear(nn.Module):
 def fast_bfloat16(device: th.device) -> bool:
     """Whether the device multiplies bfloat16 matrices faster than float32 ones."""
     if device.type == "cpu":
-        return th.cpu._is_avx512_bf16_supported() or th.cpu._is_amx_tile_supported()
+        # not every version of torch tells
+        names = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+        return any(getattr(th.cpu, name, bool)() for name in names)
     return device.type == "cuda" and th.cuda.is_bf16_supported(including_emulation=False)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from functools import cached_property
+from numbers import Integral
 from typing import Any, ClassVar
 
 import numpy as np
@@ -125,6 +126,9 @@ class DreamerPolicy(BasePolicy):
         if unknown := set(widths) - known:
             raise ValueError(f"policy_kwargs {sorted(unknown)} are unknown; single widths are {sorted(known)}")
         rates = dict(warmup_updates=warmup_updates, actor_lr_scale=actor_lr_scale)
+        for name, value in widths.items():
+            if isinstance(value, bool) or not isinstance(value, Integral) or value < 1:
+                raise ValueError(f"{name}={value!r} in policy_kwargs must be a whole number of at least 1")
         self._arguments = dict(model_size=model_size, rssm_type=rssm_type, gamma=gamma, **rates, **widths)
         if self.alias not in (None, right := policy_for(observation_space)):
             raise ValueError(

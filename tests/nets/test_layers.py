@@ -24,6 +24,12 @@ def test_weights_have_unit_variance_over_fan_in_and_no_tails() -> None:
     assert float(weight.abs().max()) <= 2 * 1.1368 / 20 + 1e-6
 
 
+@pytest.mark.parametrize(("inputs", "outputs"), [(30, 8), (8, 30)])
+def test_blocks_that_do_not_divide_a_layer_are_refused(inputs: int, outputs: int) -> None:
+    with pytest.raises(ValueError, match=rf"blocks=4 do not divide a layer of {inputs} inputs and {outputs} outputs"):
+        BlockLinear(inputs, outputs, blocks=4)
+
+
 def test_a_torch_that_does_not_tell_of_bfloat16_computes_in_float32(monkeypatch) -> None:
     for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"):
         monkeypatch.delattr(th.cpu, name, raising=False)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch as th
 from gymnasium import spaces
-from stable_baselines3 import PPO
+from stable_baselines3 import PPO, HerReplayBuffer
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -268,6 +268,11 @@ def test_unknown_sizes_widths_and_models_name_the_known_ones():
         agent(rssm_type="lstm")
     with pytest.raises(ValueError, match="Policy MlpLstmPolicy unknown"):
         agent(policy="MlpLstmPolicy")
+
+
+def test_a_replay_of_transitions_is_refused():
+    with pytest.raises(ValueError, match="replay_buffer_class=HerReplayBuffer is no SequenceReplayBuffer"):
+        agent(replay_buffer_class=HerReplayBuffer)
 
 
 # -- files -------------------------------------------------------------------------------------------------------------

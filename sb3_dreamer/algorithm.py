@@ -153,7 +153,9 @@ class SequenceAlgorithm(OffPolicyAlgorithm):
             self._entries_owed += self.train_ratio * len(dones)
 
     def _updates_due(self) -> int:
-        """Updates that the steps taken so far pay for; what is left over stays owed."""
+        """Updates that the steps taken so far pay for; what is left over, or has no data yet, stays owed."""
+        if self._waiting():
+            return 0
         entries = self.batch_size * self.batch_length
         due = int(self._entries_owed // entries)
         self._entries_owed -= due * entries
@@ -223,6 +225,15 @@ class SequenceAlgorithm(OffPolicyAlgorithm):
         :param truncate_last_traj: only for SB3's signature, it is about HER.
         :raises ValueError: if it holds no replay of sequences, or one of another shape than this agent's.
         """
+        self.replay_buffer = self.read_replay(path)
+        self._last_obs = None  # the next learn() resets
+
+    def read_replay(self, path: FileLike) -> SequenceReplayBuffer:
+        """A saved replay, for this agent and on its device.
+
+        :param path: what :meth:`save_replay_buffer` was given.
+        :raises ValueError: if it holds no replay of sequences, or one of another shape than this agent's.
+        """
         buffer = load_from_pkl(path, self.verbose)
         if not isinstance(buffer, SequenceReplayBuffer):
             raise ValueError(f"{path} holds a {type(buffer).__name__}, but Dreamer replays a SequenceReplayBuffer")
@@ -231,8 +242,7 @@ class SequenceAlgorithm(OffPolicyAlgorithm):
             if saved != own:
                 raise ValueError(f"the replay in {path} has {name}={saved}, this agent {own}: load it with the same")
         buffer.device = self.device
-        self.replay_buffer = buffer
-        self._last_obs = None  # the next learn() resets
+        return buffer
 
     def set_parameters(
         self, load_path_or_dict: str | TensorDict, exact_match: bool = True, device: th.device | str = "auto"

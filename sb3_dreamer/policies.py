@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from functools import cached_property
+from numbers import Integral
 from typing import Any, ClassVar
 
 import numpy as np
@@ -125,6 +126,9 @@ class DreamerPolicy(BasePolicy):
         if unknown := set(widths) - known:
             raise ValueError(f"policy_kwargs {sorted(unknown)} are unknown; single widths are {sorted(known)}")
         rates = dict(warmup_updates=warmup_updates, actor_lr_scale=actor_lr_scale)
+        for name, value in widths.items():
+            if isinstance(value, bool) or not isinstance(value, Integral) or value < 1:
+                raise ValueError(f"{name}={value!r} in policy_kwargs must be a whole number of at least 1")
         self._arguments = dict(model_size=model_size, rssm_type=rssm_type, gamma=gamma, **rates, **widths)
         if self.alias not in (None, right := policy_for(observation_space)):
             raise ValueError(
@@ -183,7 +187,8 @@ class DreamerPolicy(BasePolicy):
         :param episode_start: (n,) true where a new episode begins; None: nowhere.
         :param deterministic: the most likely latents and action, no random numbers drawn.
         :return: actions in the space's units, clipped to its bounds; the next state.
-        :raises ValueError: for observations of another space, or a Gym ``(obs, info)`` tuple.
+        :raises ValueError: for observations of another space, a Gym ``(obs, info)`` tuple, or a state of other
+            environments.
         """
         if isinstance(observation, tuple) and len(observation) == 2 and isinstance(observation[1], dict):
             raise ValueError(
@@ -193,13 +198,18 @@ class DreamerPolicy(BasePolicy):
         obs = obs if isinstance(obs, dict) else {"obs": obs}
         n = len(next(iter(obs.values())))
         packed, prev_action = self.initial_state(n) if state is None else state
+        if len(packed) != n:
+            raise ValueError(
+                f"the state is of {len(packed)} environments, the observation of {n}: pass what the last call returned "
+                "for the same environments, or state=None where all of them begin an episode"
+            )
         is_first = np.zeros(n, bool) if episode_start is None else np.asarray(episode_start).reshape(n).astype(bool)
         device = next(iter(obs.values())).device
         with th.inference_mode():
             carried, before, starts = (th.as_tensor(x, device=device) for x in (packed, prev_action, is_first))
             encoded, packed_next = self.act(obs, carried, before, starts, deterministic)
         actions = self.decode_action(encoded.cpu().numpy())
-        new_state = (packed_next.cpu().numpy(), encoded.cpu().numpy())
+        new_state = (packed_next.cpu().numpy(), self.encode_action(actions))  # as the replay has it: integers rounded
         return actions if vectorized else actions[0], new_state
 
     def act(

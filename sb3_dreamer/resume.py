@@ -35,7 +35,6 @@ import numpy as np
 import torch as th
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.running_mean_std import RunningMeanStd
-from stable_baselines3.common.save_util import load_from_pkl
 from stable_baselines3.common.type_aliases import GymEnv
 from stable_baselines3.common.vec_env import VecEnv, VecFrameStack, VecNormalize
 from stable_baselines3.common.vec_env.base_vec_env import VecEnvWrapper
@@ -132,6 +131,7 @@ def resume(cls: type[SelfDreamer], folder: str | Path, env: GymEnv, **kwargs: An
     :param env: an environment like the one before, wrapped the same way.
     :param kwargs: further arguments of ``Dreamer.load``.
     :raises FileNotFoundError: if the folder has no complete checkpoint.
+    :raises ValueError: if the replay has another number of environments, other spaces, or sequences of another length.
     """
     there = checkpoints(folder)
     if not there:
@@ -140,8 +140,7 @@ def resume(cls: type[SelfDreamer], folder: str | Path, env: GymEnv, **kwargs: An
         )
     model = cls.load(there[-1] / "model.zip", env=env, **kwargs)
     # load_replay_buffer would end the episode under way
-    model.replay_buffer = load_from_pkl(there[-1] / "replay_buffer.pkl")
-    model.replay_buffer.device = model.device
+    model.replay_buffer = model.read_replay(there[-1] / "replay_buffer.pkl")
     restore_run_state(model, _to_arrays(th.load(there[-1] / "state.pth", weights_only=True)))
     return model
 

@@ -198,6 +198,14 @@ def test_another_wrapping_is_refused(tmp_path) -> None:
         Dreamer.resume(tmp_path, WRAPPED["plain"](1), device="cpu")
 
 
+def test_a_replay_of_other_sequences_or_environments_is_refused(tmp_path) -> None:
+    fresh("plain", 2).learn(12, callback=ResumeCallback(tmp_path, every=1000))
+    with pytest.raises(ValueError, match="sequence_length=8, this agent 4"):
+        Dreamer.resume(tmp_path, WRAPPED["plain"](2), device="cpu", batch_length=4)
+    with pytest.raises(ValueError, match="n_envs=2, this agent 3"):
+        Dreamer.resume(tmp_path, WRAPPED["plain"](3), device="cpu")
+
+
 # -- checkpoints -------------------------------------------------------------------------------------------------------
 
 

@@ -69,10 +69,18 @@ class MLP(nn.Sequential):
 
 
 class BlockLinear(nn.Module):
-    """A block-diagonal linear map: (..., blocks * i) -> (..., blocks * o), block g of the output reads block g only."""
+    """A block-diagonal linear map: (..., blocks * i) -> (..., blocks * o), block g of the output reads block g only.
+
+    :raises ValueError: if the blocks do not divide both widths.
+    """
 
     def __init__(self, in_features: int, out_features: int, blocks: int) -> None:
         super().__init__()
+        if in_features % blocks or out_features % blocks:
+            raise ValueError(
+                f"blocks={blocks} do not divide a layer of {in_features} inputs and {out_features} outputs: "
+                "make deter, and for images depth, a multiple of blocks"
+            )
         self.blocks = blocks
         weight = th.empty(blocks, in_features // blocks, out_features // blocks)
         self.weight = nn.Parameter(trunc_normal_(weight, in_features))
@@ -91,7 +99,9 @@ class BlockLinear(nn.Module):
 def fast_bfloat16(device: th.device) -> bool:
     """Whether the device multiplies bfloat16 matrices faster than float32 ones."""
     if device.type == "cpu":
-        return th.cpu._is_avx512_bf16_supported() or th.cpu._is_amx_tile_supported()
+        # not every version of torch tells
+        names = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+        return any(getattr(th.cpu, name, bool)() for name in names)
     return device.type == "cuda" and th.cuda.is_bf16_supported(including_emulation=False)
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch as th
 from gymnasium import spaces
-from stable_baselines3 import PPO
+from stable_baselines3 import PPO, HerReplayBuffer
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -258,10 +258,21 @@ def test_unknown_sizes_widths_and_models_name_the_known_ones():
         agent(model_size="size1g")
     with pytest.raises(ValueError, match=r"policy_kwargs \['net_arch'\] are unknown; single widths are .*'units'"):
         agent(policy_kwargs=dict(net_arch=[64]))
+    with pytest.raises(ValueError, match=r"units=0 in policy_kwargs must be a whole number of at least 1"):
+        agent(policy_kwargs=dict(units=0))
+    with pytest.raises(ValueError, match=r"units=7.5 in policy_kwargs must be"):
+        agent(policy_kwargs=dict(units=7.5))
+    with pytest.raises(ValueError, match=r"blocks=4 do not divide a layer of 30 inputs"):
+        agent(policy_kwargs=dict(deter=30))
     with pytest.raises(ValueError, match=r'rssm_type="lstm" is unknown; use one of .*gru'):
         agent(rssm_type="lstm")
     with pytest.raises(ValueError, match="Policy MlpLstmPolicy unknown"):
         agent(policy="MlpLstmPolicy")
+
+
+def test_a_replay_of_transitions_is_refused():
+    with pytest.raises(ValueError, match="replay_buffer_class=HerReplayBuffer is no SequenceReplayBuffer"):
+        agent(replay_buffer_class=HerReplayBuffer)
 
 
 # -- files -------------------------------------------------------------------------------------------------------------

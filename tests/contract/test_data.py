@@ -155,6 +155,20 @@ def test_random_actions_are_what_the_state_remembers():
     assert np.allclose(model._online_state[1], stored(model)["action"][-1])
 
 
+def test_actions_of_integers_are_remembered_as_they_were_taken(monkeypatch):
+    model = agent(Ramp(action_space=spaces.Box(0, 4, (1,), np.int64)), learning_starts=8, buffer_size=90).learn(30)
+    stored_now = []
+    add = model.replay_buffer.add
+    monkeypatch.setattr(
+        model.replay_buffer, "add", lambda *entry, latent: (stored_now.append(entry[2]), add(*entry, latent=latent))
+    )
+    for _ in range(5):
+        model.learn(1, reset_num_timesteps=False)
+        assert np.allclose(model._online_state[1], stored_now[-1])
+    action, state = model.predict(np.zeros(2, np.float32))
+    assert np.allclose(state[1], model.policy.replay_action(action[None]))
+
+
 def test_stored_latents_are_those_of_the_acting_agent_until_they_are_refreshed():
     model = agent(Ramp(), learning_starts=100).learn(3)
     width = model.policy.world_model.rssm.latent_width

@@ -106,6 +106,13 @@ def test_one_observation_may_come_with_one_mask(model, start):
     assert np.array_equal(again, fresh)
 
 
+@pytest.mark.parametrize(("before", "now"), [(1, 2), (3, 2), (2, 1)])
+def test_a_state_of_other_environments_is_refused(model, before, now):
+    _, state = model.predict(observations(before))
+    with pytest.raises(ValueError, match=rf"state is of {before} environments, the observation of {now}: "):
+        model.predict(observations(now), state, np.zeros(now, bool))
+
+
 def test_the_state_handed_in_is_not_changed(model):
     _, state = model.predict(observations(3))
     before = [part.copy() for part in state]

@@ -199,6 +199,18 @@ def test_settings_given_to_load_are_used_and_checked(saved):
         Dreamer.load(saved, policy_kwargs=dict(units=8))
 
 
+def test_updates_owed_when_the_agent_was_saved_wait_for_data(model, tmp_path):
+    model.save(tmp_path / "model")
+    env = make_vec_env("Pendulum-v1")
+    loaded = Dreamer.load(tmp_path / "model", env=env, device="cpu", batch_size=1, batch_length=2)
+    loaded._entries_owed, updates = 15.5, loaded._n_updates  # most of an update of 2 x 8, or 7 of these
+    loaded.learn(11)
+    assert loaded._n_updates == updates
+    assert loaded._entries_owed == 15.5
+    loaded.learn(1, reset_num_timesteps=False)
+    assert loaded._n_updates == updates + (15.5 + 8) // 2
+
+
 # -- parameters --------------------------------------------------------------------------------------------------------
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch as th
 
-from sb3_dreamer.nets.layers import BlockLinear, Dense, Linear, RMSNorm, fast_tanh, for_products
+from sb3_dreamer.nets.layers import BlockLinear, Dense, Linear, RMSNorm, fast_bfloat16, fast_tanh, for_products
 
 
 def test_rms_norm_makes_the_root_mean_square_one() -> None:
@@ -22,6 +22,18 @@ def test_weights_have_unit_variance_over_fan_in_and_no_tails() -> None:
     weight = Linear(400, 500).weight.detach()
     assert float(weight.std()) == pytest.approx(1 / 20, rel=0.02)
     assert float(weight.abs().max()) <= 2 * 1.1368 / 20 + 1e-6
+
+
+@pytest.mark.parametrize(("inputs", "outputs"), [(30, 8), (8, 30)])
+def test_blocks_that_do_not_divide_a_layer_are_refused(inputs: int, outputs: int) -> None:
+    with pytest.raises(ValueError, match=rf"blocks=4 do not divide a layer of {inputs} inputs and {outputs} outputs"):
+        BlockLinear(inputs, outputs, blocks=4)
+
+
+def test_a_torch_that_does_not_tell_of_bfloat16_computes_in_float32(monkeypatch) -> None:
+    for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"):
+        monkeypatch.delattr(th.cpu, name, raising=False)
+    assert not fast_bfloat16(th.device("cpu"))
 
 
 def test_a_block_of_the_output_reads_its_own_block_of_the_input_only() -> None:

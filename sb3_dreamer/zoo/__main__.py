@@ -10,7 +10,14 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack
 from typing import NamedTuple
 
-from sb3_dreamer.zoo.bridges import children_know_dreamer, dreamer_experiments, ffmpeg_on_path, replaced
+from sb3_dreamer.zoo.bridges import (
+    absent_environments_explained,
+    children_know_dreamer,
+    dreamer_experiments,
+    ffmpeg_on_path,
+    figures_to_files,
+    replaced,
+)
 from sb3_dreamer.zoo.hub import hub_knows_dreamer
 from sb3_dreamer.zoo.registration import register, require
 
@@ -29,13 +36,13 @@ class Script(NamedTuple):
 
 
 SCRIPTS = {
-    "train": Script("rl_zoo3.train:train", bridges=(dreamer_experiments,)),
+    "train": Script("rl_zoo3.train:train", bridges=(dreamer_experiments, absent_environments_explained)),
     "enjoy": Script("rl_zoo3.enjoy:enjoy"),
     "record_video": Script("rl_zoo3.record_video", ("moviepy",)),
     "record_training": Script("rl_zoo3.record_training", ("moviepy",), (children_know_dreamer, ffmpeg_on_path)),
-    "plot_train": Script("rl_zoo3.plots:plot_train", ("seaborn",)),
-    "all_plots": Script("rl_zoo3.plots:all_plots", ("seaborn",)),
-    "plot_from_file": Script("rl_zoo3.plots:plot_from_file", ("seaborn",)),
+    "plot_train": Script("rl_zoo3.plots:plot_train", ("seaborn",), (figures_to_files,)),
+    "all_plots": Script("rl_zoo3.plots:all_plots", ("seaborn",), (figures_to_files,)),
+    "plot_from_file": Script("rl_zoo3.plots:plot_from_file", ("seaborn",), (figures_to_files,)),
     "push_to_hub": Script("rl_zoo3.push_to_hub", ("moviepy",), (hub_knows_dreamer, ffmpeg_on_path)),
     "load_from_hub": Script("rl_zoo3.load_from_hub", bridges=(hub_knows_dreamer,)),
     "benchmark": Script("rl_zoo3.benchmark", bridges=(children_know_dreamer,)),

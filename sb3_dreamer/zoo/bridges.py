@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -11,6 +12,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+# part of an environment's id -> what it takes that rl_zoo3 does not bring
+ENVIRONMENTS = {
+    "dm_control/": '--gym-packages shimmy, and pip install "sb3-dreamer[dmc]"',
+    "NoFrameskip-v4": 'pip install "sb3-dreamer[atari]"',
+}
 
 
 @contextmanager
@@ -33,6 +40,18 @@ def dreamer_experiments() -> Iterator[None]:
 
     with replaced(rl_zoo3.train, "ExperimentManager", experiment_manager):
         yield
+
+
+@contextmanager
+def absent_environments_explained() -> Iterator[None]:
+    """Where ``train`` knows no environment of a packaged block, it also says how to get it."""
+    try:
+        yield
+    except ValueError as error:
+        for part, needs in ENVIRONMENTS.items():
+            if "not found" in str(error) and part in str(error).split()[0]:
+                raise ValueError(f"{error} It takes {needs}") from error
+        raise
 
 
 @contextmanager
@@ -74,3 +93,21 @@ def ffmpeg_on_path() -> Iterator[None]:
             yield
         finally:
             os.environ["PATH"] = path
+
+
+@contextmanager
+def figures_to_files() -> Iterator[None]:
+    """Where no window can open, ``plt.show`` writes ``<name of the figure>.png`` into the current folder."""
+    from matplotlib import pyplot as plt
+    from wasabi import msg
+
+    def save_all() -> None:
+        for number in plt.get_fignums():
+            figure = plt.figure(number)
+            path = re.sub(r"[^\w.-]+", "_", str(figure.get_label())) + ".png"
+            figure.savefig(path)
+            msg.good(f"No display: saved {path}")
+        plt.close("all")
+
+    with replaced(plt, "show", save_all if plt.get_backend().lower() == "agg" else plt.show):
+        yield

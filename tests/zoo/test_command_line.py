@@ -8,6 +8,7 @@ import pytest
 from stable_baselines3.common.save_util import load_from_pkl
 
 from sb3_dreamer import Dreamer
+from sb3_dreamer.zoo.bridges import absent_environments_explained, figures_to_files
 from tests.zoo.processes import TINY, Run
 
 RUN = Path("logs/dreamer/CartPole-v1_1")
@@ -106,6 +107,36 @@ def test_a_misspelt_hyperparameter_ends_the_run_with_the_right_name(zoo):
         "train", "--algo", "dreamer", "--env", "CartPole-v1", "-f", "no", "-params", "train_ration:8", fails=True
     )
     assert 'did you mean "train_ratio"?' in said
+
+
+@pytest.mark.parametrize("hint", ["atari", "dmc"])
+def test_an_environment_of_a_missing_library_names_the_pip_command(hint):
+    env_id = {"atari": "PongNoFrameskip-v4", "dmc": "dm_control/walker-walk-v0"}[hint]
+    with (
+        pytest.raises(ValueError, match=rf"{env_id} not found.*pip install .sb3-dreamer\[{hint}\]") as caught,
+        absent_environments_explained(),
+    ):
+        raise ValueError(f"{env_id} not found in gym registry, you maybe meant CartPole-v1?")  # rl_zoo3's words
+    assert ("--gym-packages shimmy" in str(caught.value)) == (hint == "dmc")
+
+
+def test_an_unknown_environment_keeps_the_zoo_s_message():
+    with pytest.raises(ValueError, match=r"^Cartpole-v1 not found$"), absent_environments_explained():
+        raise ValueError("Cartpole-v1 not found")
+
+
+def test_without_a_display_figures_become_files(tmp_path, monkeypatch):
+    from matplotlib import pyplot as plt
+
+    monkeypatch.chdir(tmp_path)
+    show = plt.show
+    with figures_to_files():
+        plt.figure("Results dm_control/walker-walk-v0")
+        plt.plot([0, 1])
+        plt.show()
+    assert (tmp_path / "Results_dm_control_walker-walk-v0.png").read_bytes().startswith(b"\x89PNG")
+    assert plt.get_fignums() == []  # shown and gone, as with a window
+    assert plt.show is show
 
 
 def test_an_unknown_script_is_answered_with_the_known_ones(zoo):

@@ -1,4 +1,5 @@
 import inspect
+from importlib import import_module
 
 import gymnasium as gym
 import pytest
@@ -44,6 +45,14 @@ def test_a_block_names_steps_policy_and_nothing_unknown(check, env_id):
 def test_a_block_does_not_repeat_defaults_of_the_constructor(env_id):
     repeated = [name for name, value in BLOCKS[env_id].items() if name in DEFAULTS and DEFAULTS[name] == value]
     assert repeated == []
+
+
+@pytest.mark.parametrize("env_id", [env_id for env_id in BLOCKS if "env_wrapper" in BLOCKS[env_id]])
+def test_a_block_gives_its_wrappers_arguments_that_they_have(env_id):
+    for entry in BLOCKS[env_id]["env_wrapper"]:
+        [(wrapper, arguments)] = entry.items() if isinstance(entry, dict) else [(entry, {})]
+        module, _, name = wrapper.rpartition(".")
+        inspect.signature(getattr(import_module(module), name)).bind("environment", **arguments)
 
 
 @pytest.mark.parametrize(

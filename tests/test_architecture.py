@@ -25,8 +25,10 @@ CORE = {
     "algorithm": {"types", "replay", "policies", "environments", "files"},
     "knobs": set(),
     "metrics": set(),
+    "capture": {"types"},
     "dreamer": {
         "types",
+        "capture",
         "nets",
         "world_model",
         "behavior",
@@ -56,6 +58,7 @@ LIBRARIES = {
     "algorithm": {"torch", "numpy", "gymnasium", "stable_baselines3"},
     "knobs": set(),
     "metrics": {"torch"},
+    "capture": {"torch"},
     "dreamer": {"torch", "numpy", "gymnasium", "stable_baselines3"},
     "__init__": set(),
 }

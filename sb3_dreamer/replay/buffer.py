@@ -29,7 +29,7 @@ from gymnasium import spaces
 from stable_baselines3.common.utils import get_device
 from stable_baselines3.common.vec_env import VecNormalize
 
-from sb3_dreamer.replay.columns import FIRST, LAST, TERMINAL, EntryCode, HalfLatents
+from sb3_dreamer.replay.columns import FIRST, LAST, TERMINAL, EntryCode, HalfLatents, to_device
 from sb3_dreamer.replay.rings import Rings
 from sb3_dreamer.replay.storage import DiskStorage, RamStorage
 from sb3_dreamer.types import Batch
@@ -242,14 +242,14 @@ class SequenceReplayBuffer:
         if self.latent_size:
             start[~is_first[:, 0]] = arrays["latent"][before[~is_first[:, 0]]]
         return Batch(
-            obs={key: self._to_torch(value) for key, value in obs.items()},
-            action=self._to_torch(action),
-            prev_action=self._to_torch(prev_action),
-            reward=self._to_torch(reward),
-            is_first=self._to_torch(is_first),
-            is_terminal=self._to_torch((flags & TERMINAL) != 0),
-            is_last=self._to_torch((flags & LAST) != 0),
-            start=self._to_torch(start),
+            obs={key: to_device(value, self.device) for key, value in obs.items()},
+            action=to_device(action, self.device),
+            prev_action=to_device(prev_action, self.device),
+            reward=to_device(reward, self.device),
+            is_first=to_device(is_first, self.device),
+            is_terminal=to_device((flags & TERMINAL) != 0, self.device),
+            is_last=to_device((flags & LAST) != 0, self.device),
+            start=to_device(start, self.device),
             index=index,
         )
 
@@ -288,14 +288,6 @@ class SequenceReplayBuffer:
         if isinstance(self.observation_space, spaces.Dict):
             return env.normalize_obs(obs)  # type: ignore[return-value]
         return {"obs": env.normalize_obs(obs["obs"])}  # type: ignore[dict-item]
-
-    def _to_torch(self, array: np.ndarray) -> th.Tensor:
-        tensor = th.from_numpy(array)
-        if tensor.dtype == th.float16:
-            tensor = tensor.float()
-        if self.device.type != "cuda":
-            return tensor.to(self.device)
-        return tensor.pin_memory().to(self.device, non_blocking=True)
 
     # -- keeping ---------------------------------------------------------------------------------------------------
 

@@ -256,6 +256,16 @@ class EntryCode:
         return {f"obs/{key}": column.cast(by_key[key], envs, prefix) for key, column in self.observation.items()}
 
 
+def to_device(array: np.ndarray, device: th.device) -> th.Tensor:
+    """The same numbers on a device, halves as floats; to a GPU they travel while the host goes on."""
+    tensor = th.from_numpy(array)
+    if tensor.dtype == th.float16:
+        tensor = tensor.float()
+    if device.type != "cuda":
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)
+
+
 class HalfLatents:
     """Latents on their way to the host, as float16; what is too large for it is clipped.
 

@@ -1,6 +1,7 @@
 """Publishing: the Zoo's ``push_to_hub``, with a model card that tells the truth about Dreamer.
 
 With ``HF_HUB_OFFLINE=1`` everything happens but the network: the folder ``hub/<name>`` is written, to be looked at.
+``load_from_hub`` brings files that will be unpickled; the hub's library does that only with ``TRUST_REMOTE_CODE=True``.
 """
 
 from __future__ import annotations

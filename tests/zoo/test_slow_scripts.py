@@ -233,7 +233,9 @@ def test_what_was_published_is_loaded_and_played(published, zoo, folder):
     }
     downloaded = ["--algo", "dreamer", "--env", "Pendulum-v1", "-f", "downloaded"]
     try:
-        zoo("load_from_hub", *downloaded, "-orga", "me", **network)
+        # what is downloaded will be unpickled: the hub's library wants the user's word for that, and so does ours
+        assert "TRUST_REMOTE_CODE" in zoo("load_from_hub", *downloaded, "-orga", "me", fails=True, **network)
+        zoo("load_from_hub", *downloaded, "-orga", "me", TRUST_REMOTE_CODE="True", **network)
     finally:
         server.shutdown()
         server.server_close()

@@ -95,8 +95,10 @@ class NormSilu:
         return th.div(du.addcmul_(unit, along, value=-1), self.lengths[t], out=out)
 
     def gain_grad(self) -> th.Tensor:
-        """Gradient of the gain, once all entries have gone backward."""
-        return self._gain_grad.sum(0) * self.root
+        """Gradient of the gain, once all entries have gone backward; then another backward pass may begin."""
+        grad = self._gain_grad.sum(0) * self.root
+        self._gain_grad.zero_()
+        return grad
 
 
 class FilterScan(th.autograd.Function):

@@ -109,3 +109,14 @@ def test_acting_step_by_step_filters_as_training_does(rssm: RSSM) -> None:
             state = rssm.observe_step(state, embed[:, t], action[:, t], first[:, t])
             assert th.allclose(state.deter, states.deter[:, t], atol=1e-12)
             state = states[:, t]
+
+
+def test_a_second_backward_pass_gives_the_same_gradients(rssm: RSSM) -> None:
+    embed, action, first, start = inputs()
+    states, post = rssm.observe(embed, action, first, start)
+    loss = states.features.sum() + (post.log() ** 2).sum()
+    parameters = list(rssm.sequence.parameters())
+    once = th.autograd.grad(loss, parameters, retain_graph=True)
+    again = th.autograd.grad(loss, parameters)
+    for grad, same in zip(once, again, strict=True):
+        assert th.equal(grad, same)

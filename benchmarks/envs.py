@@ -4,10 +4,12 @@ Any Gymnasium id          that environment
 dmc/<domain>-<task>       DeepMind Control through Shimmy: one float32 vector, every action repeated twice
 <name>-no-velocity        Pendulum and CartPole without their velocities: a policy needs memory
 CartPole-pixels           CartPole as small grey pictures, one at a time: a policy needs memory too
+Recall                    a sign seen once has to be named 30 to 40 steps later: nothing but memory
 """
 
 import warnings
 from functools import partial
+from typing import Any
 
 import gymnasium as gym
 import numpy as np
@@ -37,6 +39,8 @@ def make_env(name: str) -> gym.Env:
         return _without_velocity(*HIDDEN_VELOCITY[name])
     if name == "CartPole-pixels":
         return _cartpole_pixels()
+    if name == "Recall":
+        return Recall()
     return gym.make(name)
 
 
@@ -74,3 +78,32 @@ def _small_and_grey(picture: np.ndarray) -> np.ndarray:
     rows, columns = CARTPOLE_PIXELS
     blocks = picture[CARTPOLE_ROWS].reshape(rows, 5, columns, 10, 3)
     return blocks.mean((1, 3, 4)).astype(np.uint8)[..., None]
+
+
+class Recall(gym.Env[np.ndarray, np.int64]):
+    """A sign, +1 or -1, is seen once; after a wait, whose end shows, it has to be named.
+
+    Observation (sign or 0, whether the answer counts now). The first action on which the answer counts ends the episode
+    with a reward of 1 if it is right; all others are without effect. Without memory: 0.5. After the T-maze of Bakker,
+    "Reinforcement learning with long short-term memory", NeurIPS 2001.
+    """
+
+    WAIT = (30, 40)
+
+    def __init__(self) -> None:
+        self.observation_space = spaces.Box(-1, 1, (2,), np.float32)
+        self.action_space = spaces.Discrete(2)
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[np.ndarray, dict]:
+        """The only observation that has the sign in it."""
+        super().reset(seed=seed)
+        self.answer = int(self.np_random.integers(2))
+        self.left = int(self.np_random.integers(self.WAIT[0], self.WAIT[1] + 1))
+        return np.array([2 * self.answer - 1, 0], np.float32), {}
+
+    def step(self, action: np.int64) -> tuple[np.ndarray, float, bool, bool, dict]:
+        """Wait, or answer."""
+        answered = self.left == 0
+        self.left -= 1
+        reward = float(answered and int(action) == self.answer)
+        return np.array([0, self.left == 0], np.float32), reward, answered, False, {}

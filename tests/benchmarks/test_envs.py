@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 from stable_baselines3.common.env_checker import check_env
 
-from benchmarks.envs import action_repeat, make_env
+from benchmarks.envs import Recall, action_repeat, make_env
 
 
 def test_dm_control_is_one_float32_vector():
@@ -56,3 +56,23 @@ def test_cartpole_pixels_show_where_cart_and_pole_are():
     darkness = [(255.0 - picture[..., 0]).sum(0) for picture in (start, moved)]
     centres = [(dark * np.arange(60)).sum() / dark.sum() for dark in darkness]
     assert abs(centres[1] - centres[0]) > 0.2
+
+
+@pytest.mark.parametrize("right", [True, False])
+def test_recall_shows_its_sign_once_and_pays_for_naming_it_thirty_steps_later(right):
+    env = make_env("Recall")
+    check_env(env)
+    for seed in range(10):
+        observation, _ = env.reset(seed=seed)
+        sign, shown, steps, total = observation[0], [], 0, 0.0
+        ended = False
+        while not ended:
+            action = int((sign > 0) == right) if observation[1] else env.action_space.sample()
+            observation, reward, ended, truncated, _ = env.step(action)
+            shown.append(observation[0])
+            steps, total = steps + 1, total + reward
+        assert abs(sign) == 1
+        assert not any(shown)
+        assert not truncated
+        assert Recall.WAIT[0] < steps <= Recall.WAIT[1] + 1
+        assert total == right

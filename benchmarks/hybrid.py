@@ -90,7 +90,7 @@ def hand_over(run: Runner) -> Row:
     run.learn("dreamer", dreamer, first)
     before = run.returns("dreamer")[-1]
     verdict: Row = {"dreamer before": before}
-    for name in ("sac", "crossq"):
+    for name in run.args.successors:
         agent = f"dreamer-then-{name}"
         env = make_vec_env(lambda: make_env(run.env), seed=run.seed)
         student = dreamer.to_model_free(algorithm(name), env=env, seed=run.seed, buffer_size=first + then)
@@ -98,7 +98,7 @@ def hand_over(run: Runner) -> Row:
         run.learn(agent, student, then, already=first)
         verdict[f"{agent} lowest"] = min(run.returns(agent))
     run.learn("dreamer", dreamer, then, already=first)
-    for name in ("sac", "crossq"):
+    for name in run.args.successors:
         run.learn(name, run.new(name), first + then)
     return verdict | {f"{row['agent']} at the end": row["return_mean"] for row in run.rows}
 
@@ -149,6 +149,7 @@ def main() -> None:
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--first", type=int, default=30_000, help="steps of the agent that comes first")
     parser.add_argument("--then", type=int, default=30_000, help="steps of the one that takes over")
+    parser.add_argument("--successors", nargs="+", choices=("sac", "crossq"), default=("sac", "crossq"))
     parser.add_argument("--teacher", choices=("ppo", "sac"), default="ppo")
     parser.add_argument("--teacher-steps", type=int, default=10_000, help="steps in which the world model watches")
     parser.add_argument("--dreams", type=int, default=1024)

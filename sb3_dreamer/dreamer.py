@@ -46,7 +46,9 @@ class Dreamer(SequenceAlgorithm):
     :param env: environment, VecEnv, or the id of a registered one.
     :param learning_rate: a number, or a function of the remaining progress (1 to 0).
     :param warmup_updates: updates over which the learning rate rises from zero.
-    :param actor_lr_scale: learning rate of the actor, as a share of the others'.
+    :param actor_lr_scale: learning rate of the actor, relative to the world model's.
+    :param critic_lr_scale: learning rate of the critic, relative to the world model's.
+    :param critic_ema_decay: how much of the critic's slow copy stays at each update.
     :param buffer_size: capacity of the replay in entries, all environments together.
     :param learning_starts: environment steps with random actions before the first update.
     :param batch_size: sequences in a batch.
@@ -83,6 +85,8 @@ class Dreamer(SequenceAlgorithm):
         learning_rate: float | Schedule = 6e-4,
         warmup_updates: int = 100,
         actor_lr_scale: float = 0.2,
+        critic_lr_scale: float = 4.0,
+        critic_ema_decay: float = 0.9,
         buffer_size: int = 1_000_000,
         learning_starts: int = 500,
         batch_size: int = 16,
@@ -127,6 +131,8 @@ class Dreamer(SequenceAlgorithm):
         )
         self.warmup_updates = warmup_updates
         self.actor_lr_scale = actor_lr_scale
+        self.critic_lr_scale = critic_lr_scale
+        self.critic_ema_decay = critic_ema_decay
         self.batch_length = batch_length
         self.train_ratio = train_ratio
         self.imagination_starts = imagination_starts
@@ -156,6 +162,8 @@ class Dreamer(SequenceAlgorithm):
             gamma=self.gamma,
             warmup_updates=self.warmup_updates,
             actor_lr_scale=self.actor_lr_scale,
+            critic_lr_scale=self.critic_lr_scale,
+            critic_ema_decay=self.critic_ema_decay,
             **self.policy_kwargs,
         ).to(self.device)
         buffer_class: Any = self.replay_buffer_class or SequenceReplayBuffer
@@ -184,7 +192,7 @@ class Dreamer(SequenceAlgorithm):
         if gradient_steps == 0:
             return
         self._update_learning_rate(self.policy.optimizer)
-        self.policy.set_rates(self.warmup_updates, self.actor_lr_scale)
+        self.policy.set_rates(self.warmup_updates, self.actor_lr_scale, self.critic_lr_scale)
         self.policy.optimizer.put_rates_on_device()
         update = self._captured_update()
         for _ in range(gradient_steps):

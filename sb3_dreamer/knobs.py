@@ -30,6 +30,8 @@ KNOBS: dict[str, Check] = {
     "learning_rate": either(number(0), callable, "a function of the remaining progress"),
     "warmup_updates": whole(0),
     "actor_lr_scale": number(0),
+    "critic_lr_scale": number(0),
+    "critic_ema_decay": number(0, 1),
     "buffer_size": number(1),
     "learning_starts": number(0),
     "batch_size": whole(1),

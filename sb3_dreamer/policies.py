@@ -99,7 +99,9 @@ class DreamerPolicy(BasePolicy):
     :param rssm_type: sequence model, "gru" or "transformer".
     :param gamma: discount.
     :param warmup_updates: updates over which the learning rate rises from zero.
-    :param actor_lr_scale: learning rate of the actor, as a share of the others'.
+    :param actor_lr_scale: learning rate of the actor, relative to the world model's.
+    :param critic_lr_scale: learning rate of the critic, relative to the world model's.
+    :param critic_ema_decay: how much of the critic's slow copy stays at each update.
     :param widths: single widths in place of those of ``model_size``, e.g. ``units=128``.
     :raises ValueError: for spaces that have no code, or that another policy reads, and for unknown settings.
     """
@@ -117,6 +119,8 @@ class DreamerPolicy(BasePolicy):
         gamma: float = 0.997,
         warmup_updates: int = 1000,
         actor_lr_scale: float = 1.0,
+        critic_lr_scale: float = 1.0,
+        critic_ema_decay: float = 0.98,
         **widths: int,
     ) -> None:
         super().__init__(observation_space, action_space, squash_output=isinstance(action_space, spaces.Box))
@@ -125,11 +129,14 @@ class DreamerPolicy(BasePolicy):
         known = {field.name for field in dataclasses.fields(SIZES[model_size])}
         if unknown := set(widths) - known:
             raise ValueError(f"policy_kwargs {sorted(unknown)} are unknown; single widths are {sorted(known)}")
-        rates = dict(warmup_updates=warmup_updates, actor_lr_scale=actor_lr_scale)
         for name, value in widths.items():
             if isinstance(value, bool) or not isinstance(value, Integral) or value < 1:
                 raise ValueError(f"{name}={value!r} in policy_kwargs must be a whole number of at least 1")
-        self._arguments = dict(model_size=model_size, rssm_type=rssm_type, gamma=gamma, **rates, **widths)
+        rates: dict[str, Any] = dict(
+            warmup_updates=warmup_updates, actor_lr_scale=actor_lr_scale, critic_lr_scale=critic_lr_scale
+        )
+        chosen = dict(model_size=model_size, rssm_type=rssm_type, gamma=gamma, critic_ema_decay=critic_ema_decay)
+        self._arguments = {**chosen, **rates, **widths}
         if self.alias not in (None, right := policy_for(observation_space)):
             raise ValueError(
                 f'{self.alias} does not read {observation_space}: use "{right}" (MultiInputPolicy is for Dicts, '
@@ -141,12 +148,11 @@ class DreamerPolicy(BasePolicy):
         self.world_model = WorldModel(observation_specs(observation_space), self.action_spec, size, rssm_type, gamma)
         features = self.world_model.feature_width
         self.actor = Actor(features, self.action_spec, size)
-        self.critic = Critic(features, size)
+        self.critic = Critic(features, size, critic_ema_decay)
         self.return_scale = ReturnScale()
-        actor = list(self.actor.parameters())
-        others = [*self.world_model.parameters(), *self.critic.fast.parameters()]
-        groups: list[dict[str, Any]] = [{"params": others}, {"params": actor, "lr_scale": actor_lr_scale}]
-        self.optimizer = LaProp(groups, lr=lr_schedule(1.0), warmup_steps=warmup_updates)
+        groups = [{"params": list(part.parameters())} for part in (self.world_model, self.actor, self.critic.fast)]
+        self.optimizer = LaProp(groups, lr=lr_schedule(1.0))
+        self.set_rates(**rates)
 
     def _get_constructor_parameters(self) -> dict[str, Any]:
         data = super()._get_constructor_parameters()
@@ -155,11 +161,11 @@ class DreamerPolicy(BasePolicy):
         data.pop("features_extractor_class", None)
         return {**data, "lr_schedule": self._dummy_schedule, **self._arguments}
 
-    def set_rates(self, warmup_updates: int, actor_lr_scale: float) -> None:
+    def set_rates(self, warmup_updates: int, actor_lr_scale: float, critic_lr_scale: float) -> None:
         """Settings of the optimiser that a saved one must not overrule; the learning rate itself is SB3's to set."""
-        others, actor = self.optimizer.param_groups
-        others["warmup_steps"] = actor["warmup_steps"] = warmup_updates
-        actor["lr_scale"] = actor_lr_scale
+        scales = 1.0, actor_lr_scale, critic_lr_scale
+        for group, scale in zip(self.optimizer.param_groups, scales, strict=True):
+            group.update(warmup_steps=warmup_updates, lr_scale=scale)
 
     def set_training_mode(self, mode: bool) -> None:
         """SB3 calls this at every step; no layer depends on it, so the modules are walked only when it changes."""

@@ -16,7 +16,7 @@ from stable_baselines3 import SAC
 from stable_baselines3.common.env_util import make_vec_env
 
 from sb3_dreamer import Dreamer
-from sb3_dreamer.files import describe_space, read_settings, space_from
+from sb3_dreamer.files import FORMAT, describe_space, read_settings, space_from
 from sb3_dreamer.policies import MlpPolicy
 
 DEBUG = dict(
@@ -204,10 +204,12 @@ def test_agents_of_other_algorithms_and_other_zip_files_are_foreign(tmp_path) ->
             Dreamer.load(tmp_path / name)
 
 
-@pytest.mark.parametrize(("number", "age"), [(0, "an older"), (2, "a newer")])
+@pytest.mark.parametrize(("number", "age"), [(FORMAT - 1, "an older"), (FORMAT + 1, "a newer")])
 def test_files_of_another_format_say_so(saved, number: int, age: str) -> None:
     rewrite(saved, lambda settings: settings["described"].update(format=number))
-    with pytest.raises(ValueError, match=f"saved by {age} version of sb3_dreamer, in format {number}, this one"):
+    with pytest.raises(
+        ValueError, match=f"saved by {age} version of sb3_dreamer, in format {number}, this one reads {FORMAT}"
+    ):
         Dreamer.load(saved)
 
 

@@ -38,12 +38,12 @@ class Critic(nn.Module):
 
     :param features: F.
     :param size: widths.
-    :param rate: share of the critic that enters its copy at each update.
+    :param ema_decay: how much of its copy stays at each update.
     """
 
-    def __init__(self, features: int, size: Size, rate: float = 0.02) -> None:
+    def __init__(self, features: int, size: Size, ema_decay: float = 0.98) -> None:
         super().__init__()
-        self.rate = rate
+        self.ema_decay = ema_decay
         self.fast = TwoHotHead(features, size.units, layers=3)
         self.slow = copy.deepcopy(self.fast).requires_grad_(False)
 
@@ -66,7 +66,7 @@ class Critic(nn.Module):
         """Move the slow copy a little towards the critic, if it has ``learned`` (() bool) something."""
         slow: list[th.Tensor] = list(self.slow.parameters())
         fast: list[th.Tensor] = list(self.fast.parameters())
-        th._foreach_add_(slow, th._foreach_mul(th._foreach_sub(fast, slow), self.rate * learned))
+        th._foreach_add_(slow, th._foreach_mul(th._foreach_sub(fast, slow), (1 - self.ema_decay) * learned))
 
 
 def actor_loss(

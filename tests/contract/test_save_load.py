@@ -180,13 +180,19 @@ def test_the_learning_rate_given_to_load_is_used(saved):
 
 def test_the_rates_given_to_load_are_used_whatever_the_saved_optimiser_says(saved):
     env = make_vec_env("Pendulum-v1")
-    loaded = Dreamer.load(saved, env=env, device="cpu", actor_lr_scale=0.0, warmup_updates=0)
+    rates = dict(actor_lr_scale=0.0, critic_lr_scale=0.5, critic_ema_decay=0.0, warmup_updates=0)
+    loaded = Dreamer.load(saved, env=env, device="cpu", **rates)
     before = {name: value.clone() for name, value in loaded.policy.state_dict().items()}
     loaded.learn(30)
     moved = {name for name, value in loaded.policy.state_dict().items() if not th.equal(value, before[name])}
     assert not any(name.startswith("actor.") for name in moved)
     assert any(name.startswith("critic.fast.") for name in moved)
-    assert [group["warmup_steps"] for group in loaded.policy.optimizer.param_groups] == [0, 0]
+    assert [group["warmup_steps"] for group in loaded.policy.optimizer.param_groups] == [0, 0, 0]
+    assert [group["lr_scale"] for group in loaded.policy.optimizer.param_groups] == [1.0, 0.0, 0.5]
+    critic = loaded.policy.critic
+    assert all(
+        th.equal(slow, fast) for slow, fast in zip(critic.slow.parameters(), critic.fast.parameters(), strict=True)
+    )
 
 
 def test_settings_given_to_load_are_used_and_checked(saved):

@@ -19,8 +19,8 @@ import numpy as np
 import torch as th
 
 from sb3_dreamer import Dreamer
-from sb3_dreamer.behavior.actor_critic import actor_loss, critic_loss
-from sb3_dreamer.behavior.imagination import imagine, lambda_returns
+from sb3_dreamer.behavior.actor_critic import actor_loss, advantages, critic_loss
+from sb3_dreamer.behavior.imagination import draw_starts, imagine, lambda_returns
 from sb3_dreamer.nets.layers import fast_bfloat16
 from sb3_dreamer.types import Batch, Dream
 
@@ -100,12 +100,13 @@ def time_parts(model: Dreamer, repeats: int) -> dict[str, float]:
             logits = policy.critic(dreamt.features)
             values = policy.critic.fast.mean(logits.detach())
             returns = lambda_returns(dreamt.reward, dreamt.discount, values, model.gae_lambda)
-            loss, _ = actor_loss(policy.actor, dreamt, returns, values, policy.return_scale.scale, model.ent_coef)
+            advantage = advantages(dreamt, returns, values, policy.return_scale.scale, model.center_advantage)
+            loss, _ = actor_loss(policy.actor, dreamt, advantage, model.ent_coef)
             loss = loss + critic_loss(policy.critic, dreamt, logits, returns)
         loss.backward()
 
     states = world_model.observe(batch)[0].detach().flatten()
-    starts = states[model._imagination_starts(batch.reward.numel())]
+    starts = states[draw_starts(batch.reward.numel(), model.imagination_starts, model.device)]
     dreamt = dream()
     parts: dict[str, Callable[[], Any]] = {"scan": scan, "world_model": learn_model, "imagination": dream}
     parts |= {"actor_and_critic": learn_behavior, "update": lambda: model.update(batch)}

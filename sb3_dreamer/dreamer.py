@@ -13,8 +13,8 @@ from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.type_aliases import GymEnv, Schedule
 
 from sb3_dreamer.algorithm import SequenceAlgorithm
-from sb3_dreamer.behavior.actor_critic import actor_loss, critic_loss, replay_critic_loss
-from sb3_dreamer.behavior.imagination import imagine, lambda_returns
+from sb3_dreamer.behavior.actor_critic import actor_loss, advantages, critic_loss, replay_critic_loss
+from sb3_dreamer.behavior.imagination import draw_starts, imagine, lambda_returns
 from sb3_dreamer.capture import CapturedUpdate, Update, record_cuda_graph
 from sb3_dreamer.files import describe
 from sb3_dreamer.knobs import check_knobs
@@ -59,6 +59,8 @@ class Dreamer(SequenceAlgorithm):
     :param gamma: discount.
     :param gae_lambda: lambda of the returns.
     :param ent_coef: weight of the actor's entropy.
+    :param center_advantage: subtract the mean advantage of the dreams, see
+        :func:`~sb3_dreamer.behavior.actor_critic.advantages`.
     :param rssm_type: sequence model, "gru" or "transformer".
     :param model_size: "debug", "size1m", "size12m", "size25m", "size50m", "size100m" or "size200m".
     :param replay_buffer_class: a subclass of :class:`~sb3_dreamer.replay.SequenceReplayBuffer`.
@@ -97,6 +99,7 @@ class Dreamer(SequenceAlgorithm):
         gamma: float = 0.997,
         gae_lambda: float = 0.95,
         ent_coef: float = 3e-4,
+        center_advantage: bool = True,
         rssm_type: str = "gru",
         model_size: str = "size1m",
         replay_buffer_class: type[SequenceReplayBuffer] | None = None,
@@ -139,6 +142,7 @@ class Dreamer(SequenceAlgorithm):
         self.imagination_horizon = imagination_horizon
         self.gae_lambda = gae_lambda
         self.ent_coef = ent_coef
+        self.center_advantage = center_advantage
         self.rssm_type = rssm_type
         self.model_size = model_size
         self._entries_owed = 0.0
@@ -214,7 +218,7 @@ class Dreamer(SequenceAlgorithm):
             losses, states, info = world_model.loss(batch)
 
             # Dream on from there, and see what it was worth.
-            starts = self._imagination_starts(batch.reward.numel())
+            starts = draw_starts(batch.reward.numel(), self.imagination_starts, self.device)
             dream = imagine(world_model, actor, states.detach().flatten()[starts], self.imagination_horizon)
             logits = critic(dream.features)
             values = critic.fast.mean(logits.detach())
@@ -222,7 +226,8 @@ class Dreamer(SequenceAlgorithm):
             scale = self.policy.return_scale.update(returns)
 
             # Learn what to do, and what it is worth.
-            losses["actor"], actor_info = actor_loss(actor, dream, returns, values, scale, self.ent_coef)
+            advantage = advantages(dream, returns, values, scale, self.center_advantage)
+            losses["actor"], actor_info = actor_loss(actor, dream, advantage, self.ent_coef)
             if self._cloning is not None:
                 losses["actor"] = self._cloning.mix(losses["actor"], actor, states.features, batch, self._n_updates)
             losses["critic"] = critic_loss(critic, dream, logits, returns)
@@ -266,12 +271,6 @@ class Dreamer(SequenceAlgorithm):
         """As in every SB3 algorithm."""
         self._captured = None
         super().set_parameters(*args, **kwargs)
-
-    def _imagination_starts(self, n_states: int) -> th.Tensor:
-        """Which of the batch's states dreams start from: indices (N,)."""
-        if self.imagination_starts is None or self.imagination_starts >= n_states:
-            return th.arange(n_states, device=self.device)
-        return th.rand(n_states, device=self.device).argsort()[: self.imagination_starts]
 
     def dump_logs(self) -> None:
         """Write the log: the means of the training metrics since the last time, and SB3's own entries."""

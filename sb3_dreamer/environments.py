@@ -9,7 +9,7 @@ from typing import Any
 from gymnasium import spaces
 from stable_baselines3.common.vec_env import VecEnv, unwrap_vec_normalize
 
-from sb3_dreamer.policies import check_action_bounds, spec_of
+from sb3_dreamer.spaces import check_action_bounds, spec_of
 
 
 def check_spaces(env: Any) -> None:

@@ -10,15 +10,20 @@ from typing import Any
 Check = tuple[Callable[[Any], bool], str]
 
 
+def _is(x: Any, kind: type) -> bool:
+    """Of that kind of number; True and False are none."""
+    return isinstance(x, kind) and not isinstance(x, bool)
+
+
 def whole(least: int) -> Check:
     """Whole numbers."""
-    return lambda x: isinstance(x, Integral) and int(x) >= least, f"a whole number of at least {least}"
+    return lambda x: _is(x, Integral) and int(x) >= least, f"a whole number of at least {least}"
 
 
 def number(low: float, high: float = math.inf) -> Check:
     """Numbers within bounds; NaN and infinity never pass."""
     words = f"a number of at least {low:g}" if high == math.inf else f"a number within [{low:g}, {high:g}]"
-    return lambda x: isinstance(x, Real) and low <= float(x) <= high and math.isfinite(x), words
+    return lambda x: _is(x, Real) and low <= float(x) <= high and math.isfinite(x), words
 
 
 def either(check: Check, other: Callable[[Any], bool], words: str) -> Check:
@@ -36,12 +41,13 @@ KNOBS: dict[str, Check] = {
     "learning_starts": number(0),
     "batch_size": whole(1),
     "batch_length": whole(2),
-    "train_ratio": (lambda x: isinstance(x, Real) and 0 < float(x) < math.inf, "a number above 0"),
+    "train_ratio": (lambda x: _is(x, Real) and 0 < float(x) < math.inf, "a number above 0"),
     "imagination_starts": either(whole(1), lambda x: x is None, "None"),
     "imagination_horizon": whole(1),
     "gamma": number(0, 1),
     "gae_lambda": number(0, 1),
     "ent_coef": number(0),
+    "center_advantage": (lambda x: isinstance(x, bool), "True or False"),
 }
 
 
@@ -53,5 +59,5 @@ def check_knobs(settings: Mapping[str, Any]) -> None:
     """
     for name, (passes, words) in KNOBS.items():
         value = settings[name]
-        if isinstance(value, bool) or not passes(value):
+        if not passes(value):
             raise ValueError(f"{name}={value!r} must be {words}")

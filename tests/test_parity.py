@@ -16,7 +16,7 @@ from gymnasium import spaces
 from torch import nn
 
 from sb3_dreamer import dreamer
-from sb3_dreamer.behavior.actor_critic import Actor, Critic, actor_loss, critic_loss, replay_critic_loss
+from sb3_dreamer.behavior.actor_critic import Actor, Critic, actor_loss, advantages, critic_loss, replay_critic_loss
 from sb3_dreamer.behavior.imagination import ReturnScale, imagine, lambda_returns
 from sb3_dreamer.nets.distributions import BoundedNormal, OneHots
 from sb3_dreamer.nets.optim import LaProp
@@ -435,7 +435,9 @@ def test_actor_loss_of_each_trajectory_matches_the_jax_reference(
     losses = []
     for one in rows(dream(world_model)):
         returns, values = dreamt_returns(critic, one)
-        loss, _ = actor_loss(actor, one, returns, values, expected(f"{name}_scale"), ENTROPY)
+        loss, _ = actor_loss(
+            actor, one, advantages(one, returns, values, expected(f"{name}_scale"), center=False), ENTROPY
+        )
         losses.append(loss)
     assert_equal(th.stack(losses), expected(f"{name}_policy_loss").mean(1))
 
@@ -451,7 +453,7 @@ def test_critic_loss_of_each_trajectory_matches_the_jax_reference(world_model: W
 def test_gradients_of_actor_and_critic_match_the_jax_reference(world_model: WorldModel, actor: Actor, critic: Critic):
     data = dream(world_model)
     returns, values = dreamt_returns(critic, data)
-    loss, _ = actor_loss(actor, data, returns, values, expected("imag1_scale"), ENTROPY)
+    loss, _ = actor_loss(actor, data, advantages(data, returns, values, expected("imag1_scale"), center=False), ENTROPY)
     (loss + critic_loss(critic, data, critic(data.features), returns)).backward()
     assert_same_gradients(actor, actor_table(below("grad/imag1/")))
     assert_same_gradients(critic.fast, head(below("grad/imag1/"), "val", 3))
@@ -490,7 +492,8 @@ def test_whole_training_loss_and_its_gradients_match_the_jax_reference(
     losses, states, _ = world_model.loss(data)
     dreams = imagine(world_model, actor, states.detach().flatten(), horizon=4)
     returns, values = dreamt_returns(critic, dreams)
-    policy_loss, _ = actor_loss(actor, dreams, returns, values, scale.update(returns), ENTROPY)
+    advantage = advantages(dreams, returns, values, scale.update(returns), center=False)
+    policy_loss, _ = actor_loss(actor, dreams, advantage, ENTROPY)
     value_loss = critic_loss(critic, dreams, critic(dreams.features), returns)
     replayed = replayed_returns(returns[:, 0].view(3, 6))
     replay_loss = replay_critic_loss(critic, states.features, critic(states.features), replayed, data.is_last)
@@ -524,6 +527,7 @@ def test_update_of_the_algorithm_computes_the_gradients_of_the_jax_reference(
         imagination_starts=None,
         imagination_horizon=4,
         gamma=GAMMA,
+        center_advantage=False,
         policy_kwargs=asdict(SIZE),
         device="cpu",
     )

@@ -12,7 +12,7 @@ from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.vec_env import DummyVecEnv, VecFrameStack, VecNormalize, VecTransposeImage
 
 from sb3_dreamer import Dreamer
-from sb3_dreamer.policies import observation_specs, policy_for, spec_of
+from sb3_dreamer.spaces import observation_specs, policy_for, spec_of
 from sb3_dreamer.types import SIZES, Spec
 from sb3_dreamer.world_model.codes import CODES
 from sb3_dreamer.world_model.decoders import Decoder

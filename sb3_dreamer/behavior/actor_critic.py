@@ -69,24 +69,40 @@ class Critic(nn.Module):
         th._foreach_add_(slow, th._foreach_mul(th._foreach_sub(fast, slow), (1 - self.ema_decay) * learned))
 
 
-def actor_loss(
-    actor: Actor, dream: Dream, returns: th.Tensor, values: th.Tensor, scale: th.Tensor, ent_coef: float
-) -> tuple[th.Tensor, Info]:
-    """REINFORCE with the normalised advantage and an entropy bonus (paper, Eq. 6).
+@th.no_grad()
+def advantages(dream: Dream, returns: th.Tensor, values: th.Tensor, scale: th.Tensor, center: bool) -> th.Tensor:
+    """How much more an action returned than the critic expected, in units of the return scale.
 
-    :param actor: the policy.
+    A critic that still moves shifts all advantages alike, by much more than actions differ in: noise to the actor.
+    Centred, the weighted mean over the trajectories is zero at each step.
+
     :param dream: N trajectories of H actions.
     :param returns: (N, H) lambda-returns.
     :param values: (N, H+1) critic at the states of the dream.
     :param scale: () return scale.
+    :param center: subtract the mean; the paper does not.
+    :return: (N, H).
+    """
+    advantage = (returns - values[:, :-1]) / scale
+    if not center:
+        return advantage
+    weight = weights(dream)[:, :-1]
+    return advantage - (weight * advantage).sum(0) / weight.sum(0).clamp(min=1e-8)
+
+
+def actor_loss(actor: Actor, dream: Dream, advantage: th.Tensor, ent_coef: float) -> tuple[th.Tensor, Info]:
+    """REINFORCE with an entropy bonus (paper, Eq. 6).
+
+    :param actor: the policy.
+    :param dream: N trajectories of H actions.
+    :param advantage: (N, H).
     :param ent_coef: weight of the entropy.
     :return: mean loss (); info.
     """
     policy = actor(dream.features)
-    advantage = ((returns - values[:, :-1]) / scale).detach()
     entropy = policy.entropy()
     gain = policy.log_prob(F.pad(dream.action, (0, 0, 0, 1))) * F.pad(advantage, (0, 1)) + ent_coef * entropy
-    return -(gain * weights(dream)).sum() / returns.numel(), {
+    return -(gain * weights(dream)).sum() / advantage.numel(), {
         "entropy": entropy.detach().mean(),
         "advantage_magnitude": advantage.abs().mean(),
     }

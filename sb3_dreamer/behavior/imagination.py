@@ -12,6 +12,13 @@ from sb3_dreamer.world_model import WorldModel
 from sb3_dreamer.world_model.rssm import State
 
 
+def draw_starts(n_states: int, n: int | None, device: th.device) -> th.Tensor:
+    """Which of ``n_states`` states dreams start from: ``n`` indices drawn without repetition, or all where None."""
+    if n is None or n >= n_states:
+        return th.arange(n_states, device=device)
+    return th.rand(n_states, device=device).argsort()[:n]
+
+
 @th.no_grad()
 def imagine(world_model: WorldModel, actor: Actor, start: State, horizon: int) -> Dream:
     """Let the actor act in the world model::

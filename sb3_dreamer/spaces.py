@@ -1,0 +1,70 @@
+"""Spaces of Gymnasium, translated for the networks; what they cannot read is refused here."""
+
+from __future__ import annotations
+
+import numpy as np
+from gymnasium import spaces
+from stable_baselines3.common.preprocessing import is_image_space
+
+from sb3_dreamer.types import Spec
+
+
+def spec_of(space: spaces.Space) -> Spec:
+    """Translate one space (no Dict) for the networks.
+
+    :raises ValueError: for a kind of space that has no encoder.
+    """
+    if is_image_space(space):
+        assert space.shape is not None
+        return Spec("image", space.shape)
+    if isinstance(space, spaces.Box):
+        return Spec("vector", space.shape)
+    if isinstance(space, spaces.Discrete):
+        return Spec("discrete", (), (int(space.n),), (int(space.start),))
+    if isinstance(space, spaces.MultiDiscrete) and space.nvec.ndim == 1:
+        first = np.broadcast_to(getattr(space, "start", 0), space.shape)
+        return Spec("discrete", space.shape, tuple(map(int, space.nvec)), tuple(map(int, first)))
+    if isinstance(space, spaces.MultiBinary):
+        return Spec("binary", space.shape)
+    raise ValueError(
+        f"{space} is not supported: use Box, Discrete, flat MultiDiscrete, MultiBinary, or a flat Dict of these "
+        "(gymnasium.wrappers.FlattenObservation turns other spaces into a Box)"
+    )
+
+
+def observation_specs(space: spaces.Space) -> dict[str, Spec]:
+    """Specs by key; a space that is no Dict has the single key "obs"."""
+    if isinstance(space, spaces.Dict):
+        return {key: spec_of(sub) for key, sub in space.spaces.items()}
+    return {"obs": spec_of(space)}
+
+
+def policy_for(space: spaces.Space) -> str:
+    """The alias of the policy that reads observations of this space."""
+    if isinstance(space, spaces.Dict):
+        return "MultiInputPolicy"
+    return "CnnPolicy" if is_image_space(space) else "MlpPolicy"
+
+
+def check_action_bounds(space: spaces.Space) -> None:
+    """Refuse a Box whose actions cannot be scaled to [-1, 1] and back.
+
+    :raises ValueError: for bounds that are infinite, or so far apart that their distance is.
+    """
+    if isinstance(space, spaces.Box):
+        low, high = float_bounds(space)
+        with np.errstate(over="ignore"):
+            bad = np.argwhere(~np.isfinite(high - low))
+        if len(bad):
+            where = tuple(int(i) for i in bad[0])
+            raise ValueError(
+                f"actions need finite bounds, dimension {where} has [{low[where]:g}, {high[where]:g}]: give the action "
+                "space of the environment the bounds that it works with, or wrap it in "
+                "gymnasium.wrappers.RescaleAction or TransformAction"
+            )
+
+
+def float_bounds(space: spaces.Box) -> tuple[np.ndarray, np.ndarray]:
+    """Lower and upper bounds in a float type that holds them; int8 could not hold their distance."""
+    dtype = np.promote_types(space.dtype or np.float32, np.float32)
+    return space.low.astype(dtype), space.high.astype(dtype)

@@ -25,8 +25,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
 
 COLOURS = ("#0173b2", "#de8f05", "#029e73", "#cc78bc", "#ca9161", "#56b4e9", "#d55e00")
-GREYS = ("#333333", "#8c8c8c", "#b0803c", "#7c6fb0", "#5a8a5a", "#a05050")
-STYLES = tuple(zip(GREYS, "os^Dv*"))  # of published results
+GREYS = ("#333333", "#8c8c8c", "#b0803c", "#7c6fb0", "#5a8a5a", "#a05050", "#3f7f93")
+STYLES = tuple(zip(GREYS, "os^Dv*P"))  # of published results
 UNITS = {"k": 1_000, "M": 1_000_000}
 
 
@@ -98,7 +98,7 @@ def panels(tasks: list[str]) -> tuple[Figure, Iterator[Axes]]:
 
 
 def decorate(axes: Axes, task: str, column: str) -> None:
-    """Title, axes, grid."""
+    """Title, axes, grid; a legend below, since the number of seeds is not the same everywhere."""
     axes.set_title(task, fontsize=12, fontweight="bold")
     axes.set_xlabel("environment steps")
     axes.set_ylabel("evaluation return" if column == "return_mean" else "training return")
@@ -106,10 +106,11 @@ def decorate(axes: Axes, task: str, column: str) -> None:
     axes.set_xlim(left=0)
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.17), frameon=False, fontsize=9)
 
 
 def draw(results: pd.DataFrame, reference: pd.DataFrame, column: str) -> Figure:
-    """All panels above one legend."""
+    """All panels."""
     tasks = sorted(results["task"].unique())
     colours = dict(zip(results["curve"].unique(), cycle(COLOURS)))
     styles = dict(zip(reference["algorithm"].unique(), cycle(STYLES)))
@@ -122,16 +123,7 @@ def draw(results: pd.DataFrame, reference: pd.DataFrame, column: str) -> Figure:
             draw_reference(axes, points, str(name), styles[name], ours["step"].max())
         decorate(axes, task, column)
     figure.tight_layout()
-    add_legend(figure)
     return figure
-
-
-def add_legend(figure: Figure) -> None:
-    """Below the panels, each entry once."""
-    entries = {label: handle for axes in figure.axes for handle, label in zip(*axes.get_legend_handles_labels())}
-    columns = min(len(figure.axes), 2)
-    handles = list(entries.values())
-    figure.legend(handles, list(entries), loc="upper center", bbox_to_anchor=(0.5, 0), frameon=False, ncols=columns)
 
 
 def main() -> None:

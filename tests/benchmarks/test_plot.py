@@ -39,5 +39,5 @@ def test_the_legend_quotes_the_source_of_published_points(results: pd.DataFrame,
     path = tmp_path / "reference.csv"
     path.write_text("task,algorithm,env_steps,mean_return,n_seeds,source\nwalker-walk,dreamerv3,50,213,5,paper\n")
     figure = draw(results, read_references([path], ["dreamerv3"]), "return_mean")
-    labels = [text.get_text() for text in figure.legends[0].get_texts()]
+    labels = [text.get_text() for axes in figure.axes for text in axes.get_legend().get_texts()]
     assert "published dreamerv3 (5 seeds; paper)" in labels

@@ -51,6 +51,11 @@ class SequenceAlgorithm(OffPolicyAlgorithm):
         check_wrapping(env)
         return env
 
+    def _update_current_progress_remaining(self, num_timesteps: int, total_timesteps: int) -> None:
+        """Never below 0: the last step of many environments goes beyond the total, and would turn a schedule's sign."""
+        super()._update_current_progress_remaining(num_timesteps, total_timesteps)
+        self._current_progress_remaining = max(self._current_progress_remaining, 0.0)
+
     # -- collecting ----------------------------------------------------------------------------------------------------
 
     def learn(

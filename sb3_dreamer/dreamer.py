@@ -167,7 +167,6 @@ class Dreamer(SequenceAlgorithm):
             warmup_updates=self.warmup_updates,
             actor_lr_scale=self.actor_lr_scale,
             critic_lr_scale=self.critic_lr_scale,
-            critic_ema_decay=self.critic_ema_decay,
             **self.policy_kwargs,
         ).to(self.device)
         buffer_class: Any = self.replay_buffer_class or SequenceReplayBuffer
@@ -246,7 +245,7 @@ class Dreamer(SequenceAlgorithm):
         self.policy.optimizer.zero_grad()
         loss.backward()
         learned = self.policy.optimizer.step(loss)
-        critic.update_slow(learned)
+        critic.update_slow(self.critic_ema_decay, learned)
         self.policy.return_scale.keep(learned)
 
         metrics = {f"{key}_loss": value.detach().mean() for key, value in losses.items()}

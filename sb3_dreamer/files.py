@@ -169,8 +169,8 @@ def in_place_of_pickles(
             "only trusted=True can load it"
         )
     defaults = {name: p.default for name, p in inspect.signature(cls).parameters.items()}
-    replaced = {
-        key: defaults.get(key)
+    replaced: dict[str, Any] = {
+        key: {} if key.endswith("_kwargs") else defaults.get(key)
         for key, value in settings.items()
         if isinstance(value, dict) and PICKLED in value and key not in given
     }

@@ -44,7 +44,7 @@ KNOBS: dict[str, Check] = {
     "train_ratio": (lambda x: _is(x, Real) and 0 < float(x) < math.inf, "a number above 0"),
     "imagination_starts": either(whole(1), lambda x: x is None, "None"),
     "imagination_horizon": whole(1),
-    "gamma": number(0, 1),
+    "gamma": (lambda x: _is(x, Real) and 0 < float(x) <= 1, "a number above 0 and up to 1"),
     "gae_lambda": number(0, 1),
     "ent_coef": number(0),
     "center_advantage": (lambda x: isinstance(x, bool), "True or False"),
@@ -61,3 +61,7 @@ def check_knobs(settings: Mapping[str, Any]) -> None:
         value = settings[name]
         if not passes(value):
             raise ValueError(f"{name}={value!r} must be {words}")
+    if settings["center_advantage"] and settings["imagination_starts"] == 1:
+        raise ValueError(
+            "one dream has no mean to differ from: imagination_starts=2 or more, or center_advantage=False"
+        )

@@ -40,7 +40,6 @@ class DreamerPolicy(BasePolicy):
     :param warmup_updates: updates over which the learning rate rises from zero.
     :param actor_lr_scale: learning rate of the actor, relative to the world model's.
     :param critic_lr_scale: learning rate of the critic, relative to the world model's.
-    :param critic_ema_decay: how much of the critic's slow copy stays at each update.
     :param widths: single widths in place of those of ``model_size``, e.g. ``units=128``.
     :raises ValueError: for spaces that have no code, or that another policy reads, and for unknown settings.
     """
@@ -56,10 +55,9 @@ class DreamerPolicy(BasePolicy):
         model_size: str = "size1m",
         rssm_type: str = "gru",
         gamma: float = 0.997,
-        warmup_updates: int = 1000,
-        actor_lr_scale: float = 1.0,
-        critic_lr_scale: float = 1.0,
-        critic_ema_decay: float = 0.98,
+        warmup_updates: int = 100,
+        actor_lr_scale: float = 0.2,
+        critic_lr_scale: float = 4.0,
         **widths: int,
     ) -> None:
         super().__init__(observation_space, action_space, squash_output=isinstance(action_space, spaces.Box))
@@ -74,8 +72,7 @@ class DreamerPolicy(BasePolicy):
         rates: dict[str, Any] = dict(
             warmup_updates=warmup_updates, actor_lr_scale=actor_lr_scale, critic_lr_scale=critic_lr_scale
         )
-        chosen = dict(model_size=model_size, rssm_type=rssm_type, gamma=gamma, critic_ema_decay=critic_ema_decay)
-        self._arguments = {**chosen, **rates, **widths}
+        self._arguments = dict(model_size=model_size, rssm_type=rssm_type, gamma=gamma, **rates, **widths)
         if self.alias not in (None, right := policy_for(observation_space)):
             raise ValueError(
                 f'{self.alias} does not read {observation_space}: use "{right}" (MultiInputPolicy is for Dicts, '
@@ -87,7 +84,7 @@ class DreamerPolicy(BasePolicy):
         self.world_model = WorldModel(observation_specs(observation_space), self.action_spec, size, rssm_type, gamma)
         features = self.world_model.feature_width
         self.actor = Actor(features, self.action_spec, size)
-        self.critic = Critic(features, size, critic_ema_decay)
+        self.critic = Critic(features, size)
         self.return_scale = ReturnScale()
         groups = [{"params": list(part.parameters())} for part in (self.world_model, self.actor, self.critic.fast)]
         self.optimizer = LaProp(groups, lr=lr_schedule(1.0))

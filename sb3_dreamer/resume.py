@@ -20,7 +20,8 @@ was never stopped. An environment can be restored if it (or its outermost wrappe
 
 Wrappers around the vector of environments that remember something (VecNormalize, VecFrameStack) are restored too.
 Any other environment is reset on resume: the episode under way ends there, as by a time limit. A replay on disk
-(``storage_path``) is not copied but goes on as it is, with whatever was collected or refreshed after the checkpoint.
+(``storage_path``) is not copied: what was collected after the checkpoint is dropped, what it overwrote is lost, and
+refreshed latents stay. What is left of a ``warm_start`` is not kept: the actor goes on without its teacher.
 """
 
 from __future__ import annotations

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import numpy as np
+import torch as th
 from gymnasium import spaces
 from stable_baselines3.common.preprocessing import is_image_space
 
@@ -62,6 +65,20 @@ def check_action_bounds(space: spaces.Space) -> None:
                 "space of the environment the bounds that it works with, or wrap it in "
                 "gymnasium.wrappers.RescaleAction or TransformAction"
             )
+
+
+def into_space(space: spaces.Space, numbers: np.ndarray) -> np.ndarray:
+    """Decoded numbers (..., *shape) as observations of one space: whole if they have to be, clipped, in its dtype."""
+    if not isinstance(space, spaces.Box):
+        return numbers.astype(space.dtype)
+    numbers = numbers if np.issubdtype(space.dtype, np.floating) else np.rint(numbers)
+    return np.clip(numbers, space.low, space.high).astype(space.dtype)
+
+
+def observations(space: spaces.Space, decoded: Mapping[str, th.Tensor]) -> dict[str, np.ndarray]:
+    """What the decoder says (n, *shape) by key, as observations of the space, see :func:`into_space`."""
+    parts = space.spaces if isinstance(space, spaces.Dict) else {"obs": space}
+    return {key: into_space(parts[key], part.float().cpu().numpy()) for key, part in decoded.items()}
 
 
 def float_bounds(space: spaces.Box) -> tuple[np.ndarray, np.ndarray]:

@@ -53,7 +53,7 @@ LIBRARIES = {
     "world_model": {"torch", "numpy"},
     "behavior": {"torch", "numpy"},
     "replay": {"torch", "numpy", "gymnasium", "stable_baselines3"},
-    "spaces": {"numpy", "gymnasium", "stable_baselines3"},
+    "spaces": {"torch", "numpy", "gymnasium", "stable_baselines3"},
     "policies": {"torch", "numpy", "gymnasium", "stable_baselines3"},
     "environments": {"gymnasium", "stable_baselines3"},
     "files": {"numpy", "gymnasium", "stable_baselines3"},

@@ -111,6 +111,13 @@ def test_a_pickled_schedule_is_left_out_with_a_warning_or_replaced(tmp_path) -> 
     assert Dreamer.load(tmp_path / "model", trusted=False, learning_rate=1e-5).lr_schedule(1.0) == 1e-5
 
 
+def test_pickled_arguments_of_the_replay_are_left_out_too(tmp_path) -> None:
+    where = {"storage_path": tmp_path / "replay"}  # a Path is no JSON
+    Dreamer("MlpPolicy", "Pendulum-v1", replay_buffer_kwargs=where, **DEBUG).save(tmp_path / "model")
+    with pytest.warns(UserWarning, match="replay_buffer_kwargs.* were not read"):
+        assert Dreamer.load(tmp_path / "model", trusted=False).replay_buffer_kwargs == {}
+
+
 def test_an_untrusted_agent_goes_on_training(saved) -> None:
     loaded = Dreamer.load(saved, env=make_vec_env("Pendulum-v1"), trusted=False, device="cpu")
     before = loaded._n_updates

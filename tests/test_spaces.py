@@ -12,7 +12,8 @@ from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.vec_env import DummyVecEnv, VecFrameStack, VecNormalize, VecTransposeImage
 
 from sb3_dreamer import Dreamer
-from sb3_dreamer.spaces import observation_specs, policy_for, spec_of
+from sb3_dreamer.replay.columns import ActionCode
+from sb3_dreamer.spaces import into_space, observation_specs, policy_for, spec_of
 from sb3_dreamer.types import SIZES, Spec
 from sb3_dreamer.world_model.codes import CODES
 from sb3_dreamer.world_model.decoders import Decoder
@@ -188,6 +189,24 @@ def test_the_table_reads_back_what_it_flattened_and_has_no_loss_there(name: str)
     assert code.read(out, spec).shape == observed.shape
     th.testing.assert_close(code.read(out, spec).double(), observed.double(), rtol=1e-4, atol=1e-4)
     th.testing.assert_close(code.loss(out, observed, spec), th.zeros(5), rtol=0, atol=1e-6)
+
+
+def test_decoded_numbers_of_integer_boxes_are_rounded_and_clipped() -> None:
+    space = spaces.Box(0, 255, (4,), np.uint8)
+    assert into_space(space, np.array([-1.7, 2.97, 254.6, 300.0])).tolist() == [0, 3, 255, 255]
+    assert into_space(spaces.Box(-1, 1, (2,), np.float32), np.array([0.25, 3.0])).tolist() == [0.25, 1.0]
+
+
+@pytest.mark.parametrize("space", [spaces.Discrete(200, start=-100), spaces.MultiDiscrete([200, 3], start=[-100, 7])])
+def test_actions_that_begin_below_zero_are_served_as_the_code_of_their_place(space: spaces.Space) -> None:
+    code = ActionCode(space)
+    first, sizes = np.atleast_1d(space.start), np.atleast_1d(space.n if hasattr(space, "n") else space.nvec)
+    for place in (0, 150, 199):
+        places = np.minimum(place, sizes - 1)
+        stored = code.store((first + places).reshape(1, *space.shape), np.zeros(1, int))
+        wanted = np.concatenate([np.eye(n)[p] for n, p in zip(sizes, places, strict=True)])
+        np.testing.assert_array_equal(code.serve(stored)[0], wanted)
+        np.testing.assert_array_equal(code.load(stored)[0], first + places)
 
 
 def test_integers_that_begin_elsewhere_have_the_code_of_their_place() -> None:

@@ -38,12 +38,10 @@ class Critic(nn.Module):
 
     :param features: F.
     :param size: widths.
-    :param ema_decay: how much of its copy stays at each update.
     """
 
-    def __init__(self, features: int, size: Size, ema_decay: float = 0.98) -> None:
+    def __init__(self, features: int, size: Size) -> None:
         super().__init__()
-        self.ema_decay = ema_decay
         self.fast = TwoHotHead(features, size.units, layers=3)
         self.slow = copy.deepcopy(self.fast).requires_grad_(False)
 
@@ -62,11 +60,11 @@ class Critic(nn.Module):
         return self.fast.loss(logits, target, slow)
 
     @th.no_grad()
-    def update_slow(self, learned: th.Tensor) -> None:
-        """Move the slow copy a little towards the critic, if it has ``learned`` (() bool) something."""
+    def update_slow(self, decay: float, learned: th.Tensor) -> None:
+        """Keep the share ``decay`` of the slow copy, the rest is the critic's; if it has ``learned`` (() bool)."""
         slow: list[th.Tensor] = list(self.slow.parameters())
         fast: list[th.Tensor] = list(self.fast.parameters())
-        th._foreach_add_(slow, th._foreach_mul(th._foreach_sub(fast, slow), (1 - self.ema_decay) * learned))
+        th._foreach_add_(slow, th._foreach_mul(th._foreach_sub(fast, slow), (1 - decay) * learned))
 
 
 @th.no_grad()

@@ -68,13 +68,14 @@ def entropy(probs: th.Tensor) -> th.Tensor:
 def returns_to_go(rewards: np.ndarray, terminated: bool, gamma: float) -> np.ndarray:
     """Discounted sum of the rewards that followed each step of an episode: (L,) -> (L,).
 
-    An episode that was cut short is taken to go on with its mean reward, as the model takes it to go on.
+    An episode that was cut short is taken to go on with its mean reward, as the model takes it to go on; without a
+    discount, that would never end, and what followed is left out.
 
     :param rewards: (L,) in the order of time.
     :param terminated: the episode ended for good.
     :param gamma: discount.
     """
-    future = 0.0 if terminated else float(rewards.mean()) / (1 - gamma)
+    future = 0.0 if terminated or gamma == 1 else float(rewards.mean()) / (1 - gamma)
     returns = np.empty(len(rewards))
     for t in reversed(range(len(rewards))):
         future = rewards[t] + gamma * future

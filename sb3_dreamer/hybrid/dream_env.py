@@ -15,8 +15,10 @@ from sb3_dreamer.dreamer import Dreamer
 from sb3_dreamer.hybrid.experience import require_replay
 from sb3_dreamer.hybrid.real_states import real_states, unpacked
 from sb3_dreamer.nets.layers import fast_bfloat16
+from sb3_dreamer.spaces import observations
 
 STARTS_PER_ENV = 16
+LEAST_CONTEXT = 64  # entries of each real environment that are filtered to get there
 
 
 class DreamVecEnv(VecEnv):
@@ -44,7 +46,7 @@ class DreamVecEnv(VecEnv):
 
     def reset(self) -> VecEnvObs:
         """Begin all dreams anew."""
-        real = real_states(self.model, STARTS_PER_ENV * self.num_envs)
+        real = real_states(self.model, max(STARTS_PER_ENV * self.num_envs, LEAST_CONTEXT * self.model.n_envs))
         alive = np.flatnonzero(~real.is_last)
         self._start_obs = {key: part[alive] for key, part in real.obs.items()}
         self._starts = real.packed[alive]
@@ -69,7 +71,7 @@ class DreamVecEnv(VecEnv):
             reward = model.predict_reward(features)
             goes_on = model.predict_discount(features) / model.gamma
             seen = model.decoder.predict(features)
-        obs = {key: self._in_space(key, part.float().cpu().numpy()) for key, part in seen.items()}
+        obs = observations(self.observation_space, seen)
         terminal = (th.rand_like(goes_on) > goes_on).cpu().numpy()
         self._age += 1
         dones = terminal | (self._age >= self.horizon)
@@ -98,14 +100,6 @@ class DreamVecEnv(VecEnv):
 
     def _draw(self, n: int) -> np.ndarray:
         return th.randint(len(self._starts), (n,)).numpy()
-
-    def _in_space(self, key: str, seen: np.ndarray) -> np.ndarray:
-        """Decoded observations in the dtype of the space, clipped to its bounds."""
-        space = self.observation_space
-        space = space.spaces[key] if isinstance(space, spaces.Dict) else space
-        if isinstance(space, spaces.Box):
-            return np.clip(seen, space.low, space.high).astype(space.dtype)
-        return seen.astype(space.dtype)
 
     def _as_observation(self, by_key: dict[str, np.ndarray]) -> Any:
         return by_key if isinstance(self.observation_space, spaces.Dict) else by_key["obs"]

@@ -45,6 +45,7 @@ def pretrain(model: Dreamer, updates: int) -> None:
     """
     require_replay(model, "pretrain()")
     ensure_logger(model)
+    model._current_progress_remaining = 1.0  # a schedule that has run out would stop all learning
     model.train(updates, model.batch_size)
 
 

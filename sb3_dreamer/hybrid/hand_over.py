@@ -8,13 +8,11 @@ from collections.abc import Iterable, Iterator
 from typing import Any, Literal, TypeVar
 
 import numpy as np
-from gymnasium import spaces
 from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.buffers import DictReplayBuffer, ReplayBuffer
 from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
-from stable_baselines3.common.preprocessing import is_image_space
 from stable_baselines3.common.type_aliases import GymEnv
-from stable_baselines3.common.vec_env import VecNormalize, is_vecenv_wrapped
+from stable_baselines3.common.vec_env import VecEnv, VecNormalize, is_vecenv_wrapped, unwrap_vec_normalize
 
 from sb3_dreamer.dreamer import Dreamer
 from sb3_dreamer.hybrid.experience import require_replay
@@ -23,6 +21,7 @@ from sb3_dreamer.hybrid.lessons import latent_observations, lessons_from
 from sb3_dreamer.hybrid.real_states import RealStates, real_states
 from sb3_dreamer.hybrid.students import student_of, teach, teach_critics
 from sb3_dreamer.replay import Episode, read_episodes
+from sb3_dreamer.spaces import policy_for
 
 Algorithm = TypeVar("Algorithm", bound=BaseAlgorithm)
 
@@ -42,7 +41,7 @@ def to_model_free(
 
     :param model: a trained Dreamer with its replay.
     :param algorithm: SAC, TD3, DDPG, TQC, CrossQ, PPO, A2C, TRPO, or a class derived from one of them.
-    :param env: environment to go on in; None: Dreamer's own.
+    :param env: environment to go on in, a VecNormalize around it takes Dreamer's statistics over; None: Dreamer's own.
     :param on: what the new policy sees. "latents" are the features of Dreamer's model state, for tasks that need
         memory: the algorithm's environment then is a :class:`~sb3_dreamer.hybrid.LatentVecEnv`.
     :param updates: minibatches for the policy.
@@ -87,16 +86,17 @@ def _new_student(
     if "learning_starts" in known:
         settings["learning_starts"] = 0  # otherwise it would begin with random actions
     if "target_entropy" in known:
-        settings["ent_coef"] = f"auto_{model.ent_coef * model.policy.return_scale.scale.item():.6f}"
+        settings["ent_coef"] = f"auto_{max(model.ent_coef * model.policy.return_scale.scale.item(), 1e-6):.6g}"
     settings.update(copy.deepcopy(kwargs))
     if settings.get("use_sde") or settings.get("optimize_memory_usage"):
         raise ValueError("use_sde and optimize_memory_usage cannot be handed over to: leave them False")
     wrapped = model._wrap_env(env, model.verbose) if env is not None else model.env
     assert wrapped is not None
     _check_env(model, wrapped)
+    _share_statistics(model, wrapped)
     if on == "latents":
         wrapped = LatentVecEnv(model, wrapped)
-    policy = settings.pop("policy", _policy_name(wrapped.observation_space))
+    policy = settings.pop("policy", policy_for(wrapped.observation_space))
     try:
         return algorithm(policy, wrapped, **settings)
     except AssertionError as error:
@@ -113,10 +113,12 @@ def _check_env(model: Dreamer, env: Any) -> None:
         raise ValueError("VecNormalize is around one of env and Dreamer's environment only: wrap env as Dreamer's is")
 
 
-def _policy_name(space: spaces.Space) -> str:
-    if isinstance(space, spaces.Dict):
-        return "MultiInputPolicy"
-    return "CnnPolicy" if is_image_space(space) else "MlpPolicy"
+def _share_statistics(model: Dreamer, env: VecEnv) -> None:
+    """What the student learns from is normalised as for Dreamer, so what it will see has to be too."""
+    own, other = model.get_vec_normalize_env(), unwrap_vec_normalize(env)
+    for name in ("obs_rms", "ret_rms"):
+        if other is not own and hasattr(own, name):
+            setattr(other, name, copy.deepcopy(getattr(own, name)))
 
 
 # -- real transitions --------------------------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ import torch as th
 from sb3_dreamer.dreamer import Dreamer
 from sb3_dreamer.hybrid.real_states import CHUNK, RealStates, dream_returns, state_values, unpacked
 from sb3_dreamer.nets.distributions import ActionDistribution, Bits, BoundedNormal, OneHots
+from sb3_dreamer.spaces import observations
 
 
 @dataclass
@@ -94,8 +95,7 @@ def _imagined_lessons(model: Dreamer, real: RealStates, starts: np.ndarray, gamm
     if on_latents:
         obs = {"obs": features.cpu().numpy()}
     else:
-        decoded = model.policy.world_model.decoder.predict(features)
-        obs = {key: part.cpu().numpy().astype(real.obs[key].dtype) for key, part in decoded.items()}
+        obs = observations(model.observation_space, model.policy.world_model.decoder.predict(features))
     value = returns[:, 1:].flatten()
     taken = dream.action[:, 1:].flatten(0, 1).clamp(-1.0, 1.0)
     return Lessons(obs, mean, std, value, taken, value)

@@ -117,7 +117,7 @@ def dream_returns(model: Dreamer, start: State, gamma: float) -> tuple[Dream, th
     """
     policy = model.policy
     dream = imagine(policy.world_model, policy.actor, start, model.imagination_horizon)
-    scale = (1 - model.gamma) / (1 - gamma) if gamma < 1 else 1.0
+    scale = (1 - model.gamma) / (1 - gamma) if max(gamma, model.gamma) < 1 else 1.0
     values = policy.critic.value(dream.features) * scale
     return dream, lambda_returns(dream.reward, dream.discount / model.gamma * gamma, values, model.gae_lambda)
 

@@ -38,8 +38,7 @@ class Cloning:
     :param steps_left: environment steps that the teacher has yet to take.
     """
 
-    first: np.ndarray
-    until: np.ndarray
+    spans: list[tuple[np.ndarray, np.ndarray]]
     fade_from: int
     fade_updates: int
     steps_left: int
@@ -61,8 +60,8 @@ class Cloning:
         if weight == 0.0:
             return own
         env, number = batch.index[:, :1], batch.index[:, 1:] + np.arange(batch.reward.shape[1])
-        taught = th.as_tensor((number >= self.first[env]) & (number < self.until[env]), device=own.device)
-        taught = taught & ~batch.is_last  # the last entry of an episode has no action
+        by_teacher = np.any([(number >= first[env]) & (number < until[env]) for first, until in self.spans], axis=0)
+        taught = th.as_tensor(by_teacher, device=own.device) & ~batch.is_last  # the last entry has no action
         error = -actor(features.detach()).log_prob(batch.action)
         return (1 - weight) * own + weight * (error * taught).sum() / taught.sum().clamp(min=1)
 
@@ -99,13 +98,13 @@ def warm_start(
     per_step = model.train_ratio / (model.batch_size * model.batch_length)
     cloning: Cloning | None = model._cloning
     if cloning is None or (cloning.steps_left <= 0 and model._n_updates >= cloning.fade_from):
-        head = model.replay_buffer.heads()
         due = model._n_updates + (int(n_steps * per_step) if updates is None else updates)
         fade = int((n_steps if fade_steps is None else fade_steps) * per_step)
-        cloning = model._cloning = Cloning(head, head.copy(), due, fade, n_steps)
+        cloning = model._cloning = Cloning([], due, fade, n_steps)
     guide.act(model, cloning, deterministic)
     require_replay(model, "warm_start()")
     ensure_logger(model)
+    model._current_progress_remaining = 1.0  # a schedule that has run out would stop all learning
     while model._n_updates < cloning.fade_from:
         model.train(min(CHUNK, cloning.fade_from - model._n_updates), model.batch_size)
     model._entries_owed = 0.0
@@ -156,6 +155,8 @@ class Guide:
         model._last_original_obs = None if normalize is None else normalize.get_original_obs()
         model._last_episode_starts = np.ones(env.num_envs, bool)
         model.replay_buffer.cut()
+        first = model.replay_buffer.heads()
+        cloning.spans.append((first, first))
         memory = None
         try:
             while cloning.steps_left > 0:
@@ -170,7 +171,7 @@ class Guide:
                 model._store_transition(model.replay_buffer, stored, *env.step(actions))  # type: ignore[arg-type]
                 model.num_timesteps += env.num_envs
                 cloning.steps_left -= env.num_envs
-                cloning.until = model.replay_buffer.heads()
+                cloning.spans[-1] = first, model.replay_buffer.heads()
         finally:
             model._last_obs = None
 

@@ -150,8 +150,9 @@ class ActionCode:
             nvec = np.atleast_1d(space.n if isinstance(space, spaces.Discrete) else space.nvec)
             start = np.broadcast_to(getattr(space, "start", 0), nvec.shape).flatten()
             self.classes = tuple(int(n) for n in nvec.flatten())
-            column = integer_column("action", (nvec.size,), start, start + nvec.flatten() - 1, none=True)
-            self.column = replace(column, aliases=(space.shape or (),))
+            high = start + nvec.flatten() - 1
+            column = integer_column("action", (nvec.size,), start, np.maximum(high, high - start), none=True)
+            self.column = replace(column, high=high, aliases=(space.shape or (),))  # both n and n - start fit
             self._start = start
         elif isinstance(space, spaces.MultiBinary):
             self.column = replace(integer_column("action", (prod(space.shape),), 0, 1), aliases=(space.shape,))

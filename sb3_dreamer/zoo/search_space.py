@@ -25,7 +25,7 @@ def sample_dreamer_params(
     sampled = {
         # The paper's 4e-5 is for 100 times more updates than a laptop affords.
         "learning_rate": trial.suggest_float("learning_rate", 3e-5, 1e-3, log=True),
-        # A slow actor keeps trying things out, a fast critic follows it: the defaults are 0.2 and 4, the paper's 1 and 1.
+        # A slow actor keeps trying things out, a fast critic follows it; the paper has 1 and 1.
         "actor_lr_scale": trial.suggest_float("actor_lr_scale", 0.05, 1.0, log=True),
         "critic_lr_scale": trial.suggest_float("critic_lr_scale", 1.0, 8.0, log=True),
         # Horizons of 30 to 1000 steps.

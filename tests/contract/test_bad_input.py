@@ -229,7 +229,8 @@ def test_no_update_makes_the_device_wait_for_the_host():
         ("train_ratio", "512"),
         ("batch_size", 0), ("batch_size", 2.5), ("batch_length", 1), ("batch_length", True),
         ("imagination_horizon", 0), ("imagination_starts", 0), ("imagination_starts", -3),
-        ("gamma", 1.01), ("gamma", -0.1), ("gae_lambda", 2), ("ent_coef", -1e-3), ("ent_coef", np.nan),
+        ("gamma", 1.01), ("gamma", -0.1), ("gamma", 0), ("center_advantage", 1), ("critic_lr_scale", -1),
+        ("critic_ema_decay", 1.1), ("gae_lambda", 2), ("ent_coef", -1e-3), ("ent_coef", np.nan),
         ("learning_rate", -1e-4), ("learning_rate", "3e-5"), ("warmup_updates", -1),
         ("learning_starts", -1), ("buffer_size", 0),
     ],
@@ -237,6 +238,12 @@ def test_no_update_makes_the_device_wait_for_the_host():
 def test_settings_that_cannot_work_are_named(name, value):
     with pytest.raises(ValueError, match=rf"^{name}={value!r} must be "):
         agent(**{name: value})
+
+
+def test_a_single_dream_cannot_be_centred():
+    with pytest.raises(ValueError, match="imagination_starts=2 or more, or center_advantage=False"):
+        agent(imagination_starts=1)
+    agent(imagination_starts=1, center_advantage=False)
 
 
 @pytest.mark.parametrize(

@@ -80,6 +80,11 @@ def test_senseless_numbers_are_refused(dreamer: Dreamer, n_envs: int, horizon: i
         DreamVecEnv(dreamer, n_envs, horizon)
 
 
+def test_one_dream_of_an_agent_with_many_environments():
+    model = Dreamer("MlpPolicy", pendulum(20), **SMALL).learn(800)
+    assert DreamVecEnv(model, n_envs=1, horizon=5).reset().shape == (1, 3)
+
+
 def test_an_empty_replay_is_refused():
     with pytest.raises(ValueError, match="DreamVecEnv needs experience"):
         DreamVecEnv(Dreamer("MlpPolicy", pendulum(), **SMALL))

@@ -275,6 +275,22 @@ class TestRefused:
             dreamer.to_model_free(SAC, env=env)
 
 
+def test_a_new_vecnormalize_takes_dreamers_statistics_over():
+    own = VecNormalize(pendulum())
+    model = Dreamer("MlpPolicy", own, **SMALL).learn(60)
+    other = VecNormalize(pendulum())
+    sac = model.to_model_free(SAC, env=other, **QUICK)
+    np.testing.assert_array_equal(other.obs_rms.mean, own.obs_rms.mean)
+    assert other.ret_rms.var == own.ret_rms.var
+    sac.learn(10)
+    assert other.obs_rms.count > own.obs_rms.count, "its own from there on"
+
+
+def test_without_an_entropy_weight_the_temperature_is_small_but_there_is_one():
+    sac = Dreamer("MlpPolicy", pendulum(), **SMALL, ent_coef=0.0).learn(60).to_model_free(SAC, **QUICK)
+    assert sac.ent_coef == "auto_1e-06"
+
+
 def test_under_vecnormalize_the_replay_is_original_and_lessons_are_normalised():
     env = VecNormalize(pendulum(), clip_obs=5.0)
     model = Dreamer("MlpPolicy", env, **SMALL).learn(60)

@@ -65,25 +65,23 @@ class TestImitation:
         assert abs(action.item() - 1.5) < 0.3
 
     def test_its_weight_fades(self):
-        cloning = Cloning(np.zeros(1), np.ones(1), fade_from=10, fade_updates=20, steps_left=0)
+        cloning = Cloning([], fade_from=10, fade_updates=20, steps_left=0)
         assert [cloning.weight(n) for n in (0, 10, 15, 20, 30, 99)] == [1, 1, 0.75, 0.5, 0, 0]
 
     def test_only_the_teachers_entries_are_imitated(self):
         model = fresh()
         model.learn(60)
         model.warm_start(Constant(), 60, updates=1, fade_steps=0)
-        cloning = model._cloning
-        assert cloning.first[0] == cloning.until[0] - 61, (
-            "60 actions and the last observation of the episode that ended"
-        )
+        [(first, until)] = model._cloning.spans
+        assert first[0] == until[0] - 61, "60 actions and the last observation of the episode that ended"
         model.learn(10, reset_num_timesteps=False)
-        assert cloning.until[0] < model.replay_buffer.heads()[0]
+        assert until[0] < model.replay_buffer.heads()[0]
 
     def test_the_loss_is_the_likelihood_of_what_the_teacher_did(self):
         model = fresh().warm_start(Constant(), 60, updates=0)
         batch = model.replay_buffer.sample(4)
         features = th.randn(4, 8, model.policy.world_model.feature_width)
-        cloning = Cloning(np.array([0]), np.array([10**6]), fade_from=0, fade_updates=2, steps_left=0)
+        cloning = Cloning([(np.array([0]), np.array([10**6]))], fade_from=0, fade_updates=2, steps_left=0)
         own, actor = th.tensor(7.0), model.policy.actor
         likelihood = actor(features).log_prob(batch.action)[~batch.is_last].mean()
         th.testing.assert_close(cloning.mix(own, actor, features, batch, 1), 0.5 * own - 0.5 * likelihood)
@@ -142,6 +140,25 @@ class TestInterrupted:
         model.warm_start(Constant(), 60, updates=2)
         assert (model.num_timesteps, model._n_updates) == (60, 2)
         assert [len(e) for e in read_episodes(model.replay_buffer)] == [39, 19]
+
+    def test_what_the_agent_does_in_between_is_not_taken_for_the_teachers(self):
+        class Stops(Constant):
+            def predict(self, *args: Any, **kwargs: Any) -> Any:
+                if len(self.seen) == 40:
+                    raise KeyboardInterrupt
+                return super().predict(*args, **kwargs)
+
+        model = fresh()
+        with pytest.raises(KeyboardInterrupt):
+            model.warm_start(Stops(), 60, updates=2)
+        model.learn(30, reset_num_timesteps=False)
+        model.warm_start(Constant(), 60, updates=2)
+        assert [int(until[0] - first[0]) for first, until in model._cloning.spans] == [40, 20]
+
+    def test_a_schedule_that_has_run_out_begins_again(self):
+        model = fresh(learning_rate=lambda remaining: 1e-3 * remaining).learn(60)
+        model.warm_start(Constant(), 60, updates=2)
+        assert model.policy.optimizer.param_groups[0]["lr"] == 1e-3
 
 
 class TestRefused:

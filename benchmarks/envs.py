@@ -81,14 +81,15 @@ def _small_and_grey(picture: np.ndarray) -> np.ndarray:
 
 
 class Recall(gym.Env[np.ndarray, np.int64]):
-    """A sign, +1 or -1, is seen once; after a wait, whose end shows, it has to be named.
+    """A sign, +1 or -1, is seen once; after a wait, whose end shows, it has to be named ten times.
 
-    Observation (sign or 0, whether the answer counts now). The first action on which the answer counts ends the episode
-    with a reward of 1 if it is right; all others are without effect. Without memory: 0.5. After the T-maze of Bakker,
+    Observation (sign or 0, whether answers count now). Each answer that counts brings 0.1 if it is right, the tenth ends
+    the episode; until then actions have no effect. Return without memory: 0.5 on average. After the T-maze of Bakker,
     "Reinforcement learning with long short-term memory", NeurIPS 2001.
     """
 
     WAIT = (30, 40)
+    ANSWERS = 10
 
     def __init__(self) -> None:
         self.observation_space = spaces.Box(-1, 1, (2,), np.float32)
@@ -98,12 +99,12 @@ class Recall(gym.Env[np.ndarray, np.int64]):
         """The only observation that has the sign in it."""
         super().reset(seed=seed)
         self.answer = int(self.np_random.integers(2))
-        self.left = int(self.np_random.integers(self.WAIT[0], self.WAIT[1] + 1))
+        self.wait = int(self.np_random.integers(self.WAIT[0], self.WAIT[1] + 1))
         return np.array([2 * self.answer - 1, 0], np.float32), {}
 
     def step(self, action: np.int64) -> tuple[np.ndarray, float, bool, bool, dict]:
         """Wait, or answer."""
-        answered = self.left == 0
-        self.left -= 1
-        reward = float(answered and int(action) == self.answer)
-        return np.array([0, self.left == 0], np.float32), reward, answered, False, {}
+        counts = self.wait <= 0
+        self.wait -= 1
+        reward = int(counts and int(action) == self.answer) / self.ANSWERS
+        return np.array([0, self.wait <= 0], np.float32), reward, self.wait == -self.ANSWERS, False, {}

@@ -83,7 +83,7 @@ def _small_and_grey(picture: np.ndarray) -> np.ndarray:
 class Recall(gym.Env[np.ndarray, np.int64]):
     """A sign, +1 or -1, is seen once; after a wait, whose end shows, it has to be named ten times.
 
-    Observation (sign or 0, whether answers count now). Each answer that counts brings 0.1 if it is right, the tenth ends
+    Observation (sign or 0, whether answers count now). Each answer that counts brings 0.1 if right, the tenth ends
     the episode; until then actions have no effect. Return without memory: 0.5 on average. After the T-maze of Bakker,
     "Reinforcement learning with long short-term memory", NeurIPS 2001.
     """

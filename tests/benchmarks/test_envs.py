@@ -75,4 +75,4 @@ def test_recall_shows_its_sign_once_and_pays_for_naming_it_thirty_steps_later(ri
         assert not any(shown)
         assert not truncated
         assert Recall.WAIT[0] <= steps - Recall.ANSWERS <= Recall.WAIT[1]
-        assert total == pytest.approx(right)
+        assert total == pytest.approx(float(right))

@@ -94,7 +94,7 @@ class Dreamer(SequenceAlgorithm):
         batch_size: int = 16,
         batch_length: int = 64,
         train_ratio: float = 512,
-        imagination_starts: int | None = 128,
+        imagination_starts: int | None = 256,
         imagination_horizon: int = 15,
         gamma: float = 0.997,
         gae_lambda: float = 0.95,

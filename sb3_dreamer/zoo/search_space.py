@@ -1,7 +1,8 @@
 """Which settings of Dreamer a study tries.
 
-``model_size`` is not among them: it sets the price of a trial, so it is the user's
-(``-params "model_size:'size12m'"``). The space is static, because the Zoo's TPE sampler is multivariate.
+What sets the price of a trial is not among them but the user's: ``model_size``, ``train_ratio`` and the shape of a
+batch (``-params "model_size:'size12m'" train_ratio:256``). More replay is nearly always better, so a study would only
+find the most expensive one. The space is static, because the Zoo's TPE sampler is multivariate.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ def sample_dreamer_params(
     """Draw arguments of Dreamer's constructor; rl_zoo3 calls it once for each trial.
 
     :param trial: where the numbers come from.
-    :param n_actions: not used; ``train_ratio`` does not depend on it, nor on the next two.
+    :param n_actions: not used; nothing here depends on it, nor on the next two.
     :param n_envs: not used.
     :param additional_args: not used, they are about HER.
     """
@@ -35,13 +36,9 @@ def sample_dreamer_params(
         # Returns are divided by their range first, so the paper has one value for all tasks; around it.
         "ent_coef": trial.suggest_float("ent_coef", 3e-5, 1e-2, log=True),
         "imagination_horizon": trial.suggest_int("imagination_horizon", 5, 25, step=5),
-        # 16 .. 64 entries: at the same train_ratio, shorter sequences mean more updates on less memory.
-        "batch_length_pow": trial.suggest_int("batch_length_pow", 4, 6),
-        # 64 .. 1024 replayed entries per step: the price of a trial grows with it.
-        "train_ratio_pow": trial.suggest_int("train_ratio_pow", 6, 10),
     }
     params = convert_dreamer_params(sampled)
-    for name in ("gamma", "gae_lambda", "batch_length", "train_ratio"):  # the values themselves, for the report
+    for name in ("gamma", "gae_lambda"):  # the values themselves, for the report
         trial.set_user_attr(name, params[name])
     return params
 
@@ -49,14 +46,12 @@ def sample_dreamer_params(
 def convert_dreamer_params(sampled_params: dict[str, Any]) -> dict[str, Any]:
     """From the numbers of a study to arguments of the constructor; also used by ``--trial-id``.
 
-    :param sampled_params: ``one_minus_<name>`` stands for ``1 - <name>``, ``<name>_pow`` for its power of two.
+    :param sampled_params: ``one_minus_<name>`` stands for ``1 - <name>``.
     """
     params: dict[str, Any] = {}
     for name, value in sampled_params.items():
         if name.startswith("one_minus_"):
             params[name.removeprefix("one_minus_")] = 1 - value
-        elif name.endswith("_pow"):
-            params[name.removesuffix("_pow")] = 2**value
         else:
             params[name] = value
     return params

@@ -122,7 +122,7 @@ def test_two_processes_share_a_study_and_a_trial_becomes_a_training(zoo, folder)
     )  # fmt: skip
     [config] = folder.glob("shared/dreamer/*/CartPole-v1/config.yml")
     saved = yaml.load(config.read_text(), Loader=yaml.UnsafeLoader)
-    assert saved["train_ratio"] == 2 ** trials[3].params["train_ratio_pow"]
+    assert saved["ent_coef"] == trials[3].params["ent_coef"]
     assert saved["gamma"] == 1 - trials[3].params["one_minus_gamma"]
 
 

@@ -4,7 +4,7 @@ Any Gymnasium id          that environment
 dmc/<domain>-<task>       DeepMind Control through Shimmy: one float32 vector, every action repeated twice
 <name>-no-velocity        Pendulum and CartPole without their velocities: a policy needs memory
 CartPole-pixels           CartPole as small grey pictures, one at a time: a policy needs memory too
-Recall                    a sign seen once has to be named 30 to 40 steps later: nothing but memory
+Recall, Recall-30         a number seen once has to be named 2 to 40, or 30 to 40, steps later: nothing but memory
 """
 
 import warnings
@@ -26,6 +26,7 @@ HIDDEN_VELOCITY = {
 }
 CARTPOLE_ROWS = slice(150, 330)  # of the 400 rows of the rendered picture: the track and the pole
 CARTPOLE_PIXELS = (36, 60)
+RECALL_WAITS = {"Recall": (2, 40), "Recall-30": (30, 40)}
 
 
 def make_env(name: str) -> gym.Env:
@@ -39,8 +40,8 @@ def make_env(name: str) -> gym.Env:
         return _without_velocity(*HIDDEN_VELOCITY[name])
     if name == "CartPole-pixels":
         return _cartpole_pixels()
-    if name == "Recall":
-        return Recall()
+    if name in RECALL_WAITS:
+        return Recall(*RECALL_WAITS[name])
     return gym.make(name)
 
 
@@ -81,30 +82,33 @@ def _small_and_grey(picture: np.ndarray) -> np.ndarray:
 
 
 class Recall(gym.Env[np.ndarray, np.int64]):
-    """A sign, +1 or -1, is seen once; after a wait, whose end shows, it has to be named ten times.
+    """A number, +10 or -10, is seen once; after a wait, whose end shows, its sign has to be named ten times.
 
-    Observation (sign or 0, whether answers count now). Each answer that counts brings 0.1 if right, the tenth ends
-    the episode; until then actions have no effect. Return without memory: 0.5 on average. After the T-maze of Bakker,
-    "Reinforcement learning with long short-term memory", NeurIPS 2001.
+    Observation (number or 0, whether answers count now). Each answer that counts brings 1 if right and -1 if wrong, the
+    tenth ends the episode; until then actions have no effect. Return without memory: 0 on average. After the T-maze of
+    Bakker, "Reinforcement learning with long short-term memory", NeurIPS 2001.
+
+    :param shortest: wait, in steps.
+    :param longest: wait, in steps; drawn evenly between the two.
     """
 
-    WAIT = (30, 40)
     ANSWERS = 10
 
-    def __init__(self) -> None:
-        self.observation_space = spaces.Box(-1, 1, (2,), np.float32)
+    def __init__(self, shortest: int, longest: int) -> None:
+        self.observation_space = spaces.Box(-10, 10, (2,), np.float32)
         self.action_space = spaces.Discrete(2)
+        self.waits = range(shortest, longest + 1)
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[np.ndarray, dict]:
-        """The only observation that has the sign in it."""
+        """The only observation that has the number in it."""
         super().reset(seed=seed)
         self.answer = int(self.np_random.integers(2))
-        self.wait = int(self.np_random.integers(self.WAIT[0], self.WAIT[1] + 1))
-        return np.array([2 * self.answer - 1, 0], np.float32), {}
+        self.wait = int(self.np_random.choice(self.waits))
+        return np.array([20 * self.answer - 10, 0], np.float32), {}
 
     def step(self, action: np.int64) -> tuple[np.ndarray, float, bool, bool, dict]:
         """Wait, or answer."""
         counts = self.wait <= 0
         self.wait -= 1
-        reward = int(counts and int(action) == self.answer) / self.ANSWERS
+        reward = (1.0 if int(action) == self.answer else -1.0) if counts else 0.0
         return np.array([0, self.wait <= 0], np.float32), reward, self.wait == -self.ANSWERS, False, {}

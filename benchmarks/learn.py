@@ -217,7 +217,7 @@ def train(run: Run, out: Path, args: argparse.Namespace) -> None:
         model.learn(max(chunk, 1), callback=episodes, reset_num_timesteps=False)
         step = model.num_timesteps * repeat
         train_seconds = progress.train_seconds + time.perf_counter() - before
-        score = evaluate(model, run.env, args.eval_episodes, seed=10_000 + 1_000 * run.seed + step)
+        score = evaluate(model, args.eval_env or run.env, args.eval_episodes, seed=10_000 + 1_000 * run.seed + step)
         progress = Progress(step, time.perf_counter() - started, train_seconds)
         row = {**score, **progress._asdict(), "train_return": episodes.pop_mean(), "updates": model._n_updates}
         row = {key: _rounded(value) for key, value in row.items()}
@@ -233,6 +233,8 @@ def train(run: Run, out: Path, args: argparse.Namespace) -> None:
 def constant_columns(run: Run, args: argparse.Namespace) -> dict[str, Any]:
     """The columns that say what ran, and on what."""
     settings = {"overrides": run.overrides, "threads": args.threads, "eval_every": args.eval_every}
+    if args.eval_env:
+        settings["eval_env"] = args.eval_env
     return {
         **{key: getattr(run, key) for key in ("env", "algo", "seed")},
         "commit": commit(),
@@ -255,6 +257,7 @@ def main() -> None:
     parser.add_argument("--algo", choices=ALGORITHMS, default="dreamer")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int, required=True, help="simulator steps: an action repeated twice counts two")
+    parser.add_argument("--eval-env", help="environment to evaluate in, that of the training if not given")
     parser.add_argument("--eval-every", type=int, help="simulator steps, a tenth of --steps if not given")
     parser.add_argument("--eval-episodes", type=int, default=10)
     parser.add_argument("--save-every", type=int, default=0, help="simulator steps, every evaluation if not given")

@@ -59,20 +59,23 @@ def test_cartpole_pixels_show_where_cart_and_pole_are():
 
 
 @pytest.mark.parametrize("right", [True, False])
-def test_recall_shows_its_sign_once_and_pays_for_naming_it_thirty_steps_later(right):
-    env = make_env("Recall")
+@pytest.mark.parametrize(("name", "shortest", "longest"), [("Recall", 2, 40), ("Recall-30", 30, 40)])
+def test_recall_shows_its_number_once_and_pays_for_naming_its_sign_later(name, shortest, longest, right):
+    env = make_env(name)
     check_env(env)
-    for seed in range(10):
+    waits = []
+    for seed in range(40):
         observation, _ = env.reset(seed=seed)
-        sign, shown, steps, total = observation[0], [], 0, 0.0
-        ended = False
+        number, shown, total, ended = observation[0], [], 0.0, False
         while not ended:
-            action = int((sign > 0) == right) if observation[1] else env.action_space.sample()
+            action = int((number > 0) == right) if observation[1] else env.action_space.sample()
             observation, reward, ended, truncated, _ = env.step(action)
             shown.append(observation[0])
-            steps, total = steps + 1, total + reward
-        assert abs(sign) == 1
+            total += reward
+        assert abs(number) == 10
         assert not any(shown)
         assert not truncated
-        assert Recall.WAIT[0] <= steps - Recall.ANSWERS <= Recall.WAIT[1]
-        assert total == pytest.approx(float(right))
+        assert total == (10.0 if right else -10.0)
+        waits.append(len(shown) - Recall.ANSWERS)
+    assert shortest <= min(waits) < shortest + 5
+    assert longest - 5 < max(waits) <= longest

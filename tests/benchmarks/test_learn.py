@@ -25,8 +25,9 @@ def pendulum():
     return make_vec_env(lambda: make_env("Pendulum-v1"), seed=0)
 
 
-def options(steps: int, eval_every: int) -> argparse.Namespace:
-    return argparse.Namespace(steps=steps, eval_every=eval_every, eval_episodes=2, save_every=0, threads=1)
+def options(steps: int, eval_every: int, eval_env: str | None = None) -> argparse.Namespace:
+    given = dict(steps=steps, eval_every=eval_every, eval_env=eval_env, eval_episodes=2, save_every=0, threads=1)
+    return argparse.Namespace(**given)
 
 
 def rows_of(out: Path) -> list[dict[str, str]]:
@@ -62,6 +63,18 @@ def test_evaluation_does_not_change_the_training(tmp_path: Path):
         train(RUN, tmp_path / str(every), options(steps=60, eval_every=every))
     often, once = rows_of(tmp_path / "20"), rows_of(tmp_path / "60")
     assert often[-1]["return_mean"] == once[-1]["return_mean"]
+
+
+def test_evaluation_may_be_in_another_environment(tmp_path: Path):
+    random = Run("Recall", "ppo", 0, {"n_steps": 32, "batch_size": 32})
+    for name in (None, "CartPole-no-velocity"):  # two numbers and two actions as well, but a reward for every step
+        (tmp_path / str(name)).mkdir()
+        train(random, tmp_path / str(name), options(32, 32, name))
+    [own], [other] = rows_of(tmp_path / "None"), rows_of(tmp_path / "CartPole-no-velocity")
+    assert own["train_return"] == other["train_return"]
+    assert float(own["return_mean"]) in (-10, 0, 10)
+    assert float(other["return_mean"]) >= 8  # no pole falls faster
+    assert '"eval_env": "CartPole-no-velocity"' in other["settings"]
 
 
 def test_checkpoint_survives_a_kill_between_the_two_renames(tmp_path: Path):

@@ -75,7 +75,7 @@ def test_recall_shows_its_number_once_and_pays_for_naming_its_sign_later(name, s
         assert abs(number) == 10
         assert not any(shown)
         assert not truncated
-        assert total == (10.0 if right else -10.0)
+        assert total == ((20.0 if number > 0 else 10.0) if right else -10.0)
         waits.append(len(shown) - Recall.ANSWERS)
     assert shortest <= min(waits) < shortest + 5
     assert longest - 5 < max(waits) <= longest

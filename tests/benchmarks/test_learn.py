@@ -72,7 +72,7 @@ def test_evaluation_may_be_in_another_environment(tmp_path: Path):
         train(random, tmp_path / str(name), options(32, 32, name))
     [own], [other] = rows_of(tmp_path / "None"), rows_of(tmp_path / "CartPole-no-velocity")
     assert own["train_return"] == other["train_return"]
-    assert float(own["return_mean"]) in (-10, 0, 10)
+    assert float(own["return_mean"]) in (-10, 0, 5, 10, 20)
     assert float(other["return_mean"]) >= 8  # no pole falls faster
     assert '"eval_env": "CartPole-no-velocity"' in other["settings"]
 

@@ -37,9 +37,12 @@ def task_of(env: str) -> str:
 
 def read_results(paths: list[Path]) -> pd.DataFrame:
     """Rows of `benchmarks/learn.py`, with the task and what stands in the legend."""
-    rows = pd.concat([pd.read_csv(path) for path in paths], ignore_index=True)
+    rows = pd.concat([pd.read_csv(path).assign(file=path.stem) for path in paths], ignore_index=True)
     rows["task"] = rows["env"].map(task_of)
     rows["curve"] = [_curve_name(algo, settings) for algo, settings in zip(rows["algo"], rows["settings"])]
+    # The same settings in several files, of different versions for example, are curves of their own.
+    several = rows.groupby(["task", "curve"])["file"].transform("nunique") > 1
+    rows.loc[several, "curve"] += " [" + rows["file"] + "]"
     return rows
 
 

@@ -35,6 +35,13 @@ def test_the_mean_is_drawn_where_all_seeds_have_arrived(results: pd.DataFrame):
     assert list(mean.get_ydata()) == [15, 30]
 
 
+def test_runs_of_different_files_are_not_averaged(results: pd.DataFrame, tmp_path: Path):
+    results[["env", "algo", "seed", "step", "return_mean", "settings"]].to_csv(tmp_path / "older.csv")
+    both = read_results([tmp_path / "results.csv", tmp_path / "older.csv"])
+    names = ["dreamer, learning_rate=0.0001 [results]", "dreamer, learning_rate=0.0001 [older]"]
+    assert list(both["curve"].unique()) == names
+
+
 def test_the_legend_quotes_the_source_of_published_points(results: pd.DataFrame, tmp_path: Path):
     path = tmp_path / "reference.csv"
     path.write_text("task,algorithm,env_steps,mean_return,n_seeds,source\nwalker-walk,dreamerv3,50,213,5,paper\n")

@@ -18,7 +18,8 @@ from sb3_dreamer.hybrid.experience import ensure_logger
 from sb3_dreamer.hybrid.lessons import Lessons
 
 BATCH = 256
-LEARNING_RATE = 1e-3
+LEARNING_RATE = 1e-3  # at the beginning of what is taught
+LAST_RATE = 0.02  # the share of it at the end
 MOST_SATURATED = 0.99  # a mean action nearer to the bounds than this would need a tanh of very large numbers
 LOG_STD_RANGE = (-3.0, 0.0)
 
@@ -136,7 +137,7 @@ def teach(target: BaseAlgorithm, lessons: Lessons, updates: int) -> None:
     """
     student = student_of(target)
     optimizer = th.optim.Adam(student.parameters(), lr=LEARNING_RATE)
-    schedule = th.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.02, total_iters=max(updates, 1))
+    schedule = th.optim.lr_scheduler.LinearLR(optimizer, 1.0, LAST_RATE, total_iters=max(updates, 1))
     target.policy.set_training_mode(True)
     for index in lessons.batches(updates, BATCH):
         obs = target.policy.obs_to_tensor(lessons.observation(index))[0]
@@ -154,7 +155,8 @@ def teach_critics(target: Any, lessons: Lessons, updates: int) -> None:
     """Off-policy critics: first Dreamer's returns, then their own bootstrap on the real transitions, the actor fixed.
 
     The actor follows their slope over actions from its first step on, and they have to be right about that, not only
-    about the value of a state: both parts learn at a rate of their own, whatever the student's is.
+    about the value of a state. So both parts learn at a rate of their own, whatever the student's is, and it falls to
+    almost nothing: at a constant rate the noise of the last minibatches alone leads the actor astray.
 
     :param target: the student, its replay filled.
     :param lessons: what actions were worth.
@@ -162,6 +164,7 @@ def teach_critics(target: Any, lessons: Lessons, updates: int) -> None:
     """
     target.policy.set_training_mode(True)
     optimizer = th.optim.Adam(target.critic.parameters(), lr=LEARNING_RATE)
+    schedule = th.optim.lr_scheduler.LinearLR(optimizer, 1.0, LAST_RATE, total_iters=max(updates, 1))
     for index in lessons.batches(updates, BATCH):
         obs = target.policy.obs_to_tensor(lessons.observation(index))[0]
         predicted = target.critic(obs, lessons.taken[index])
@@ -170,19 +173,21 @@ def teach_critics(target: Any, lessons: Lessons, updates: int) -> None:
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
+        schedule.step()
     if hasattr(target, "critic_target"):
         target.critic_target.load_state_dict(target.critic.state_dict())
-    if updates > 0:
-        with actor_fixed(target):
-            target.train(updates, target.batch_size)
+    with actor_fixed(target):
+        for done in range(updates):
+            target._current_progress_remaining = 1 - done / updates
+            target.train(1, target.batch_size)
     target.policy.set_training_mode(False)
 
 
 @contextmanager
 def actor_fixed(target: Any) -> Iterator[None]:
-    """``train()`` moves the critics only, at ``LEARNING_RATE``: neither the actor nor the temperature."""
+    """``train()`` moves the critics only, neither the actor nor the temperature, at a rate that falls with progress."""
     updates, temperature = target._n_updates, getattr(target, "ent_coef_optimizer", None)
-    schedule, target.lr_schedule = target.lr_schedule, lambda _: LEARNING_RATE
+    schedule, target.lr_schedule = target.lr_schedule, lambda remaining: LEARNING_RATE * max(remaining, LAST_RATE)
     target.actor.requires_grad_(False)
     ensure_logger(target)
     if temperature is not None:
@@ -194,5 +199,5 @@ def actor_fixed(target: Any) -> Iterator[None]:
             del target.ent_coef_tensor
             target.ent_coef_optimizer = temperature
         target.actor.requires_grad_(True)
-        target._n_updates, target.lr_schedule = updates, schedule
+        target._n_updates, target.lr_schedule, target._current_progress_remaining = updates, schedule, 1.0
         del target._logger

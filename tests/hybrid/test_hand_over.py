@@ -20,7 +20,7 @@ from sb3_dreamer.hybrid import LatentVecEnv
 from sb3_dreamer.hybrid.hand_over import fill_replay
 from sb3_dreamer.hybrid.lessons import Lessons, lessons_from
 from sb3_dreamer.hybrid.real_states import real_states
-from sb3_dreamer.hybrid.students import LEARNING_RATE, actor_fixed, teach, teach_critics
+from sb3_dreamer.hybrid.students import LAST_RATE, LEARNING_RATE, actor_fixed, teach, teach_critics
 from sb3_dreamer.replay import Episode, read_episodes
 from tests.hybrid.conftest import SMALL, pendulum
 
@@ -54,11 +54,20 @@ class TestCritics:
         lessons.taken = th.rand(2000, 1) * 2 - 1
         lessons.taken_value = 3 * lessons.taken[:, 0] - 5
         sac.train = lambda *_: None  # the second part, on real transitions, is not what is looked at
-        teach_critics(sac, lessons, 500)
+        teach_critics(sac, lessons, 1000)  # half the way of a constant rate
         obs = sac.policy.obs_to_tensor(lessons.observation(slice(None)))[0]
         with th.no_grad():
             for value in sac.critic(obs, lessons.taken):
                 assert float((value[:, 0] - lessons.taken_value).square().mean()) < 0.05 * 3.0
+
+    def test_their_rate_falls_to_almost_nothing_so_that_the_last_minibatches_do_not_decide(self, dreamer: Dreamer):
+        sac, rates = dreamer.to_model_free(SAC, **QUICK), []
+        sac.train = lambda *_: rates.append(sac.lr_schedule(sac._current_progress_remaining))
+        teach_critics(sac, smooth_lessons(100), 200)
+        assert rates[0] == LEARNING_RATE
+        assert rates[-1] == LEARNING_RATE * LAST_RATE
+        assert rates == sorted(rates, reverse=True)
+        assert sac._current_progress_remaining == 1.0
 
     def test_only_they_learn_from_the_real_transitions_and_the_rate_is_the_students_again(self, dreamer: Dreamer):
         sac = dreamer.to_model_free(SAC, **QUICK, learning_rate=1e-9)

@@ -77,13 +77,13 @@ def episodes_of(model: Dreamer, source: Any, time_limit: int | None = None) -> I
     if isinstance(source, str):
         source = _load_minari(source)
     if isinstance(source, SequenceReplayBuffer):
-        check_spaces(model, source, "the replay")
+        check_same_spaces(model, source, "the replay")
         return read_episodes(source)
     if isinstance(source, ReplayBuffer):
-        check_spaces(model, source, "the replay")
+        check_same_spaces(model, source, "the replay")
         return _replay_episodes(source, time_limit)
     if hasattr(source, "iterate_episodes"):
-        check_spaces(model, source, "the data set")
+        check_same_spaces(model, source, "the data set")
         return (_minari_episode(model, recorded) for recorded in source.iterate_episodes())
     if isinstance(source, Iterable):
         return iter(source)
@@ -93,7 +93,7 @@ def episodes_of(model: Dreamer, source: Any, time_limit: int | None = None) -> I
     )
 
 
-def check_spaces(model: Dreamer, source: Any, what: str) -> None:
+def check_same_spaces(model: Dreamer, source: Any, what: str) -> None:
     """Refuse experience of other shapes or actions; bounds of observations may differ.
 
     :raises ValueError: naming both.

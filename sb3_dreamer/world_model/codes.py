@@ -77,7 +77,7 @@ def vector(out: th.Tensor, spec: Spec) -> th.Tensor:
     return symexp(out).reshape(*out.shape[:-1], *spec.shape)
 
 
-def most_likely(out: th.Tensor, spec: Spec) -> th.Tensor:
+def integers(out: th.Tensor, spec: Spec) -> th.Tensor:
     """The most likely integers: (..., sum of classes) -> (..., *shape)."""
     logits = out.split(list(spec.classes), -1)
     best = th.stack([x.argmax(-1) + first for x, first in zip(logits, spec.first, strict=True)], -1)
@@ -96,7 +96,7 @@ def pixels(out: th.Tensor, spec: Spec) -> th.Tensor:
 
 CODES: dict[Kind, Code] = {
     "vector": Code(symlog_flat, symlog_mse, vector),
-    "discrete": Code(one_hot, cross_entropy, most_likely),
+    "discrete": Code(one_hot, cross_entropy, integers),
     "binary": Code(flat, binary_cross_entropy, bits),
     "image": Code(None, pixel_mse, pixels),
 }

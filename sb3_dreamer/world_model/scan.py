@@ -48,7 +48,7 @@ class Weights(NamedTuple):
     logits_b: th.Tensor
 
 
-class Tape(NamedTuple):
+class Saved(NamedTuple):
     """What the forward pass leaves for the backward pass, all (T, B, .)."""
 
     before: th.Tensor  # masked [h, z]_{t-1}
@@ -125,7 +125,7 @@ class FilterScan(th.autograd.Function):
         (length, batch, width), hidden, z_width, blocks = drive.shape, seen.shape[-1], len(w.logits_b), len(w.own)
         joint = width + z_width
         widths = (joint, 2 * hidden, width, width, width, width, width, joint, hidden, z_width)
-        tape = Tape(*(drive.new_empty(length, batch, n) for n in widths))
+        saved = Saved(*(drive.new_empty(length, batch, n) for n in widths))
         input_n = NormSilu((length, batch, 2, hidden), th.stack([w.deter_g, w.stoch_g]))
         hidden_n = NormSilu((length, batch, width), w.hidden_g)
         post_n = NormSilu((length, batch, hidden), w.post_g)
@@ -137,7 +137,7 @@ class FilterScan(th.autograd.Function):
         limits = class_limits(noise, z_width // noise.shape[-1])
         state = start
         for t, (now, keep_t, drive_t, seen_t, limit) in enumerate(
-            zip(steps(tape), keep, drive, seen, limits, strict=True)
+            zip(steps(saved), keep, drive, seen, limits, strict=True)
         ):
             h = th.mul(state, keep_t, out=now.before)[:, :width]
             inputs = input_n.forward(t, th.addmm(input_b, now.before, input_w).view(batch, 2, hidden))
@@ -156,23 +156,23 @@ class FilterScan(th.autograd.Function):
             th.addmm(w.logits_b, now.y, logits_w, out=now.logits)
             draw(now.logits.view_as(limit), limit, out=now.after[:, width:].unflatten(1, limit.shape[1:]))
             state = now.after
-        ctx.save_for_backward(keep, *tape, *weights)
+        ctx.save_for_backward(keep, *saved, *weights)
         ctx.norms = input_n, hidden_n, post_n
         ctx.stoch = noise.shape[-1]
-        return tape.after, tape.logits
+        return saved.after, saved.logits
 
     @staticmethod
     def backward(ctx: Any, d_after: th.Tensor, d_logits: th.Tensor) -> tuple[th.Tensor | None, ...]:
-        keep, *saved = ctx.saved_tensors
-        tape, w = Tape(*saved[: len(Tape._fields)]), Weights(*saved[len(Tape._fields) :])
+        keep, *tensors = ctx.saved_tensors
+        saved, w = Saved(*tensors[: len(Saved._fields)]), Weights(*tensors[len(Saved._fields) :])
         input_n, hidden_n, post_n = ctx.norms
-        (length, batch, width), hidden, blocks = tape.x.shape, tape.y.shape[-1], len(w.own)
-        d_input, d_hidden, d_post, d_draw = map(th.empty_like, (tape.inputs, tape.x, tape.y, tape.logits))
-        d_gates = tape.x.new_empty(length, batch, 3 * width)
+        (length, batch, width), hidden, blocks = saved.x.shape, saved.y.shape[-1], len(w.own)
+        d_input, d_hidden, d_post, d_draw = map(th.empty_like, (saved.inputs, saved.x, saved.y, saved.logits))
+        d_gates = saved.x.new_empty(length, batch, 3 * width)
         own_t, gates_t = (x.transpose(1, 2).contiguous() for x in (w.own, w.gates_w))
         shared_t, input_t = w.shared.t().contiguous(), input_layer(w).t().contiguous()
         carried = th.zeros_like(d_after[0])
-        each = zip(steps(tape), keep, d_after, d_logits, strict=True)
+        each = zip(steps(saved), keep, d_after, d_logits, strict=True)
         for t, (now, keep_t, d_after_t, d_logits_t) in reversed(list(enumerate(each))):
             # z_t to logits (straight through), posterior, h_t
             d_state = d_after_t + carried
@@ -191,23 +191,23 @@ class FilterScan(th.autograd.Function):
             by_block(carried[:, :width], blocks).add_(d_own).add_(dh)
             carried.mul_(keep_t)
 
-        deter, before = tape.after[..., :width], tape.before[..., :width]
+        deter, before = saved.after[..., :width], saved.before[..., :width]
         d_input_bias, d_input_gain = d_input.sum((0, 1)), input_n.gain_grad()
         weights = Weights(
             deter_w=outer(d_input[..., :hidden], before),
             deter_b=d_input_bias[:hidden],
             deter_g=d_input_gain[0],
-            stoch_w=outer(d_input[..., hidden:], tape.before[..., width:]),
+            stoch_w=outer(d_input[..., hidden:], saved.before[..., width:]),
             stoch_b=d_input_bias[hidden:],
             stoch_g=d_input_gain[1],
-            shared=outer(tape.inputs, d_hidden),
+            shared=outer(saved.inputs, d_hidden),
             own=block_outer(before, d_hidden, blocks),
             hidden_g=hidden_n.gain_grad(),
-            gates_w=block_outer(tape.x, d_gates, blocks),
+            gates_w=block_outer(saved.x, d_gates, blocks),
             gates_b=d_gates.sum((0, 1)),
             post_w=outer(d_post, deter),
             post_g=post_n.gain_grad(),
-            logits_w=outer(d_draw, tape.y),
+            logits_w=outer(d_draw, saved.y),
             logits_b=d_draw.sum((0, 1)),
         )
         return None, None, None, d_hidden, d_post, *weights
@@ -242,11 +242,11 @@ def softmax_backward(d_probs: th.Tensor, logits: th.Tensor, stoch: int) -> th.Te
     return weighted.addcmul_(probs, weighted.sum(-2, keepdim=True), value=-1).flatten(1)
 
 
-def gates_backward(dh: th.Tensor, now: Tape, blocks: int, out: th.Tensor) -> th.Tensor:
+def gates_backward(dh: th.Tensor, now: Saved, blocks: int, out: th.Tensor) -> th.Tensor:
     """Through h_t = h' + sig(u-1) (tanh(sig(r) c) - h') of one entry.
 
     :param dh: (B, D) gradient of h_t.
-    :param now: the tape of the entry.
+    :param now: what was saved of the entry.
     :param out: (B, 3 D) gradients of r, c, u, block by block, written here.
     :return: (G, B, D/G) gradient of h' along the direct path.
     """
@@ -265,9 +265,9 @@ def input_layer(w: Weights) -> th.Tensor:
     return th.block_diag(w.deter_w.t(), w.stoch_w.t())
 
 
-def steps(tape: Tape) -> Iterator[Tape]:
-    """The tape of one entry after the other: views (B, .)."""
-    return map(Tape, *(x.unbind(0) for x in tape))
+def steps(saved: Saved) -> Iterator[Saved]:
+    """What was saved, one entry after the other: views (B, .)."""
+    return map(Saved, *(x.unbind(0) for x in saved))
 
 
 def by_block(x: th.Tensor, blocks: int) -> th.Tensor:

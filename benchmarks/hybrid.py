@@ -73,10 +73,14 @@ class Runner:
         return row["return_mean"]
 
     def learn(self, agent: str, model: Any, steps: int, already: int = 0) -> None:
-        """Train for a number of steps, with an evaluation each so often; ``already`` steps were taken before."""
-        for done in range(self.args.eval_every, steps + 1, self.args.eval_every):
-            model.learn(self.args.eval_every, reset_num_timesteps=False)
-            self.note(agent, model, already + done)
+        """Train for a number of steps, with an evaluation each so often; ``already`` steps were taken before.
+
+        Whole rollouts, as PPO's, may take more steps than were asked for; those that were taken are counted.
+        """
+        before = model.num_timesteps
+        while (done := model.num_timesteps - before) < steps:
+            model.learn(min(self.args.eval_every, steps - done), reset_num_timesteps=False)
+            self.note(agent, model, already + model.num_timesteps - before)
 
     def returns(self, agent: str) -> list[float]:
         """Of all evaluations of an agent, in order."""
@@ -125,9 +129,7 @@ def dream(run: Runner) -> Row:
         ppo.save(Path(folder) / "ppo")
         settings = dict(n_steps=run.args.horizon, batch_size=4096, n_epochs=4, learning_rate=1e-4)
         dreaming = PPO.load(Path(folder) / "ppo", env=dreams, custom_objects=settings)
-    for done in range(run.args.eval_every, run.args.then + 1, run.args.eval_every):
-        dreaming.learn(run.args.eval_every, reset_num_timesteps=False)
-        run.note("ppo in the dream", dreaming, done)
+    run.learn("ppo in the dream", dreaming, run.args.then)
     return verdict | {"ppo after": run.returns("ppo in the dream")[-1]}
 
 

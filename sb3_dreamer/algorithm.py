@@ -43,6 +43,7 @@ class SequenceAlgorithm(OffPolicyAlgorithm):
     train_ratio: float
     _entries_owed: float  # replayed entries that the steps taken so far pay for
     _online_state: PolicyState | None  # of the training environments
+    lends_env = False  # whether another agent steps them too
 
     @staticmethod
     def _wrap_env(env: GymEnv, verbose: int = 0, monitor_wrapper: bool = True) -> VecEnv:
@@ -81,6 +82,8 @@ class SequenceAlgorithm(OffPolicyAlgorithm):
         return self
 
     def _setup_learn(self, total_timesteps: int, *args: Any, **kwargs: Any) -> tuple[int, BaseCallback]:
+        if self.lends_env:
+            self._last_obs = None  # somebody else may have stepped the environments
         total_timesteps, callback = super()._setup_learn(total_timesteps, *args, **kwargs)
         if np.all(self._last_episode_starts):  # the environments were just reset
             self.replay_buffer.cut()

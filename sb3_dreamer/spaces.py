@@ -67,6 +67,18 @@ def check_action_bounds(space: spaces.Space) -> None:
             )
 
 
+def check_counted_from_zero(space: spaces.Space) -> None:
+    """Refuse choices that SB3's algorithms, unlike Dreamer, would count from another number than the space.
+
+    :raises ValueError: for a space with a start.
+    """
+    if np.any(getattr(space, "start", 0)):
+        raise ValueError(
+            f"SB3's algorithms count choices from 0 and cannot act in {space}: wrap the environment in "
+            "gymnasium.wrappers.TransformAction so that they begin there"
+        )
+
+
 def into_space(space: spaces.Space, numbers: np.ndarray) -> np.ndarray:
     """Decoded numbers (..., *shape) as observations of one space: whole if they have to be, clipped, in its dtype."""
     if not isinstance(space, spaces.Box):

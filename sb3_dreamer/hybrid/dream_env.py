@@ -13,9 +13,8 @@ from stable_baselines3.common.vec_env.base_vec_env import VecEnvIndices, VecEnvO
 
 from sb3_dreamer.dreamer import Dreamer
 from sb3_dreamer.hybrid.experience import require_replay
-from sb3_dreamer.hybrid.real_states import real_states, unpacked
+from sb3_dreamer.hybrid.real_states import imagined_observations, real_states, unpacked
 from sb3_dreamer.nets.layers import fast_bfloat16
-from sb3_dreamer.spaces import observations
 
 STARTS_PER_ENV = 16
 LEAST_CONTEXT = 64  # entries of each real environment that are filtered to get there
@@ -70,8 +69,7 @@ class DreamVecEnv(VecEnv):
             features = self._state.features
             reward = model.predict_reward(features)
             goes_on = model.predict_discount(features) / model.gamma
-            seen = model.decoder.predict(features)
-        obs = observations(self.observation_space, seen)
+            obs = imagined_observations(self.model, features)
         terminal = (th.rand_like(goes_on) > goes_on).cpu().numpy()
         self._age += 1
         dones = terminal | (self._age >= self.horizon)

@@ -11,7 +11,7 @@ from stable_baselines3.common.buffers import DictReplayBuffer, ReplayBuffer
 from stable_baselines3.common.utils import configure_logger
 
 from sb3_dreamer.dreamer import Dreamer
-from sb3_dreamer.replay import Episode, SequenceReplayBuffer, read_episodes, write_episode
+from sb3_dreamer.replay import Episode, SequenceReplayBuffer, encoded_episode, read_episodes, write_episode
 
 
 def add_experience(model: Dreamer, source: Any, time_limit: int | None = None) -> None:
@@ -20,20 +20,23 @@ def add_experience(model: Dreamer, source: Any, time_limit: int | None = None) -
     :param model: whose replay.
     :param source: a SequenceReplayBuffer, an SB3 ReplayBuffer or DictReplayBuffer, a Minari data set or its id, or
         :class:`~sb3_dreamer.replay.Episode` objects.
-    :param time_limit: for replays without time-limit flags: episodes of this many steps were cut by the clock.
+    :param time_limit: for SB3 replays without time-limit flags, as the memory-saving ones: episodes of this many steps
+        were cut by the clock. None: the limit of the model's environment, if it has one.
     :raises ValueError: for other spaces, values that are none of the space, and a source without a transition.
+    :raises TypeError: for a source of no known kind. Nothing is added then either.
     """
     replay = model.replay_buffer
     if source is replay:
         raise ValueError("this replay is the model's own: what would be added is there already")
-    model._last_obs = None
-    replay.cut()
-    count = 0
-    for episode in episodes_of(model, source, time_limit):
-        write_episode(replay, episode)
-        count += 1
+    if isinstance(source, Iterator):
+        source = list(source)  # it is walked through twice
+    count = sum(1 for episode in episodes_of(model, source, time_limit) if encoded_episode(replay, episode))
     if count == 0:
         raise ValueError(f"{type(source).__name__} holds no transition: collect something first")
+    model._last_obs = None
+    replay.cut()
+    for episode in episodes_of(model, source, time_limit):
+        write_episode(replay, episode)
 
 
 def pretrain(model: Dreamer, updates: int) -> None:
@@ -41,9 +44,11 @@ def pretrain(model: Dreamer, updates: int) -> None:
 
     :param model: the model.
     :param updates: how many.
-    :raises ValueError: if the replay cannot serve a sequence.
+    :raises ValueError: if the replay cannot serve a sequence, or for less than one update.
     """
     require_replay(model, "pretrain()")
+    if updates < 1:
+        raise ValueError(f"updates={updates} has to be at least 1")
     ensure_logger(model)
     model._current_progress_remaining = 1.0  # a schedule that has run out would stop all learning
     model.train(updates, model.batch_size)
@@ -81,7 +86,7 @@ def episodes_of(model: Dreamer, source: Any, time_limit: int | None = None) -> I
         return read_episodes(source)
     if isinstance(source, ReplayBuffer):
         check_same_spaces(model, source, "the replay")
-        return _replay_episodes(source, time_limit)
+        return _replay_episodes(source, _time_limit(model) if time_limit is None else time_limit)
     if hasattr(source, "iterate_episodes"):
         check_same_spaces(model, source, "the data set")
         return (_minari_episode(model, recorded) for recorded in source.iterate_episodes())
@@ -116,6 +121,12 @@ def _shapes(space: spaces.Space) -> Any:
 # -- SB3's replay ------------------------------------------------------------------------------------------------------
 
 
+def _time_limit(model: Dreamer) -> int | None:
+    """Steps after which the clock ends an episode of the model's environment, as far as it tells."""
+    spec = None if model.env is None else model.env.get_attr("spec", 0)[0]
+    return getattr(spec, "max_episode_steps", None)
+
+
 def _replay_episodes(buffer: ReplayBuffer, time_limit: int | None) -> Iterator[Episode]:
     """Columns of transitions, one per environment, cut where an episode is done or the next row does not follow."""
     rows = np.arange(buffer.pos)
@@ -132,7 +143,8 @@ def _replay_episodes(buffer: ReplayBuffer, time_limit: int | None) -> Iterator[E
             follows[:-1] &= same
         for part in np.split(np.arange(len(rows)), np.flatnonzero(done | ~follows) + 1):
             if len(part) > 0:
-                yield from _one_episode(buffer, rows[part], env, time_limit)
+                beheaded = buffer.full and part[0] == 0  # its true length is not known any more
+                yield from _one_episode(buffer, rows[part], env, time_limit, beheaded)
 
 
 def _observations(buffer: ReplayBuffer, rows: np.ndarray, env: int) -> tuple[dict[str, np.ndarray], ...]:
@@ -146,15 +158,22 @@ def _observations(buffer: ReplayBuffer, rows: np.ndarray, env: int) -> tuple[dic
     return {"obs": buffer.observations[rows, env]}, {"obs": buffer.next_observations[rows, env]}
 
 
-def _one_episode(buffer: ReplayBuffer, rows: np.ndarray, env: int, time_limit: int | None) -> Iterator[Episode]:
+def _one_episode(
+    buffer: ReplayBuffer, rows: np.ndarray, env: int, time_limit: int | None, beheaded: bool
+) -> Iterator[Episode]:
     """The transitions of one episode, all of one environment.
+
+    Where the replay has no flags, its length tells whether the clock ended it; if its beginning has been overwritten
+    (``beheaded``) and there is a time limit, it may have.
 
     The memory-saving replay has lost the last observation of an episode, the next reset lies in its place: the one
     before it stands in where the episode ended for good, since the end matters more; a cut episode ends a step early.
     """
     obs, next_obs = _observations(buffer, rows, env)
     done = bool(buffer.dones[rows[-1], env])
-    time_out = bool(buffer.timeouts[rows[-1], env]) or len(rows) == time_limit
+    time_out = bool(buffer.timeouts[rows[-1], env])
+    if not buffer.handle_timeout_termination and time_limit is not None:
+        time_out = len(rows) == time_limit or beheaded
     if buffer.optimize_memory_usage and done:
         if time_out:
             rows, obs, next_obs = rows[:-1], {"obs": obs["obs"][:-1]}, obs

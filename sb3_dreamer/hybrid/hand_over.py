@@ -21,7 +21,7 @@ from sb3_dreamer.hybrid.lessons import latent_observations, lessons_from
 from sb3_dreamer.hybrid.real_states import RealStates, real_states
 from sb3_dreamer.hybrid.students import student_of, teach, teach_critics
 from sb3_dreamer.replay import Episode, read_episodes
-from sb3_dreamer.spaces import policy_for
+from sb3_dreamer.spaces import check_counted_from_zero, policy_for
 
 Algorithm = TypeVar("Algorithm", bound=BaseAlgorithm)
 
@@ -41,7 +41,9 @@ def to_model_free(
 
     :param model: a trained Dreamer with its replay.
     :param algorithm: SAC, TD3, DDPG, TQC, CrossQ, PPO, A2C, TRPO, or a class derived from one of them.
-    :param env: environment to go on in, a VecNormalize around it takes Dreamer's statistics over; None: Dreamer's own.
+    :param env: environment to go on in, a VecNormalize around it takes Dreamer's statistics over; None: Dreamer's own,
+        which Dreamer resets from then on whenever it learns. If both are to learn in turns, give one here: other
+        algorithms do not reset.
     :param on: what the new policy sees. "latents" are the features of Dreamer's model state, for tasks that need
         memory: the algorithm's environment then is a :class:`~sb3_dreamer.hybrid.LatentVecEnv`.
     :param updates: minibatches for the policy.
@@ -51,7 +53,6 @@ def to_model_free(
     """
     require_replay(model, "to_model_free()")
     target = _new_student(model, algorithm, env, on, kwargs)
-    student_of(target)
     wanted_entropy = getattr(target, "target_entropy", None)
     real = real_states(model, NEWEST)
     gamma: float = target.gamma  # type: ignore[attr-defined]
@@ -66,7 +67,7 @@ def to_model_free(
         teach_critics(target, lessons, critic_updates)
     target.num_timesteps = model.num_timesteps
     if env is None:
-        model._last_obs = None  # two agents share the environments: whoever goes on resets them first
+        model.lends_env = True
     return target
 
 
@@ -93,14 +94,15 @@ def _new_student(
     wrapped = model._wrap_env(env, model.verbose) if env is not None else model.env
     assert wrapped is not None
     _check_env(model, wrapped)
-    _share_statistics(model, wrapped)
-    if on == "latents":
-        wrapped = LatentVecEnv(model, wrapped)
-    policy = settings.pop("policy", policy_for(wrapped.observation_space))
+    seen = LatentVecEnv(model, wrapped) if on == "latents" else wrapped
+    policy = settings.pop("policy", policy_for(seen.observation_space))
     try:
-        return algorithm(policy, wrapped, **settings)
+        target = algorithm(policy, seen, **settings)
     except AssertionError as error:
         raise ValueError(f"{algorithm.__name__} cannot take over here: {error}") from error
+    student_of(target)
+    _share_statistics(model, wrapped)
+    return target
 
 
 def _check_env(model: Dreamer, env: Any) -> None:
@@ -109,6 +111,7 @@ def _check_env(model: Dreamer, env: Any) -> None:
             f"env has {env.observation_space} and {env.action_space}, the model {model.observation_space} and "
             f"{model.action_space}: use an environment with the same spaces and wrappers"
         )
+    check_counted_from_zero(env.action_space)
     if is_vecenv_wrapped(env, VecNormalize) != (model.get_vec_normalize_env() is not None):
         raise ValueError("VecNormalize is around one of env and Dreamer's environment only: wrap env as Dreamer's is")
 
@@ -125,18 +128,12 @@ def _share_statistics(model: Dreamer, env: VecEnv) -> None:
 
 
 def fill_replay(buffer: ReplayBuffer, episodes: Iterable[Episode]) -> None:
-    """Put episodes into an SB3 replay, each into the column of one environment, in the order of time.
+    """Put episodes into an SB3 replay, into the column of one environment after the other, in the order of time.
 
     What is not the end of a task is a time limit, so that no transition follows what it does not belong to. Columns
-    are equally long: what one has more than the shortest is left out.
+    are equally long: an episode that does not fit into one goes on in the next, and less than a row is left out.
     """
-    columns: list[list[Episode]] = [[] for _ in range(buffer.n_envs)]
-    steps = np.zeros(buffer.n_envs, int)
-    for episode in episodes:
-        shortest = int(steps.argmin())
-        columns[shortest].append(episode)
-        steps[shortest] += len(episode)
-    rows = zip(*(_transitions(column, int(steps.min())) for column in columns), strict=True)
+    rows = zip(*map(_transitions, _columns(list(episodes), buffer.n_envs)), strict=True)
     is_dict = isinstance(buffer, DictReplayBuffer)
     for row in rows:
         obs, next_obs, action, reward, done, infos = zip(*row, strict=True)
@@ -144,18 +141,28 @@ def fill_replay(buffer: ReplayBuffer, episodes: Iterable[Episode]) -> None:
         buffer.add(_together(obs, is_dict), _together(next_obs, is_dict), *arrays, list(infos))
 
 
-def _transitions(episodes: list[Episode], number: int) -> Iterator[tuple[Any, ...]]:
-    """The first transitions of one column: (obs, next obs, action, reward, done, info)."""
+def _columns(episodes: list[Episode], number: int) -> list[list[Episode]]:
+    """Episodes, cut where a column is full."""
+    length = sum(map(len, episodes)) // number
+    columns: list[list[Episode]] = [[] for _ in range(number)]
+    step = 0
+    for episode in episodes:
+        begin = 0
+        while begin < len(episode) and step < length * number:
+            end = min(len(episode), begin + length - step % length)
+            columns[step // length].append(episode.part(begin, end))
+            step, begin = step + end - begin, end
+    return columns
+
+
+def _transitions(episodes: list[Episode]) -> Iterator[tuple[Any, ...]]:
+    """Of one column: (obs, next obs, action, reward, done, info)."""
     for episode in episodes:
         for t in range(len(episode)):
-            number -= 1
-            last = t == len(episode) - 1
-            done = last or number == 0
-            info = {"TimeLimit.truncated": done and not (last and episode.terminal)}
+            done = t == len(episode) - 1
             now, then = ({key: part[i] for key, part in episode.obs.items()} for i in (t, t + 1))
+            info = {"TimeLimit.truncated": done and not episode.terminal}
             yield now, then, episode.action[t], episode.reward[t], done, info
-            if number == 0:
-                return
 
 
 def _together(rows: tuple[dict[str, np.ndarray], ...], is_dict: bool) -> Any:

@@ -8,11 +8,19 @@ from typing import Any
 
 import numpy as np
 import torch as th
+from gymnasium import spaces
+from stable_baselines3.common.policies import BasePolicy
 
 from sb3_dreamer.dreamer import Dreamer
-from sb3_dreamer.hybrid.real_states import CHUNK, RealStates, dream_returns, state_values, unpacked
+from sb3_dreamer.hybrid.real_states import (
+    CHUNK,
+    RealStates,
+    dream_returns,
+    imagined_observations,
+    state_values,
+    unpacked,
+)
 from sb3_dreamer.nets.distributions import ActionDistribution, Bits, BoundedNormal, OneHots
-from sb3_dreamer.spaces import observations
 
 
 @dataclass
@@ -37,10 +45,11 @@ class Lessons:
     def __len__(self) -> int:
         return len(self.value)
 
-    def observation(self, index: np.ndarray | slice) -> Any:
-        """Observations as SB3 policies take them: by key, or the only one."""
+    def seen_by(self, policy: BasePolicy, index: np.ndarray | slice) -> Any:
+        """Observations as tensors for an SB3 policy: by key, or the only one."""
         chosen = {key: part[index] for key, part in self.obs.items()}
-        return chosen["obs"] if list(chosen) == ["obs"] else chosen
+        is_dict = isinstance(policy.observation_space, spaces.Dict)
+        return policy.obs_to_tensor(chosen if is_dict else chosen["obs"])[0]
 
     def batches(self, number: int, size: int) -> Iterator[np.ndarray]:
         """Indices (n,) of random moments, ``number`` times."""
@@ -95,7 +104,7 @@ def _imagined_lessons(model: Dreamer, real: RealStates, starts: np.ndarray, gamm
     if on_latents:
         obs = {"obs": features.cpu().numpy()}
     else:
-        obs = observations(model.observation_space, model.policy.world_model.decoder.predict(features))
+        obs = imagined_observations(model, features)
     value = returns[:, 1:].flatten()
     taken = dream.action[:, 1:].flatten(0, 1).clamp(-1.0, 1.0)
     return Lessons(obs, mean, std, value, taken, value)

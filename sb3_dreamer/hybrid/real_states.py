@@ -11,11 +11,13 @@ from gymnasium import spaces
 from sb3_dreamer.behavior.imagination import imagine, lambda_returns
 from sb3_dreamer.dreamer import Dreamer
 from sb3_dreamer.replay import Episode, read_episodes
+from sb3_dreamer.spaces import observations
 from sb3_dreamer.types import Dream
 from sb3_dreamer.world_model.rssm import State
 
 SIDE_BY_SIDE = 64  # episodes filtered at once
 CHUNK = 2048  # states dreamt from at once
+DECODED = 512  # states decoded at once; they may be images
 
 
 @dataclass
@@ -102,6 +104,25 @@ def _encoded(model: Dreamer, episode: Episode) -> th.Tensor:
 def unpacked(model: Dreamer, packed: th.Tensor) -> State:
     """States of the model from rows of ``RealStates.packed``."""
     return model.policy.world_model.rssm.unpack(packed)
+
+
+@th.no_grad()
+def imagined_observations(model: Dreamer, features: th.Tensor) -> dict[str, np.ndarray]:
+    """Features (n, F) -> what the policy would be given there, (n, *shape) by key.
+
+    Where the environment normalises, VecNormalize's own limits hold: those of the space are of the original numbers.
+    """
+    parts = [_imagined_observations(model, part) for part in features.split(DECODED)]
+    return {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
+
+
+def _imagined_observations(model: Dreamer, features: th.Tensor) -> dict[str, np.ndarray]:
+    decoded = model.policy.world_model.decoder.predict(features)
+    obs, normalize = observations(model.observation_space, decoded), model.get_vec_normalize_env()
+    if normalize is not None and normalize.norm_obs:
+        for key in normalize.norm_obs_keys or obs:
+            obs[key] = decoded[key].float().clamp(-normalize.clip_obs, normalize.clip_obs).cpu().numpy()
+    return obs
 
 
 @th.no_grad()

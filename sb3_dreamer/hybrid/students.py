@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Protocol
@@ -10,6 +11,7 @@ import numpy as np
 import torch as th
 from gymnasium import spaces
 from stable_baselines3.common.base_class import BaseAlgorithm
+from stable_baselines3.common.noise import NormalActionNoise
 from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 from stable_baselines3.common.policies import ActorCriticPolicy
@@ -54,7 +56,7 @@ def student_of(target: BaseAlgorithm) -> Student:
 
 
 class DeterministicActor:
-    """TD3, DDPG: actions (n, A) in [-1, 1]."""
+    """TD3, DDPG: actions (n, A) in [-1, 1]; they explore by noise as wide as Dreamer's, if no other was asked for."""
 
     def __init__(self, target: Any) -> None:
         self.target = target
@@ -68,6 +70,9 @@ class DeterministicActor:
 
     def finish(self, lessons: Lessons) -> None:
         self.target.actor_target.load_state_dict(self.target.actor.state_dict())
+        if self.target.action_noise is None:
+            width = lessons.std.mean(0).cpu().numpy()
+            self.target.action_noise = NormalActionNoise(np.zeros_like(width), width)
 
 
 class SquashedActor:
@@ -91,7 +96,7 @@ class SquashedActor:
         return ((th.tanh(mu) - mean).square() + 0.1 * (log_std - wanted).square()).sum(-1).mean()
 
     def finish(self, lessons: Lessons) -> None:
-        obs = self.target.policy.obs_to_tensor(lessons.observation(next(lessons.batches(1, 4096))))[0]
+        obs = lessons.seen_by(self.target.policy, next(lessons.batches(1, 4096)))
         with th.no_grad():
             self.target.target_entropy = -self.target.actor.action_log_prob(obs)[1].mean().item()
 
@@ -114,7 +119,7 @@ class StochasticActorCritic:
         loss = ((value - lessons.value[index]) / scale).square().mean()
         if isinstance(self.space, spaces.Box):
             low, high = (th.as_tensor(b.flatten(), device=wanted.device) for b in (self.space.low, self.space.high))
-            mean = 2 * (chosen.mean - low) / (high - low) - 1
+            mean = 2 * (chosen.mean - low) / th.where(high > low, high - low, 1) - 1
             return loss + (mean - wanted).square().sum(-1).mean()
         if isinstance(self.space, spaces.MultiBinary):
             return loss - (wanted * chosen.logits - th.nn.functional.softplus(chosen.logits)).sum(-1).mean()
@@ -125,7 +130,7 @@ class StochasticActorCritic:
         if isinstance(self.space, spaces.Box):
             half_range = th.as_tensor((self.space.high - self.space.low).flatten() / 2, device=lessons.std.device)
             with th.no_grad():
-                self.policy.log_std.copy_((lessons.std.mean(0) * half_range).log())
+                self.policy.log_std.copy_((lessons.std.mean(0) * half_range).clamp(min=1e-3).log())
 
 
 def teach(target: BaseAlgorithm, lessons: Lessons, updates: int) -> None:
@@ -140,7 +145,7 @@ def teach(target: BaseAlgorithm, lessons: Lessons, updates: int) -> None:
     schedule = th.optim.lr_scheduler.LinearLR(optimizer, 1.0, LAST_RATE, total_iters=max(updates, 1))
     target.policy.set_training_mode(True)
     for index in lessons.batches(updates, BATCH):
-        obs = target.policy.obs_to_tensor(lessons.observation(index))[0]
+        obs = lessons.seen_by(target.policy, index)
         loss = student.loss(obs, lessons, index)
         optimizer.zero_grad()
         loss.backward()
@@ -166,7 +171,7 @@ def teach_critics(target: Any, lessons: Lessons, updates: int) -> None:
     optimizer = th.optim.Adam(target.critic.parameters(), lr=LEARNING_RATE)
     schedule = th.optim.lr_scheduler.LinearLR(optimizer, 1.0, LAST_RATE, total_iters=max(updates, 1))
     for index in lessons.batches(updates, BATCH):
-        obs = target.policy.obs_to_tensor(lessons.observation(index))[0]
+        obs = lessons.seen_by(target.policy, index)
         predicted = target.critic(obs, lessons.taken[index])
         stacked = th.stack(predicted, 1) if isinstance(predicted, tuple) else predicted  # (n, critics, 1 or quantiles)
         loss = (stacked - lessons.taken_value[index, None, None]).square().mean()
@@ -187,6 +192,7 @@ def teach_critics(target: Any, lessons: Lessons, updates: int) -> None:
 def actor_fixed(target: Any) -> Iterator[None]:
     """``train()`` moves the critics only, neither the actor nor the temperature, at a rate that falls with progress."""
     updates, temperature = target._n_updates, getattr(target, "ent_coef_optimizer", None)
+    actor = copy.deepcopy(target.actor.state_dict())
     schedule, target.lr_schedule = target.lr_schedule, lambda remaining: LEARNING_RATE * max(remaining, LAST_RATE)
     target.actor.requires_grad_(False)
     ensure_logger(target)
@@ -199,5 +205,6 @@ def actor_fixed(target: Any) -> Iterator[None]:
             del target.ent_coef_tensor
             target.ent_coef_optimizer = temperature
         target.actor.requires_grad_(True)
+        target.actor.load_state_dict(actor)  # CrossQ's batch norms take note of every batch
         target._n_updates, target.lr_schedule, target._current_progress_remaining = updates, schedule, 1.0
         del target._logger

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import pathlib
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch as th
-from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
+from gymnasium import spaces
+from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.save_util import load_from_zip_file
 from stable_baselines3.common.vec_env import VecEnv, VecNormalize
@@ -16,6 +18,7 @@ from stable_baselines3.common.vec_env import VecEnv, VecNormalize
 from sb3_dreamer.behavior.actor_critic import Actor
 from sb3_dreamer.dreamer import Dreamer
 from sb3_dreamer.hybrid.experience import ensure_logger, require_replay
+from sb3_dreamer.spaces import check_counted_from_zero
 from sb3_dreamer.types import Batch
 
 CHUNK = 16  # updates between two looks at how far the cloning has faded
@@ -36,12 +39,14 @@ class Cloning:
     :param fade_from: count of updates at which the weight begins to fall.
     :param fade_updates: updates until it is zero.
     :param steps_left: environment steps that the teacher has yet to take.
+    :param asked: what ``warm_start`` was asked for.
     """
 
     spans: list[tuple[np.ndarray, np.ndarray]]
     fade_from: int
     fade_updates: int
     steps_left: int
+    asked: tuple[int, int | None, int | None]
 
     def weight(self, n_updates: int) -> float:
         """Share of the teacher after some updates."""
@@ -70,7 +75,7 @@ def warm_start(
     model: Dreamer,
     teacher: Any,
     n_steps: int,
-    vec_normalize: VecNormalize | str | pathlib.Path | None = None,
+    vec_normalize: VecNormalize | str | pathlib.Path | Literal[False] | None = None,
     deterministic: bool = False,
     updates: int | None = None,
     fade_steps: int | None = None,
@@ -78,13 +83,15 @@ def warm_start(
     """Let a teacher act, learn the world from it, imitate it, and only then improve on it.
 
     Meanwhile the critics and the return scale learn in dreams of the imitated policy. If this is interrupted, the model
-    can be used as it is, and the same call again takes the steps and updates that are missing.
+    can be used as it is, and the same call again takes the steps and updates that are missing; with other numbers it
+    begins anew. ``save()`` does not keep what is left to do: nothing draws a loaded model to the teacher any more.
 
     :param model: whose environments the teacher acts in; they are reset first.
     :param teacher: a model of SB3 or sb3-contrib, anything with their ``predict``, or the path of a saved one.
     :param n_steps: environment steps; they count as the model's own.
-    :param vec_normalize: the statistics that the teacher was trained with, or their path; None: those of its own
-        environment, if it has one. The files of off-policy algorithms do not tell whether they need them.
+    :param vec_normalize: the statistics that the teacher was trained with, or their path; False: it needs none; None:
+        those of its own environment, if it has one. Off-policy ones do not always tell whether they need them, see
+        :func:`saw_normalised`.
     :param deterministic: whether the teacher acts without exploring.
     :param updates: gradient updates; None: as many as ``train_ratio`` asks for this many steps.
     :param fade_steps: steps of ``learn()`` until nothing draws the actor to the teacher any more; None: ``n_steps``.
@@ -97,10 +104,12 @@ def warm_start(
     guide = Guide(model, teacher, vec_normalize)
     per_step = model.train_ratio / (model.batch_size * model.batch_length)
     cloning: Cloning | None = model._cloning
-    if cloning is None or (cloning.steps_left <= 0 and model._n_updates >= cloning.fade_from):
+    asked = n_steps, updates, fade_steps
+    done = cloning is None or (cloning.steps_left <= 0 and model._n_updates >= cloning.fade_from)
+    if cloning is None or done or cloning.asked != asked:
         due = model._n_updates + (int(n_steps * per_step) if updates is None else updates)
         fade = int((n_steps if fade_steps is None else fade_steps) * per_step)
-        cloning = model._cloning = Cloning([], due, fade, n_steps)
+        cloning = model._cloning = Cloning([], due, fade, n_steps, asked)
     guide.act(model, cloning, deterministic)
     require_replay(model, "warm_start()")
     ensure_logger(model)
@@ -119,22 +128,25 @@ class Guide:
     :raises ValueError: if it cannot act there.
     """
 
-    def __init__(self, model: Dreamer, teacher: Any, vec_normalize: VecNormalize | str | pathlib.Path | None) -> None:
+    def __init__(
+        self, model: Dreamer, teacher: Any, vec_normalize: VecNormalize | str | pathlib.Path | Literal[False] | None
+    ) -> None:
         env = raw_env(model)
-        normalised = isinstance(teacher, OnPolicyAlgorithm) and teacher._last_original_obs is not None
+        normalised = isinstance(teacher, BaseAlgorithm) and saw_normalised(vars(teacher))
         if isinstance(teacher, str | pathlib.Path):
             teacher, normalised = load_policy(teacher, model.device)
+        check_counted_from_zero(env.action_space)
         if vec_normalize is None and hasattr(teacher, "get_vec_normalize_env"):
             vec_normalize = teacher.get_vec_normalize_env()
         if vec_normalize is None and normalised:
             raise ValueError(
                 "the teacher was trained with VecNormalize and cannot act without its statistics: "
-                "give vec_normalize=, the VecNormalize or the path that its save() wrote to"
+                "give vec_normalize=, the VecNormalize or the path that its save() wrote to; False, if this is wrong"
             )
         if isinstance(vec_normalize, str | pathlib.Path):
             vec_normalize = VecNormalize.load(str(vec_normalize), env)
-        self.teacher, self.normalize = teacher, vec_normalize
-        shown = env.observation_space if vec_normalize is None else vec_normalize.observation_space
+        self.teacher, self.normalize = teacher, vec_normalize or None
+        shown = self.normalize.observation_space if self.normalize else env.observation_space
         for name, given, own in (
             ("observations", shown, teacher.observation_space),
             ("actions", env.action_space, teacher.action_space),
@@ -183,10 +195,32 @@ def raw_env(model: Dreamer) -> VecEnv:
     return model.env if normalize is None else normalize.venv
 
 
+def saw_normalised(attributes: Mapping[str, Any]) -> bool:
+    """Whether an SB3 algorithm, by what it keeps of its last step, was given normalised observations.
+
+    On-policy ones keep an original observation only if their environment normalises, be it rewards alone. Off-policy
+    ones always do; normalised ones are float32 and know no bounds, so that those of float64 environments, as MuJoCo's,
+    and those beyond the bounds are told.
+
+    :param attributes: of the algorithm, or out of its file.
+    """
+    seen, original = attributes.get("_last_obs"), attributes.get("_last_original_obs")
+    if seen is None or original is None:
+        return False
+    if "gae_lambda" in attributes:
+        return True
+    space = attributes["observation_space"]
+    if not isinstance(seen, dict):
+        seen, original, space = {"obs": seen}, {"obs": original}, {"obs": space}
+    return any(
+        part.dtype != original[key].dtype
+        or (isinstance(space[key], spaces.Box) and bool(np.any((part < space[key].low) | (part > space[key].high))))
+        for key, part in seen.items()
+    )
+
+
 def load_policy(path: str | pathlib.Path, device: th.device) -> tuple[BasePolicy, bool]:
     """The policy out of the file of any SB3 algorithm, and whether the file tells of a VecNormalize.
-
-    Files of on-policy algorithms do; those of the others keep no trace of it.
 
     :raises ValueError: if the file holds no algorithm of SB3.
     """
@@ -198,4 +232,4 @@ def load_policy(path: str | pathlib.Path, device: th.device) -> tuple[BasePolicy
         kwargs["use_sde"] = True
     policy = data["policy_class"](data["observation_space"], data["action_space"], lambda _: 0.0, **kwargs).to(device)
     policy.load_state_dict(params["policy"])
-    return policy, "gae_lambda" in data and data.get("_last_original_obs") is not None
+    return policy, saw_normalised(data)

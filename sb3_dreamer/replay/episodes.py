@@ -29,6 +29,11 @@ class Episode:
     def __len__(self) -> int:
         return len(self.reward)
 
+    def part(self, begin: int, end: int) -> Episode:
+        """Actions ``begin`` to ``end``, the latter not included; cut, unless it reaches the end."""
+        obs = {key: values[begin : end + 1] for key, values in self.obs.items()}
+        return Episode(obs, self.action[begin:end], self.reward[begin:end], self.terminal and end == len(self))
+
 
 def read_episodes(buffer: SequenceReplayBuffer, newest: int | None = None) -> Iterator[Episode]:
     """The episodes of a replay, one environment after the other, the oldest first.
@@ -63,17 +68,20 @@ def _episode(buffer: SequenceReplayBuffer, arrays: dict[str, np.ndarray], rows: 
     )
 
 
-def write_episode(buffer: SequenceReplayBuffer, episode: Episode) -> None:
-    """Append an episode to the environment that has seen least. Everything is checked before anything is written.
+def encoded_episode(
+    buffer: SequenceReplayBuffer, episode: Episode
+) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+    """An episode as the replay would store it: its entries (L, .) and the one after the last action (1, .).
 
-    The stream of that environment is cut: reset it before it goes on.
-
-    :param buffer: the replay.
+    :param buffer: the replay, which is only asked.
     :param episode: of its spaces.
     :raises ValueError: for NaN, infinity, values out of range and wrong shapes.
+    :raises TypeError: for what is no episode.
     """
-    env, length = np.array([buffer._rings.head.argmin()]), len(episode)
-    code, envs = buffer._entries, np.repeat(env, length)
+    if not isinstance(episode, Episode):
+        raise TypeError(f"{type(episode).__name__} is no episode: give sb3_dreamer.replay.Episode objects")
+    length, code = len(episode), buffer._entries
+    envs = np.repeat(buffer._rings.head.argmin(), length)
     if any(len(part) != length + 1 for part in episode.obs.values()):
         lengths = {key: len(part) for key, part in episode.obs.items()}
         raise ValueError(f"an episode of {length} rewards has {length + 1} observations of each kind, here {lengths}")
@@ -84,10 +92,24 @@ def write_episode(buffer: SequenceReplayBuffer, episode: Episode) -> None:
     final = code.store_final([info], reward[-1:], np.zeros(1, int))
     entries["reward"] = np.append(np.float32(0.0), reward[:-1])
     entries["flags"] = (np.arange(length) == 0) * np.uint8(FIRST)
+    return entries, final
+
+
+def write_episode(buffer: SequenceReplayBuffer, episode: Episode) -> None:
+    """Append an episode to the environment that has seen least. Everything is checked before anything is written.
+
+    The stream of that environment is cut: reset it before it goes on.
+
+    :param buffer: the replay.
+    :param episode: of its spaces.
+    :raises ValueError: as :func:`encoded_episode`.
+    """
+    entries, final = encoded_episode(buffer, episode)
+    env = np.array([buffer._rings.head.argmin()])
     storage = buffer._writable_storage()
     buffer._interrupt(env)
     buffer._mark_last(storage)
-    for t in range(length):
+    for t in range(len(episode)):
         buffer._append(storage, env, {name: values[t : t + 1] for name, values in entries.items()})
     buffer._append(storage, env, final)
     buffer._interrupt(env)

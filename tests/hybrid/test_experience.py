@@ -11,7 +11,7 @@ from stable_baselines3 import SAC
 from stable_baselines3.common.buffers import ReplayBuffer
 
 from sb3_dreamer import Dreamer
-from sb3_dreamer.hybrid.experience import add_experience, episodes_of
+from sb3_dreamer.hybrid.experience import _replay_episodes, _time_limit, add_experience, episodes_of
 from sb3_dreamer.replay import Episode, SequenceReplayBuffer, read_episodes, write_episode
 
 LINE = spaces.Box(-np.inf, np.inf, (1,), np.float32)
@@ -138,6 +138,22 @@ class TestReplayOfSB3:
         expected = [([1.0, 2.0, 2.0], True), ([10.0, 11.0, 12.0], False), ([20.0, 21.0], False)]
         assert told(episodes_of(small(), buffer, time_limit=3)) == expected
 
+    def test_an_episode_whose_beginning_is_lost_may_have_been_cut_by_the_clock(self):
+        buffer = sb3_replay(rows=5, handle_timeout_termination=False)
+        for obs, done in ((1, False), (2, False), (3, True), (10, False), (11, True), (20, False)):
+            put(buffer, obs, obs + 1, done)
+        whole, known = [([10.0, 11.0, 12.0], True), ([20.0, 21.0], False)], ([2.0, 3.0, 4.0], False)
+        assert told(episodes_of(small(), buffer, time_limit=3)) == [known, *whole]
+        assert told(episodes_of(small(), buffer)) == [(known[0], True), *whole], "no clock is known"
+
+    def test_without_flags_the_clock_of_the_environment_counts(self):
+        buffer = sb3_replay(handle_timeout_termination=False)
+        put(buffer, 1, 2)
+        put(buffer, 2, 3, done=True)
+        clocked = small(lambda: gym.make(gym.spec("Pendulum-v1"), max_episode_steps=2))
+        assert _time_limit(clocked) == 2
+        assert told(_replay_episodes(buffer, _time_limit(clocked))) == [([1.0, 2.0, 3.0], False)]
+
     def test_a_real_one_has_the_rewards_of_its_transitions(self):
         sac = SAC("MlpPolicy", "Pendulum-v1", learning_starts=500, seed=0, device="cpu", buffer_size=1000).learn(250)
         model = small(lambda: gym.make("Pendulum-v1"))
@@ -191,6 +207,16 @@ class TestOtherSources:
             add_experience(model, 3)
         with pytest.raises(ValueError, match="there already"):
             add_experience(model, model.replay_buffer)
+
+    def test_one_bad_episode_among_good_ones_leaves_everything_as_it_was(self):
+        model = small().learn(10)
+        before, bad = model.replay_buffer.size(), episode(7, 3)
+        bad.reward[1] = np.nan
+        for source in ([episode(0, 5), bad], iter([episode(0, 5), bad]), [episode(0, 5), "no episode"]):
+            with pytest.raises((ValueError, TypeError), match=r"NaN|nan|no episode"):
+                add_experience(model, source)
+            assert model.replay_buffer.size() == before
+            assert model._last_obs is not None
 
     def test_lengths_that_do_not_fit_are_refused(self):
         e = episode(0, 3)

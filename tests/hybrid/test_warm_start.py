@@ -9,7 +9,7 @@ import pytest
 import torch as th
 from sb3_contrib import RecurrentPPO
 from stable_baselines3 import DQN, PPO, SAC
-from stable_baselines3.common.vec_env import VecNormalize
+from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
 
 from sb3_dreamer import Dreamer
 from sb3_dreamer.hybrid.warm_start import Cloning
@@ -65,7 +65,7 @@ class TestImitation:
         assert abs(action.item() - 1.5) < 0.3
 
     def test_its_weight_fades(self):
-        cloning = Cloning([], fade_from=10, fade_updates=20, steps_left=0)
+        cloning = Cloning([], fade_from=10, fade_updates=20, steps_left=0, asked=(1, None, None))
         assert [cloning.weight(n) for n in (0, 10, 15, 20, 30, 99)] == [1, 1, 0.75, 0.5, 0, 0]
 
     def test_only_the_teachers_entries_are_imitated(self):
@@ -81,7 +81,8 @@ class TestImitation:
         model = fresh().warm_start(Constant(), 60, updates=0)
         batch = model.replay_buffer.sample(4)
         features = th.randn(4, 8, model.policy.world_model.feature_width)
-        cloning = Cloning([(np.array([0]), np.array([10**6]))], fade_from=0, fade_updates=2, steps_left=0)
+        everything = [(np.array([0]), np.array([10**6]))]
+        cloning = Cloning(everything, fade_from=0, fade_updates=2, steps_left=0, asked=(1, None, None))
         own, actor = th.tensor(7.0), model.policy.actor
         likelihood = actor(features).log_prob(batch.action)[~batch.is_last].mean()
         th.testing.assert_close(cloning.mix(own, actor, features, batch, 1), 0.5 * own - 0.5 * likelihood)
@@ -124,8 +125,46 @@ class TestTeachers:
         expected = teacher.predict(env.normalize_obs(first.obs["obs"][:-1]), deterministic=True)[0]
         np.testing.assert_allclose(2 * first.action, expected, atol=1e-5)
 
+    @pytest.mark.parametrize("wide", [False, True])
+    def test_an_off_policy_one_tells_by_the_type_of_what_it_saw_or_by_its_size(self, tmp_path: Path, wide: bool):
+        def one() -> gym.Env:
+            env = gym.make("Pendulum-v1", max_episode_steps=50)
+            if not wide:
+                return env
+            space = gym.spaces.Box(-np.inf, np.inf, (3,), np.float64)
+            return gym.wrappers.TransformObservation(env, lambda obs: obs.astype(np.float64), space)
+
+        for given, right in ((VecNormalize(DummyVecEnv([one])), False), (DummyVecEnv([one]), True)):
+            SAC("MlpPolicy", given, buffer_size=100, seed=0, device="cpu").learn(52).save(tmp_path / "sac")
+            model = Dreamer("MlpPolicy", one(), **SMALL)
+            if right:
+                assert model.warm_start(tmp_path / "sac.zip", 60, updates=0).num_timesteps == 60
+                continue
+            with pytest.raises(ValueError, match="cannot act without its statistics"):
+                model.warm_start(tmp_path / "sac.zip", 60)
+            told = model.warm_start(tmp_path / "sac.zip", 60, vec_normalize=False, updates=0)
+            assert told.num_timesteps == 60
+
+    def test_statistics_that_were_not_used_are_not_needed(self, tmp_path: Path):
+        env = VecNormalize(pendulum(), norm_obs=False)
+        PPO("MlpPolicy", env, n_steps=16, batch_size=16, seed=0, device="cpu").learn(16).save(tmp_path / "ppo")
+        assert fresh().warm_start(tmp_path / "ppo.zip", 60, vec_normalize=False, updates=0).num_timesteps == 60
+
 
 class TestInterrupted:
+    def test_another_call_begins_anew(self):
+        class Stops(Constant):
+            def predict(self, *args: Any, **kwargs: Any) -> Any:
+                if len(self.seen) == 40:
+                    raise KeyboardInterrupt
+                return super().predict(*args, **kwargs)
+
+        model = fresh()
+        with pytest.raises(KeyboardInterrupt):
+            model.warm_start(Stops(), 60, updates=2)
+        model.warm_start(Constant(), 70, updates=3)
+        assert (model.num_timesteps, model._n_updates) == (110, 3)
+
     def test_the_same_call_takes_what_is_missing(self):
         class Stops(Constant):
             def predict(self, *args: Any, **kwargs: Any) -> Any:

@@ -45,7 +45,7 @@ def main() -> None:
         if update % 250 == 0 or update == args.updates:
             error = horizon_errors(open_loop(model.policy, fresh.peek(30), CONTEXT))["obs"]
             print(
-                f"{update} updates: error over {HORIZON} steps is {error.ratio:.2f} of that of 'nothing changes'",
+                f"{update} updates: error over {HORIZON} steps is {error.ratio():.2f} of that of 'nothing changes'",
                 flush=True,
             )
 

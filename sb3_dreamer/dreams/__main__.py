@@ -6,6 +6,7 @@ python -m sb3_dreamer.dreams model.zip --env Hopper-v4 --out dreams/
 from __future__ import annotations
 
 import argparse
+import ctypes.util
 import os
 import sys
 from pathlib import Path
@@ -65,12 +66,15 @@ def main(argv: list[str] | None = None) -> Path:
     :return: the page.
     """
     args = parser().parse_args(argv)
-    if sys.platform == "linux" and "DISPLAY" not in os.environ:
+    if sys.platform == "linux" and "DISPLAY" not in os.environ and ctypes.util.find_library("EGL"):
         os.environ.setdefault("MUJOCO_GL", "egl")
     env = make_env(args.env, args.vecnormalize, args.seed)
-    model = Dreamer.load(args.model, env=env, buffer_size=env.num_envs * 1_000)
+    # its replay stays empty, and so takes no memory; not one on disk, which may hold the data of the training
+    model = Dreamer.load(args.model, env=env, buffer_size=env.num_envs * 100_000, replay_buffer_kwargs={})
     model.set_random_seed(args.seed)
-    replay, real_return = collect(model, env, args.steps, args.context + args.horizon, args.random_actions)
+    acting = model.get_env()  # as load() has wrapped it: images, channels first
+    assert acting is not None
+    replay, real_return = collect(model, acting, args.steps, args.context + args.horizon, args.random_actions)
     batch = replay.peek(args.sequences)
     body = find_body(args.env)
     with th.no_grad():

@@ -16,7 +16,7 @@ from stable_baselines3.common.logger import Figure, TensorBoardOutputFormat
 from sb3_dreamer.dreamer import Dreamer
 from sb3_dreamer.dreams.collect import original_units
 from sb3_dreamer.dreams.extras import MissingExtra, need
-from sb3_dreamer.dreams.figures import horizon_figure, open_loop_figure
+from sb3_dreamer.dreams.figures import check_dims, horizon_figure, open_loop_figure
 from sb3_dreamer.dreams.horizon import HorizonError, horizon_errors
 from sb3_dreamer.dreams.open_loop import OpenLoop, open_loop
 from sb3_dreamer.dreams.trouble import RealReturns, find_trouble, signs_of
@@ -24,6 +24,7 @@ from sb3_dreamer.dreams.videos import Body, body_video, encode, image_video
 from sb3_dreamer.types import Batch
 
 NOT_FOR_PICTURES = ("stdout", "log", "json", "csv")
+LONG_NAMES = ("stdout", "log")  # SB3 cuts them to 36 characters there, and refuses those that look alike then
 
 
 class DreamCallback(BaseCallback):
@@ -37,6 +38,7 @@ class DreamCallback(BaseCallback):
     :param samples: dreams of each.
     :param dims: names of the dimensions to plot, such as ``obs[3]``; None: those with the largest error.
     :param body_env: environment of a MuJoCo task, not the one trained in: adds a video of the dreamed body.
+    :raises ValueError: when training starts, if these do not fit the model.
     """
 
     model: Dreamer
@@ -58,6 +60,7 @@ class DreamCallback(BaseCallback):
         self._told: set[str] = set()
 
     def _on_training_start(self) -> None:
+        self._check()
         self._real = RealReturns(self.model.gamma)
         self._last_look = self.num_timesteps
 
@@ -68,6 +71,17 @@ class DreamCallback(BaseCallback):
             self._last_look = self.num_timesteps
             self._look()
         return True
+
+    def _check(self) -> None:
+        """Better at the start than at the first look."""
+        model = self.model
+        if not isinstance(model, Dreamer):
+            raise ValueError(f"DreamCallback looks at the dreams of Dreamer; {type(model).__name__} has none")
+        if not 0 < self.context < model.batch_length:
+            raise ValueError(f"context={self.context} has to be below batch_length={model.batch_length}, and above 0")
+        check_dims(model.policy.world_model.decoder.specs, self.dims)
+        if self.body is not None and self.body.env.observation_space != model.observation_space:
+            raise ValueError("body_env has another observation space than the environment: give one of the same task")
 
     def _look(self) -> None:
         model = self.model
@@ -83,9 +97,8 @@ class DreamCallback(BaseCallback):
     def _record_numbers(self, batch: Batch, errors: dict[str, HorizonError]) -> None:
         for name, error in errors.items():
             for k in error.steps:
-                self.logger.record(f"dreams/{name}_error_{k}", float(error.dream[k - 1]))
-                self.logger.record(f"dreams/{name}_unchanged_{k}", float(error.unchanged[k - 1]))
-                self.logger.record(f"dreams/{name}_mean_{k}", float(error.mean[k - 1]))
+                for kind, row in (("error", error.dream), ("unchanged", error.unchanged), ("mean", error.mean)):
+                    self.logger.record(f"dreams/{name}_{kind}_{k}", float(row[k - 1]), exclude=LONG_NAMES)
         signs = signs_of(self.model, batch, errors, self._real.mean)
         for name, sign in signs.items():
             self.logger.record(f"dreams/{name}", sign)

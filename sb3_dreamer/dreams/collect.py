@@ -44,6 +44,8 @@ def collect(
         buffer.add(obs, next_obs, stored, rewards, start, infos, latent=latent)  # type: ignore[arg-type]
         returns.add(rewards, start, infos)
         obs = next_obs
+    if env is model.env:
+        model._last_obs = None  # whoever goes on there resets it first
     return buffer, returns.mean
 
 

@@ -41,17 +41,15 @@ def open_loop_figure(loop: OpenLoop, sequence: int, dims: Sequence[str] | None =
     :raises MissingExtra: without matplotlib.
     :raises ValueError: for dimensions that there are not.
     """
-    panels = vector_panels(loop, sequence)
-    names = worst(panels, loop, at_most) if dims is None else list(dims)
-    if unknown := set(names) - set(panels):
-        raise ValueError(f"dims {sorted(unknown)} are unknown; there are {', '.join(panels) or 'only images'}")
+    check_dims(loop.specs, dims)
+    panels, until = vector_panels(loop, sequence), int(loop.valid[sequence].sum())
+    names = worst(panels, loop, until, at_most) if dims is None else list(dims)
     shown = {name: panels[name] for name in names}
     for name, pair in {"reward": loop.reward, "continue": loop.goes_on, "value": loop.value}.items():
         shown |= panels_of(loop, sequence, pair, REWARD, [name])
 
     rows = -(-len(shown) // 3)
     figure = need("matplotlib.figure", "dreams").Figure(figsize=(12, 2.1 * rows), layout="constrained")
-    until = int(loop.valid[sequence].sum())
     for i, (name, panel) in enumerate(shown.items()):
         axes = figure.add_subplot(rows, 3, i + 1)
         draw_panel(axes, Panel(*(line[:until] for line in panel)), loop.context)
@@ -62,6 +60,16 @@ def open_loop_figure(loop: OpenLoop, sequence: int, dims: Sequence[str] | None =
     for axes in figure.axes[-3:]:
         axes.set_xlabel("step", fontsize=9)
     return figure
+
+
+def check_dims(specs: Mapping[str, Spec], dims: Sequence[str] | None) -> None:
+    """Refuse dimensions that there are not.
+
+    :raises ValueError: naming those that there are.
+    """
+    known = [name for names in dimension_names(specs).values() for name in names]
+    if unknown := set(dims or ()) - set(known):
+        raise ValueError(f"dims {sorted(unknown)} are unknown; there are {', '.join(known) or 'only images'}")
 
 
 def draw_panel(axes: Any, panel: Panel, context: int) -> None:
@@ -93,7 +101,7 @@ def panels_of(loop: OpenLoop, sequence: int, pair: Pair, spec: Spec, names: Sequ
     return {name: Panel(*(line[i] for line in lines)) for i, name in enumerate(names)}
 
 
-def worst(panels: Mapping[str, Panel], loop: OpenLoop, at_most: int) -> list[str]:
+def worst(panels: Mapping[str, Panel], loop: OpenLoop, until: int, at_most: int) -> list[str]:
     """The dimensions with the largest error in standard deviations of the data, in the order of the observation."""
     scale: dict[str, float] = {}
     for key, names in dimension_names(loop.specs).items():
@@ -101,7 +109,7 @@ def worst(panels: Mapping[str, Panel], loop: OpenLoop, at_most: int) -> list[str
         scale.update(zip(names, data_scale(numbers(loop.obs[key].truth, spec), spec)))
 
     def error(name: str) -> float:
-        difference = (panels[name].truth - panels[name].dream)[loop.context :]
+        difference = (panels[name].truth - panels[name].dream)[loop.context : until]
         return float(np.square(difference / scale[name]).mean())
 
     chosen = sorted(panels, key=error, reverse=True)[:at_most]

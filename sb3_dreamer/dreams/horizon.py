@@ -10,6 +10,7 @@ from sb3_dreamer.dreams.open_loop import OpenLoop, Pair, numbers
 from sb3_dreamer.types import Spec
 
 STEPS = (1, 5, 15, 50)
+STILL = 1e-3  # what changes by less, in standard deviations of the data, does not change
 REWARD = Spec("vector", ())
 CHECKED = slice(1, None, 2)  # sequences that the band was not calibrated on
 NORMAL = 1.2816  # standard deviations around the mean that hold BAND of a normal distribution
@@ -38,10 +39,14 @@ class HorizonError:
         """Those of ``STEPS`` that were dreamed."""
         return [k for k in STEPS if k <= len(self.dream)]
 
-    @property
-    def ratio(self) -> float:
-        """Mean error of the dream over all steps, as a share of that of "nothing changes"."""
-        return float(np.nanmean(self.dream) / max(np.nanmean(self.unchanged), 1e-12))
+    def ratio(self, steps: int | None = None) -> float:
+        """Mean error of the dream over the first ``steps``, or all, as a share of that of "nothing changes".
+
+        NaN where nothing does change, as the goal within an episode, or no data is.
+        """
+        known = ~np.isnan(self.dream[:steps])
+        reference = self.unchanged[:steps][known].mean() if known.any() else 0.0
+        return float(self.dream[:steps][known].mean() / reference) if reference > STILL else float("nan")
 
 
 def horizon_errors(loop: OpenLoop) -> dict[str, HorizonError]:
@@ -94,10 +99,10 @@ def data_scale(truth: np.ndarray, spec: Spec) -> np.ndarray:
 
     An image has one for all its pixels: most of them hardly ever change.
     """
-    std = truth.std((0, 1))
+    std = np.where(truth.max((0, 1)) > truth.min((0, 1)), truth.std((0, 1), dtype=np.float64), 0.0)
     if spec.kind == "image":
         std = np.full_like(std, np.sqrt(np.square(std).mean()))
-    return np.where(std > 1e-6, std, 1.0)
+    return np.where(std > 1e-6, std, 1.0).astype(truth.dtype)
 
 
 def calibrated_band(truth: np.ndarray, dream: np.ndarray, loop: OpenLoop) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

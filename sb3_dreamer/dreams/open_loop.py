@@ -10,6 +10,7 @@ Time, for a context of c entries::
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -122,7 +123,7 @@ def numbers(observed: np.ndarray, spec: Spec) -> np.ndarray:
     return floats / 255 if spec.kind == "image" else floats
 
 
-def dimension_names(specs: dict[str, Spec]) -> dict[str, list[str]]:
+def dimension_names(specs: Mapping[str, Spec]) -> dict[str, list[str]]:
     """Key -> names of its dimensions, as in ``obs[3]``; keys of images are left out."""
     widths = {key: spec.width for key, spec in specs.items() if spec.kind != "image"}
     return {key: [f"{key}[{i}]" for i in range(width)] for key, width in widths.items()}

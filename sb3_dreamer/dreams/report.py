@@ -17,7 +17,7 @@ from sb3_dreamer.dreamer import Dreamer
 from sb3_dreamer.dreams.collect import original_units
 from sb3_dreamer.dreams.extras import MissingExtra, need
 from sb3_dreamer.dreams.figures import horizon_figure, open_loop_figure
-from sb3_dreamer.dreams.horizon import BAND, HorizonError, horizon_errors
+from sb3_dreamer.dreams.horizon import BAND, STILL, HorizonError, horizon_errors
 from sb3_dreamer.dreams.open_loop import OpenLoop, open_loop
 from sb3_dreamer.dreams.trouble import find_trouble, signs_of
 from sb3_dreamer.dreams.videos import Body, body_video, encode, image_video
@@ -95,10 +95,12 @@ def write_report(
 def verdict(name: str, error: HorizonError, horizon: int) -> str:
     """One sentence on one quantity, at the horizon that the actor learns in."""
     k = min(horizon, len(error.dream))
-    share = error.dream[k - 1] / max(error.unchanged[k - 1], 1e-12)
-    if np.isnan(share):
+    dream, unchanged = error.dream[k - 1], error.unchanged[k - 1]
+    if np.isnan(dream):
         return f"{name}: no sequence in the data goes on for {k} steps."
-    return f"{name}: {k} steps ahead the dream's error is {share:.0%} of that of “nothing changes”."
+    if unchanged < STILL:
+        return f"{name}: does not change in {k} steps; the dream's error is {dream:.2g} standard deviations."
+    return f"{name}: {k} steps ahead the dream's error is {dream / unchanged:.0%} of that of “nothing changes”."
 
 
 def setting(model: Dreamer, name: str) -> str:

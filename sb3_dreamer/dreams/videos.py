@@ -61,6 +61,7 @@ class Body:
         need("mujoco", "mujoco")
         self.env: Any = env.unwrapped
         self.pixels = pixels
+        self._failure: MissingExtra | None = None
         if not isinstance(env.observation_space, gym.spaces.Box) or not hasattr(self.env, "set_state"):
             raise ValueError(f"{self.env} is no MuJoCo task of Gymnasium with a vector to observe")
         env.reset(seed=0)
@@ -89,13 +90,16 @@ class Body:
         import mujoco
 
         model, data = self.env.model, self.env.data
+        if self._failure is not None:
+            raise self._failure  # OpenGL that has failed once may end the process the second time
         try:
             renderer = mujoco.Renderer(model, self.pixels, self.pixels)
         except Exception as error:  # every OpenGL platform fails in its own way
-            raise MissingExtra(
+            self._failure = MissingExtra(
                 f"MuJoCo cannot render here, so this video is left out ({error}). Without a display set MUJOCO_GL=egl; "
                 'if that does not help: pip install "sb3-dreamer[mujoco]", apt-get install libegl1'
-            ) from error
+            )
+            raise self._failure from error
         rendered = []
         tracks = mujoco.mj_name2id(model, mujoco.mjtObj.mjOBJ_CAMERA, "track") >= 0
         for qpos in self.poses(obs):

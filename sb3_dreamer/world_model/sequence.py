@@ -209,7 +209,7 @@ class Transformer(nn.Module):
     """
 
     parallel = True
-    window = 64  # the default length of a training sequence: what no update has ever shown is not looked at either
+    window = 64  # the default batch_length: with shorter sequences, acting looks farther back than any update did
     layers = 2
 
     def __init__(self, stoch_width: int, action_width: int, size: Size) -> None:

@@ -8,7 +8,7 @@ from stable_baselines3.common.vec_env import DummyVecEnv
 
 from sb3_dreamer import Dreamer
 from sb3_dreamer.dreams import OpenLoop, collect, horizon_errors, open_loop
-from sb3_dreamer.dreams.horizon import REWARD, horizon_error
+from sb3_dreamer.dreams.horizon import REWARD, HorizonError, horizon_error
 from sb3_dreamer.dreams.open_loop import Pair, numbers
 from sb3_dreamer.types import Spec
 from tests.dreams.dial import Dial, train_world_model
@@ -41,7 +41,7 @@ def test_where_the_future_follows_from_the_actions_the_dream_is_right_at_every_s
     assert len(error.dream) == 18
     assert error.dream.max() < 0.4
     assert error.unchanged.min() > 0.7
-    assert error.ratio < 1 / 3
+    assert error.ratio() < 1 / 3
 
 
 def test_of_what_a_coin_decides_no_more_is_dreamed_than_can_be_known(dreams: OpenLoop):
@@ -109,7 +109,7 @@ def test_errors_of_a_hand_made_dream():
     np.testing.assert_allclose(error.unchanged, np.array([2, 4]) / np.sqrt(5))
     np.testing.assert_allclose(error.mean, np.array([1, 3]) / np.sqrt(5))
     assert error.steps == [1]
-    np.testing.assert_allclose(error.ratio, 2 / 3)
+    np.testing.assert_allclose(error.ratio(), 2 / 3)
 
 
 def test_steps_behind_an_episode_start_do_not_count():
@@ -157,3 +157,18 @@ def test_collect_keeps_whole_episodes_and_scaled_actions():
     batch = replay.peek(8)
     assert 0.9 < batch.action.abs().max() <= 1.0
     assert real_return < -300  # chance earns some -6 a step, discounted by 0.997
+
+
+def test_what_does_not_change_is_no_reference(dreams: OpenLoop):
+    """Constants, as most entries of Humanoid's observation, whose deviation float32 makes up; goals of an episode."""
+    truth, dream = np.full((4, 10, 2), 123.4, np.float32), np.full((2, 4, 10, 2), 123.45, np.float32)
+    truth[..., 1] += np.arange(4, dtype=np.float32)[:, None]  # one goal for each episode
+    loop = dataclasses.replace(dreams, valid=np.ones((4, 10), bool), context=2)
+    error = horizon_error(Pair(truth, dream), Spec("vector", (2,)), loop)
+    assert error.dream.max() < 2
+    assert np.isnan(error.ratio())
+
+
+def test_the_ratio_is_of_the_first_steps_if_asked_for(dreams: OpenLoop):
+    error = HorizonError(np.array([1.0, 3.0, np.nan]), np.array([2.0, 4.0, np.nan]), np.ones(3), np.ones(3), 1.0)
+    assert (error.ratio(1), error.ratio()) == (1 / 2, 2 / 3)

@@ -8,6 +8,7 @@ from typing import Any
 import gymnasium as gym
 import numpy as np
 import pytest
+from stable_baselines3 import PPO
 from stable_baselines3.common.logger import configure
 from stable_baselines3.common.vec_env import DummyVecEnv
 
@@ -114,6 +115,29 @@ def test_images_become_videos(tmp_path: Path):
     assert page.count("data:video/mp4;base64,") == 2
 
 
+class Upright(Pictures):
+    """Channels last, as cameras have them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.observation_space = gym.spaces.Box(0, 255, (16, 16, 3), np.uint8)
+
+    def observation(self, observation: np.ndarray) -> np.ndarray:
+        return np.moveaxis(super().observation(observation), 0, -1).repeat(3, -1)
+
+
+def test_the_command_shows_images_with_channels_last_and_leaves_a_replay_on_disk_alone(tmp_path: Path):
+    gym.register("Upright-v0", Upright)
+    store = tmp_path / "store"
+    model = Dreamer("CnnPolicy", "Upright-v0", **TINY, replay_buffer_kwargs=dict(storage_path=str(store))).learn(20)
+    model.save(tmp_path / "model.zip")
+    before = {path.name: path.read_bytes() for path in store.iterdir()}
+    sizes = ["--steps", "60", "--horizon", "20", "--sequences", "3", "--samples", "3"]
+    page = main([str(tmp_path / "model.zip"), "--env", "Upright-v0", "--out", str(tmp_path / "dreams"), *sizes])
+    assert page.read_text("utf-8").count("data:video/mp4;base64,") == 2
+    assert {path.name: path.read_bytes() for path in store.iterdir()} == before
+
+
 def learn(callback: DreamCallback | None, folder: Path, formats: list[str]) -> Dreamer:
     model = Dreamer("MlpPolicy", Dial(), **TINY)
     model.set_logger(configure(str(folder), formats))
@@ -136,6 +160,28 @@ def test_callback_logs_numbers_figures_and_each_warning_once(tmp_path: Path):
     assert {"dreams/obs_error_1", "dreams/obs_error_5", "dreams/obs_unchanged_5", "dreams/reward_mean_1"} <= scalars
     assert {"dreams/kl", "dreams/dead_latents", "dreams/imagined_return", "dreams/error_ratio"} <= scalars
     assert {"dreams/open_loop", "dreams/horizon_error"} <= set(log.Tags()["images"])
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        (dict(context=16), "context=16 has to be below batch_length=16"),
+        (dict(dims=["obs[9]"]), r"\['obs\[9\]'\] are unknown"),
+        (dict(body_env="Hopper-v4"), "another observation space"),
+    ],
+)
+def test_callback_refuses_what_does_not_fit_before_anything_is_learned(settings: dict, says: str):
+    if "body_env" in settings:
+        settings = dict(body_env=gym.make(settings["body_env"]))
+    model = Dreamer("MlpPolicy", Dial(), **TINY)
+    with pytest.raises(ValueError, match=says):
+        model.learn(100, callback=DreamCallback(every=20, **settings))
+    assert model.num_timesteps == 0
+
+
+def test_callback_refuses_other_algorithms():
+    with pytest.raises(ValueError, match="PPO has none"):
+        PPO("MlpPolicy", "CartPole-v1", device="cpu").learn(10, callback=DreamCallback())
 
 
 @pytest.mark.filterwarnings("ignore:.*said once")

@@ -24,7 +24,7 @@ def test_a_healthy_model_has_no_trouble():
         ("kl_collapse", {"kl": 0.001}, "KL 0.001 nats"),
         ("kl_explosion", {"kl": 60.0}, "by 60 nats, more than if it guessed (44)"),
         ("dead_latents", {"dead_latents": 0.95}, "95% of the latents"),
-        ("no_reward", {"rewarded": 0.0}, "No reward in the data"),
+        ("no_reward", {"rewarded": 0.0, "real_return": 0.0, "imagined_return": 0.0}, "No reward in the data"),
         ("worse_than_nothing_changes", {"error_ratio": 1.5}, "error 1.50 times as large"),
     ],
 )
@@ -33,6 +33,18 @@ def test_every_trouble_is_named_with_its_numbers_and_what_to_try(name: str, sign
     assert list(found) == [name]
     assert says in found[name]
     assert any(word in found[name] for word in ("Try", "try", "Look", "look", "Give"))
+
+
+@pytest.mark.parametrize(
+    ("imagined", "real", "too_rosy"), [(-20, -1500, True), (-1400, -1500, False), (30, 25, False), (5, -5, True)]
+)
+def test_dreams_are_too_rosy_below_zero_as_well(imagined: float, real: float, too_rosy: bool):
+    found = find_trouble(HEALTHY | {"imagined_return": imagined, "real_return": real})
+    assert ("dreams_too_rosy" in found) == too_rosy
+
+
+def test_a_rare_reward_that_was_not_sampled_is_no_trouble():
+    assert find_trouble(HEALTHY | {"rewarded": 0.0, "real_return": 0.1, "imagined_return": 0.0}) == {}
 
 
 def test_every_trouble_has_a_case_above():

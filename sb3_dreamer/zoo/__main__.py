@@ -16,6 +16,7 @@ from sb3_dreamer.zoo.bridges import (
     dreamer_experiments,
     ffmpeg_on_path,
     figures_to_files,
+    register_dm_control,
     replaced,
 )
 from sb3_dreamer.zoo.hub import hub_knows_dreamer
@@ -27,7 +28,7 @@ class Script(NamedTuple):
 
     :param target: "module:function", or a module that runs as a program.
     :param needs: libraries beside rl_zoo3 and its own dependencies.
-    :param bridges: what has to be in place while it runs.
+    :param bridges: what has to be in place while it runs, beside what all scripts need.
     """
 
     target: str
@@ -36,16 +37,16 @@ class Script(NamedTuple):
 
 
 SCRIPTS = {
-    "train": Script("rl_zoo3.train:train", bridges=(dreamer_experiments, absent_environments_explained)),
-    "enjoy": Script("rl_zoo3.enjoy:enjoy"),
+    "train": Script("rl_zoo3.train:train", bridges=(dreamer_experiments,)),
+    "enjoy": Script("rl_zoo3.enjoy:enjoy", ("requests",)),
     "record_video": Script("rl_zoo3.record_video", ("moviepy",)),
     "record_training": Script("rl_zoo3.record_training", ("moviepy",), (children_know_dreamer, ffmpeg_on_path)),
     "plot_train": Script("rl_zoo3.plots:plot_train", ("seaborn",), (figures_to_files,)),
     "all_plots": Script("rl_zoo3.plots:all_plots", ("seaborn",), (figures_to_files,)),
     "plot_from_file": Script("rl_zoo3.plots:plot_from_file", ("seaborn",), (figures_to_files,)),
-    "push_to_hub": Script("rl_zoo3.push_to_hub", ("moviepy",), (hub_knows_dreamer, ffmpeg_on_path)),
-    "load_from_hub": Script("rl_zoo3.load_from_hub", bridges=(hub_knows_dreamer,)),
-    "benchmark": Script("rl_zoo3.benchmark", bridges=(children_know_dreamer,)),
+    "push_to_hub": Script("rl_zoo3.push_to_hub", ("moviepy", "requests"), (hub_knows_dreamer, ffmpeg_on_path)),
+    "load_from_hub": Script("rl_zoo3.load_from_hub", ("requests",), (hub_knows_dreamer,)),
+    "benchmark": Script("rl_zoo3.benchmark", ("requests",), (children_know_dreamer,)),
 }
 
 
@@ -58,7 +59,9 @@ def main() -> None:
     script = SCRIPTS[given.script]
     require("rl_zoo3", *script.needs)
     register()
+    register_dm_control(given.arguments)
     with ExitStack() as stack:
+        stack.enter_context(absent_environments_explained())
         stack.enter_context(replaced(sys, "argv", [f"{parser.prog} {given.script}", *given.arguments]))
         for bridge in script.bridges:
             stack.enter_context(bridge())

@@ -8,14 +8,19 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import gymnasium as gym
+
 # part of an environment's id -> what it takes that rl_zoo3 does not bring
 ENVIRONMENTS = {
-    "dm_control/": '--gym-packages shimmy, and pip install "sb3-dreamer[dmc]"',
+    "dm_control/": 'pip install "sb3-dreamer[dmc]"',
     "NoFrameskip-v4": 'pip install "sb3-dreamer[atari]"',
 }
 
@@ -42,14 +47,26 @@ def dreamer_experiments() -> Iterator[None]:
         yield
 
 
+def register_dm_control(arguments: list[str]) -> None:
+    """Make its tasks known if one is named: only some of rl_zoo3's scripts have ``--gym-packages shimmy``.
+
+    :param arguments: of the command line.
+    """
+    if any(word.startswith("dm_control/") for word in arguments) and find_spec("shimmy"):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # without a display, importing dm_control warns of it
+            gym.register_envs(import_module("shimmy"))
+
+
 @contextmanager
 def absent_environments_explained() -> Iterator[None]:
-    """Where ``train`` knows no environment of a packaged block, it also says how to get it."""
+    """Where a script does not know an environment of a packaged block, it also says how to get it."""
     try:
         yield
-    except ValueError as error:
+    except (ValueError, KeyError) as error:
+        named, *words = str(error).split() or [""]
         for part, needs in ENVIRONMENTS.items():
-            if "not found" in str(error) and part in str(error).split()[0]:
+            if part in named and ("not found" in str(error) or not words):
                 raise ValueError(f"{error} It takes {needs}") from error
         raise
 
@@ -104,7 +121,9 @@ def figures_to_files() -> Iterator[None]:
     def save_all() -> None:
         for number in plt.get_fignums():
             figure = plt.figure(number)
-            path = re.sub(r"[^\w.-]+", "_", str(figure.get_label())) + ".png"
+            manager = figure.canvas.manager
+            name = str(figure.get_label()) or (manager.get_window_title() if manager else "") or f"figure_{number}"
+            path = re.sub(r"[^\w.-]+", "_", name) + ".png"
             figure.savefig(path)
             msg.good(f"No display: saved {path}")
         plt.close("all")

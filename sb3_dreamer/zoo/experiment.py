@@ -45,6 +45,9 @@ class DreamerExperiment(ExperimentManager):
 
         :raises ValueError: for a name or a number that would only fail later, or never.
         """
+        if self.storage and self.study_name and self.trial_id == 0:  # which rl_zoo3 takes for no trial
+            first = self.load_trial(self.storage, self.study_name, 0)
+            self.custom_hyperparams = {**first, **(self.custom_hyperparams or {})}
         hyperparams, saved = super().read_hyperparameters()
         check_hyperparameters(hyperparams, self.config)
         return hyperparams, saved
@@ -63,16 +66,15 @@ def check_hyperparameters(hyperparams: dict[str, Any], source: str) -> None:
 
     :param hyperparams: one block.
     :param source: where it is from, for the message.
-    :raises ValueError: naming the nearest known name, or how to write the number.
+    :raises ValueError: naming the nearest known name, if one is near, or how to write the number.
     """
     known = sorted(ZOO_KEYS | inspect.signature(Dreamer.__init__).parameters.keys() - PASSED_BY_ZOO)
     for name, value in hyperparams.items():
         if name not in known:
-            nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
-            raise ValueError(
-                f'"{name}" (from {source} or -params) is no hyperparameter of Dreamer; did you mean "{nearest}"? '
-                f"There are: {', '.join(known)}"
-            )
+            nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.4)
+            guess = f'; did you mean "{nearest[0]}"?' if nearest else "."
+            there_are = f"There are: {', '.join(known)}"
+            raise ValueError(f'"{name}" (from {source} or -params) is no hyperparameter of Dreamer{guess} {there_are}')
         if isinstance(value, str) and _is_number(value):
             raise ValueError(f"{name}: {value} is text to YAML; write {name}: !!float {value}")
 
@@ -85,6 +87,7 @@ def draw_study(report: Path) -> None:
     import matplotlib.pyplot as plt
     from optuna.exceptions import ExperimentalWarning
     from optuna.visualization import matplotlib as plots
+    from wasabi import msg
 
     with report.open("rb") as file:
         study = pickle.load(file)
@@ -93,7 +96,8 @@ def draw_study(report: Path) -> None:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", ExperimentalWarning)  # optuna's word for plots by matplotlib
                 figure = getattr(plots, f"plot_{name}")(study).figure
-        except (ValueError, RuntimeError):  # too few finished trials
+        except (ValueError, RuntimeError, ImportError) as error:  # too few trials; scikit-learn, for optuna below 5
+            msg.warn(f"No plot of {name}: {error}")
             continue
         figure.savefig(report.with_name(f"{report.stem}_{name}.png"), bbox_inches="tight")
         plt.close(figure)

@@ -20,6 +20,7 @@ CURVE = "learning_curve.png"
 # what rl_zoo3 writes into a card, and what is so
 TRUTH = {
     "using the [stable": "using sb3_dreamer, the [stable",
+    "python -m rl_zoo3.load_from_hub": "TRUST_REMOTE_CODE=True python -m sb3_dreamer.zoo load_from_hub",
     "python -m rl_zoo3.": "python -m sb3_dreamer.zoo ",
     "pip install rl_zoo3": 'pip install "sb3-dreamer[zoo]"',
 }
@@ -81,20 +82,22 @@ def complete_card(folder: Path) -> None:
     text = card.read_text("utf-8")
     if "**Dreamer** Agent" not in text:
         return
-    draw_learning_curve(folder)
     for theirs, ours in TRUTH.items():
         text = text.replace(theirs, ours)
-    text = text.replace("\n## Usage", f"\n![Learning curve]({CURVE})\n\n## Usage", 1)
+    if draw_learning_curve(folder):
+        text = text.replace("\n## Usage", f"\n![Learning curve]({CURVE})\n\n## Usage", 1)
     card.write_text(text, "utf-8")
 
 
-def draw_learning_curve(folder: Path) -> None:
+def draw_learning_curve(folder: Path) -> bool:
     """``learning_curve.png`` from the evaluations of the run, or from its training episodes if it had none.
 
     :param folder: holds ``train_eval_metrics.zip``.
+    :return: whether there was anything to draw.
     """
     import matplotlib.pyplot as plt
     import numpy as np
+    from stable_baselines3.common.monitor import LoadMonitorResultsError
     from stable_baselines3.common.results_plotter import load_results, ts2xy, window_func
 
     figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
@@ -109,10 +112,17 @@ def draw_learning_curve(folder: Path) -> None:
             axes.fill_between(steps, mean - std, mean + std, alpha=0.2)
             axes.set(ylabel=f"return, {returns.shape[1]} evaluation episodes", xlabel="environment steps")
         else:
-            steps, returns = ts2xy(load_results(metrics), "timesteps")
+            try:
+                steps, returns = ts2xy(load_results(metrics), "timesteps")
+            except LoadMonitorResultsError:
+                returns = np.zeros(0)
+            if len(returns) == 0:
+                plt.close(figure)
+                return False
             window = min(10, len(returns))
             axes.plot(*window_func(steps, returns, window, np.mean))
             axes.set(ylabel=f"return, mean of {window} training episodes", xlabel="environment steps")
     axes.grid(alpha=0.3)
     figure.savefig(folder / CURVE, dpi=120)
     plt.close(figure)
+    return True

@@ -75,3 +75,39 @@ def test_a_study_becomes_two_pictures(tmp_path):
     draw_study(report)
     pictures = {"report_optimization_history.png", "report_param_importances.png"}
     assert {file.name for file in tmp_path.glob("*.png")} == pictures
+
+
+def test_the_first_trial_of_a_study_is_a_trial_too(tmp_path, monkeypatch):
+    register()
+    from rl_zoo3.exp_manager import ExperimentManager
+
+    from sb3_dreamer.zoo.experiment import DreamerExperiment
+
+    storage = f"sqlite:///{tmp_path}/study.db"
+    study = optuna.create_study(storage=storage, study_name="first")
+    study.optimize(lambda trial: float(bool(sample_dreamer_params(trial, 1, 1, {}))), n_trials=1)
+    experiment = DreamerExperiment.__new__(DreamerExperiment)
+    settings = dict(storage=storage, study_name="first", trial_id=0, algo="dreamer", config="", custom_hyperparams=None)
+    experiment.__dict__.update({**settings, "custom_hyperparams": {"ent_coef": 0.5}})
+    monkeypatch.setattr(ExperimentManager, "read_hyperparameters", lambda self: (self.custom_hyperparams, {}))
+    read, _ = experiment.read_hyperparameters()
+    assert read == {**convert_dreamer_params(study.trials[0].params), "ent_coef": 0.5}
+
+
+def test_a_picture_that_cannot_be_drawn_does_not_end_the_study(tmp_path, monkeypatch, capsys):
+    register()
+    from optuna.visualization import matplotlib as plots
+
+    from sb3_dreamer.zoo.experiment import draw_study
+
+    def needs_sklearn(study: optuna.Study) -> None:
+        raise ImportError("Tried to import 'sklearn' but failed")
+
+    monkeypatch.setattr(plots, "plot_param_importances", needs_sklearn)
+    report = tmp_path / "report.pkl"
+    study = optuna.create_study()
+    study.optimize(lambda trial: sample_dreamer_params(trial, 1, 1, {})["gamma"], n_trials=2)
+    report.write_bytes(pickle.dumps(study))
+    draw_study(report)
+    assert [file.name for file in tmp_path.glob("*.png")] == ["report_optimization_history.png"]
+    assert "No plot of param_importances: Tried to import 'sklearn'" in capsys.readouterr().out

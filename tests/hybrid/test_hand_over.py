@@ -365,3 +365,12 @@ def test_a_dict_with_a_single_key_is_a_dict():
     )
     model = Dreamer("MultiInputPolicy", named, **SMALL).learn(60)
     model.to_model_free(SAC, **QUICK).learn(5)
+
+
+def test_the_transformer_is_taught_and_hands_over_as_the_gru():
+    model = Dreamer("MlpPolicy", pendulum(), rssm_type="transformer", **SMALL)
+    teacher = PPO("MlpPolicy", pendulum(), n_steps=16, batch_size=16, device="cpu")
+    model.warm_start(teacher, 60, updates=2).learn(20, reset_num_timesteps=False)
+    for on in ("observations", "latents"):
+        sac = model.to_model_free(SAC, on=on, **QUICK)
+        assert sac.learn(6, reset_num_timesteps=False).replay_buffer.pos == 50 + 9 + 19 + 6

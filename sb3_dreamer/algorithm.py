@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import io
-import os
 import pathlib
+import pickle
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
@@ -12,21 +13,32 @@ from typing import Any, TypeVar
 import numpy as np
 import torch as th
 from stable_baselines3.common.buffers import ReplayBuffer
-from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.callbacks import BaseCallback, ConvertCallback
 from stable_baselines3.common.noise import ActionNoise
 from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
-from stable_baselines3.common.save_util import load_from_pkl, load_from_zip_file
+from stable_baselines3.common.save_util import load_from_pkl, load_from_zip_file, open_path
 from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, TensorDict
 from stable_baselines3.common.vec_env import VecEnv
 
 from sb3_dreamer.environments import check_spaces, check_wrapping, deaths_told
-from sb3_dreamer.files import in_place_of_pickles, read_settings
+from sb3_dreamer.files import check_parameters, in_place_of_pickles, read_settings, written_aside
 from sb3_dreamer.policies import DreamerPolicy, PolicyState
 from sb3_dreamer.replay import SequenceReplayBuffer
 
 SelfAlgorithm = TypeVar("SelfAlgorithm", bound="SequenceAlgorithm")
+NOT_SAVED = "_online_state", "_last_obs", "_last_original_obs", "_resets"
 Observation = np.ndarray | dict[str, np.ndarray]
 FileLike = str | pathlib.Path | io.BufferedIOBase
+
+
+class NoteResets(BaseCallback):
+    """Notes after each step, before any other callback, how the environments were left."""
+
+    model: SequenceAlgorithm
+
+    def _on_step(self) -> bool:
+        self.model._resets = self.model._latest_resets()
+        return True
 
 
 class SequenceAlgorithm(OffPolicyAlgorithm):
@@ -44,6 +56,7 @@ class SequenceAlgorithm(OffPolicyAlgorithm):
     _entries_owed: float  # replayed entries that the steps taken so far pay for
     _online_state: PolicyState | None  # of the training environments
     lends_env = False  # whether another agent steps them too
+    _resets: list[Any]  # see _latest_resets
 
     @staticmethod
     def _wrap_env(env: GymEnv, verbose: int = 0, monitor_wrapper: bool = True) -> VecEnv:
@@ -81,19 +94,44 @@ class SequenceAlgorithm(OffPolicyAlgorithm):
         callback.on_training_end()
         return self
 
-    def _setup_learn(self, total_timesteps: int, *args: Any, **kwargs: Any) -> tuple[int, BaseCallback]:
-        if self.lends_env:
-            self._last_obs = None  # somebody else may have stepped the environments
-        total_timesteps, callback = super()._setup_learn(total_timesteps, *args, **kwargs)
+    def _setup_learn(
+        self, total_timesteps: int, callback: MaybeCallback = None, *args: Any, **kwargs: Any
+    ) -> tuple[int, BaseCallback]:
+        if self.lends_env or self._reset_by_others():
+            self._last_obs = None
+        given = callback if isinstance(callback, list) else [] if callback is None else [callback]
+        callbacks = [one if isinstance(one, BaseCallback) else ConvertCallback(one) for one in given]
+        both = super()._setup_learn(total_timesteps, [NoteResets(), *callbacks], *args, **kwargs)
         if np.all(self._last_episode_starts):  # the environments were just reset
             self.replay_buffer.cut()
-        return total_timesteps, callback
+        self._resets = self._latest_resets()
+        return both
+
+    def _latest_resets(self) -> list[Any]:
+        """What the environments said when they were last reset: others than these have been reset since."""
+        return [] if self.env is None else list(self.env.unwrapped.reset_infos)
+
+    def _reset_by_others(self) -> bool:
+        """Whether somebody else has used the environments since the last step, for an evaluation perhaps."""
+        return any(now is not then for now, then in zip(self._latest_resets(), self._resets, strict=False))
+
+    def begin_episodes(self) -> None:
+        """Reset the environments, and end what was under way in the replay."""
+        assert self.env is not None
+        self._last_obs = self.env.reset()  # type: ignore[assignment]
+        normalize = self._vec_normalize_env
+        self._last_original_obs = None if normalize is None else normalize.get_original_obs()
+        self._last_episode_starts = np.ones(self.env.num_envs, bool)
+        self.replay_buffer.cut()
+        self._resets = self._latest_resets()
 
     def _collect(self, callback: BaseCallback, log_interval: int | None) -> bool:
         """One step of all environments. An interrupted step leaves the stream cut, never misaligned."""
         assert self.env is not None
         frequency: Any = self.train_freq
         finished = False
+        if self._reset_by_others():
+            self.begin_episodes()
         try:
             with deaths_told(self.env):
                 finished = self.collect_rollouts(
@@ -242,7 +280,14 @@ class SequenceAlgorithm(OffPolicyAlgorithm):
         :param path: what :meth:`save_replay_buffer` was given.
         :raises ValueError: if it holds no replay of sequences, or one of another shape than this agent's.
         """
-        buffer = load_from_pkl(path, self.verbose)
+        file = open_path(path, "r", self.verbose, suffix="pkl")
+        try:
+            buffer = load_from_pkl(file, self.verbose)
+        except (pickle.UnpicklingError, EOFError) as error:
+            raise ValueError(f"{path} is damaged or no saved replay ({error}): use an older one") from error
+        finally:
+            if file is not path:
+                file.close()
         if not isinstance(buffer, SequenceReplayBuffer):
             raise ValueError(f"{path} holds a {type(buffer).__name__}, but Dreamer replays a SequenceReplayBuffer")
         for name in ("observation_space", "action_space", "n_envs", "sequence_length", "latent_size"):
@@ -262,41 +307,13 @@ class SequenceAlgorithm(OffPolicyAlgorithm):
         given: Any = load_path_or_dict
         if not isinstance(given, dict):
             given = load_from_zip_file(given, device=device, load_data=False)[1]
-        own = self.policy.state_dict()
-        for name, value in given.get("policy", {}).items():
-            if name in own and value.shape != own[name].shape:
-                raise ValueError(
-                    f"the parameters are of other spaces or widths than this agent: {name} has shape "
-                    f"{tuple(value.shape)}, here {tuple(own[name].shape)}. Nothing was changed"
-                )
-        super().set_parameters(given, exact_match, device)
+        own = {"policy": self.policy.state_dict(), "policy.optimizer": self.policy.optimizer.state_dict()}
+        check_parameters(given, own, exact_match)
+        # a copy: an optimizer would go on with the very moments that it is given
+        super().set_parameters(copy.deepcopy(given), exact_match, device)
 
     def _excluded_save_params(self) -> list[str]:
-        return [*super()._excluded_save_params(), "_online_state", "_last_obs", "_last_original_obs"]
+        return [*super()._excluded_save_params(), *NOT_SAVED]
 
     def _get_torch_save_params(self) -> tuple[list[str], list[str]]:
         return ["policy", "policy.optimizer"], []
-
-
-@contextmanager
-def written_aside(path: FileLike, suffix: str) -> Iterator[Any]:
-    """A file that takes the place of an older one when it is complete and on the disk; an open file is just used.
-
-    :param path: where, with SB3's rule: ``suffix`` is added if there is none, folders are made.
-    :param suffix: without the dot.
-    """
-    if not isinstance(path, str | pathlib.Path):
-        yield path
-        return
-    path = pathlib.Path(path)
-    path = path if path.suffix else pathlib.Path(f"{path}.{suffix}")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        with aside.open("wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        aside.replace(path)
-    finally:
-        aside.unlink(missing_ok=True)

@@ -147,6 +147,7 @@ class Dreamer(SequenceAlgorithm):
         self.model_size = model_size
         self._entries_owed = 0.0
         self._online_state = None
+        self._resets = []
         self._metrics = Metrics(self.device)
         self._captured: CapturedUpdate | None = None
         self._cloning: Any = None  # what is left of a warm start
@@ -194,6 +195,8 @@ class Dreamer(SequenceAlgorithm):
         """Sample, update, write the refreshed states back: ``gradient_steps`` times."""
         if gradient_steps == 0:
             return
+        if not 0 <= (rate := self.lr_schedule(self._current_progress_remaining)) < float("inf"):
+            raise ValueError(f"learning_rate is {rate} at {self._current_progress_remaining:.3f} of the progress to go")
         self._update_learning_rate(self.policy.optimizer)
         self.policy.set_rates(self.warmup_updates, self.actor_lr_scale, self.critic_lr_scale)
         self.policy.optimizer.put_rates_on_device()

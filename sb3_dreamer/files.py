@@ -22,10 +22,12 @@ from __future__ import annotations
 import inspect
 import io
 import json
+import os
 import pathlib
 import warnings
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -178,3 +180,51 @@ def in_place_of_pickles(
         warnings.warn(f"{lost} of the saved agent are pickled and were not read, the defaults stand in", stacklevel=3)
     replaced |= {key: space_from(described[key]) for key in ("observation_space", "action_space")}
     return {**replaced, "policy_class": policies[described["policy"]], "train_freq": 1, **given}
+
+
+def check_parameters(given: dict[str, dict[str, Any]], own: dict[str, dict[str, Any]], exact_match: bool) -> None:
+    """Refuse parameters that an agent has no place for, before any of them is taken over.
+
+    :param given: "policy" and "policy.optimizer" -> name -> value.
+    :param own: the same of the agent.
+    :param exact_match: whether all have to be there.
+    :raises ValueError: for another shape, and for unknown or missing names.
+    """
+    absent = [f"{part} {name}" for part in own for name in sorted(own[part].keys() - given.get(part, {}).keys())]
+    unknown = [part for part in given if part not in own]
+    unknown += [f"{part} {name}" for part in own for name in sorted(given.get(part, {}).keys() - own[part].keys())]
+    if exact_match and (absent or unknown):
+        raise ValueError(
+            f"the parameters do not match, missing: {', '.join(absent[:5]) or 'none'}, unknown: "
+            f"{', '.join(unknown[:5]) or 'none'}. Nothing was changed; exact_match=False takes what there is"
+        )
+    for name, value in given.get("policy", {}).items():
+        if name in own["policy"] and value.shape != own["policy"][name].shape:
+            raise ValueError(
+                f"the parameters are of other spaces or widths than this agent: {name} has shape "
+                f"{tuple(value.shape)}, here {tuple(own['policy'][name].shape)}. Nothing was changed"
+            )
+
+
+@contextmanager
+def written_aside(path: FileLike, suffix: str) -> Iterator[Any]:
+    """A file that takes the place of an older one when it is complete and on the disk; an open file is just used.
+
+    :param path: where, with SB3's rule: ``suffix`` is added if there is none, folders are made.
+    :param suffix: without the dot.
+    """
+    if not isinstance(path, str | pathlib.Path):
+        yield path
+        return
+    path = pathlib.Path(path).resolve()  # a link stays one
+    path = path if path.suffix else pathlib.Path(f"{path}.{suffix}")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        with aside.open("wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        aside.replace(path)
+    finally:
+        aside.unlink(missing_ok=True)

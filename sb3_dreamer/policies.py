@@ -145,7 +145,9 @@ class DreamerPolicy(BasePolicy):
                 f"the state is of {len(packed)} environments, the observation of {n}: pass what the last call returned "
                 "for the same environments, or state=None where all of them begin an episode"
             )
-        is_first = np.zeros(n, bool) if episode_start is None else np.asarray(episode_start).reshape(n).astype(bool)
+        is_first = np.zeros(n, bool) if episode_start is None else np.array(episode_start, bool).flatten()
+        if len(is_first) != n:
+            raise ValueError(f"episode_start is of {len(is_first)} environments, the observation of {n}")
         device = next(iter(obs.values())).device
         with th.inference_mode():
             carried, before, starts = (th.as_tensor(x, device=device) for x in (packed, prev_action, is_first))

@@ -18,7 +18,8 @@ was never stopped. An environment can be restored if it (or its outermost wrappe
     def resume_state(self): ...              # all that decides its future, as arrays, numbers, strings, bytes,
     def set_resume_state(self, state): ...   # tuples, lists and dicts of these; called after a reset
 
-Wrappers around the vector of environments that remember something (VecNormalize, VecFrameStack) are restored too.
+Wrappers that remember something are restored too: VecNormalize and VecFrameStack around the vector of environments,
+TimeLimit and Monitor around each of them; others around a single environment have to do it in ``resume_state``.
 Any other environment is reset on resume: the episode under way ends there, as by a time limit. A replay on disk
 (``storage_path``) is not copied: what was collected after the checkpoint is dropped, what it overwrote is lost, and
 refreshed latents stay. What is left of a ``warm_start`` is not kept: the actor goes on without its teacher.
@@ -35,6 +36,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import numpy as np
 import torch as th
 from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.running_mean_std import RunningMeanStd
 from stable_baselines3.common.type_aliases import GymEnv
 from stable_baselines3.common.vec_env import VecEnv, VecFrameStack, VecNormalize
@@ -45,7 +47,7 @@ if TYPE_CHECKING:
 
 SelfDreamer = TypeVar("SelfDreamer", bound="Dreamer")
 
-FORMAT = 1
+FORMAT = 2
 REMEMBERED = ("_last_obs", "_last_original_obs", "_last_episode_starts", "_online_state")
 
 
@@ -177,6 +179,7 @@ def run_state(model: Dreamer) -> dict[str, Any]:
         "agent": {name: getattr(model, name) for name in REMEMBERED},
         "wrappers": [_wrapper_state(wrapper) for wrapper in _wrappers(model.env)],
         "environments": model.env.env_method("resume_state") if _restorable(model.env) else None,
+        "episodes": _episodes_under_way(model.env),
     }
 
 
@@ -191,11 +194,10 @@ def restore_run_state(model: Dreamer, state: dict[str, Any]) -> None:
         raise ValueError(f"state.pth has format {state['format']}, this version of sb3_dreamer reads {FORMAT}")
     goes_on = state["environments"] is not None and state["agent"]["_last_obs"] is not None and _restorable(env)
     if goes_on:
-        env.reset()
-        for i, one in enumerate(state["environments"]):
-            env.env_method("set_resume_state", one, indices=i)
+        _restore_environments(env, state["environments"], state["episodes"])
         for name, value in state["agent"].items():
             setattr(model, name, value)
+        model._resets = model._latest_resets()
     elif model.seed is not None:
         env.seed(model.seed + model.num_timesteps)  # not the first episodes of the run again
     wrappers = _wrappers(env)
@@ -212,8 +214,25 @@ def restore_run_state(model: Dreamer, state: dict[str, Any]) -> None:
         th.cuda.set_rng_state_all([th.from_numpy(one) for one in state["cuda"]])
 
 
+def _restore_environments(env: VecEnv, states: list[Any], episodes: dict[str, list[Any]]) -> None:
+    """Put each environment, and the wrappers around it, where they were."""
+    env.reset()
+    for i, one in enumerate(states):
+        env.env_method("set_resume_state", one, indices=i)
+    for name, values in episodes.items():
+        for i, one in enumerate(values):
+            env.env_method("set_wrapper_attr", name, one, indices=i)
+
+
 def _restorable(env: VecEnv) -> bool:
     return all(env.has_attr(name) for name in ("resume_state", "set_resume_state"))
+
+
+def _episodes_under_way(env: VecEnv) -> dict[str, list[Any]]:
+    """What the wrappers around single environments remember of their episodes: TimeLimit and Monitor."""
+    names = ["_elapsed_steps"] if env.has_attr("_elapsed_steps") else []
+    names += ["rewards"] if all(env.env_is_wrapped(Monitor)) else []
+    return {name: env.get_attr(name) for name in names}
 
 
 def _wrappers(env: VecEnv) -> list[VecEnvWrapper]:

@@ -136,6 +136,13 @@ class TestFolder:
         assert make(tmp_path, sequence_length=6).n_sequences == 5
 
     @pytest.mark.skipif(sys.platform == "win32", reason="needs POSIX locks")
+    def test_a_folder_is_written_by_the_agent_of_this_process_that_claimed_it_last(self, tmp_path):
+        first = fill(tmp_path, 3)
+        add(make(tmp_path), 3)
+        with pytest.raises(RuntimeError, match="is written by another agent by now"):
+            add(first, 3)
+
+    @pytest.mark.skipif(sys.platform == "win32", reason="needs POSIX locks")
     def test_a_folder_is_written_by_one_process_at_a_time(self, tmp_path):
         (tmp_path / "lock").touch()
         code = (

@@ -13,7 +13,9 @@ import numpy as np
 import pytest
 import torch as th
 from gymnasium import spaces
+from gymnasium.wrappers import TimeLimit
 from stable_baselines3.common.callbacks import CallbackList, CheckpointCallback
+from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.vec_env import DummyVecEnv, VecFrameStack, VecNormalize
 
 from sb3_dreamer import Dreamer
@@ -107,6 +109,20 @@ def test_a_resumed_run_equals_one_that_was_never_stopped(name: str, tmp_path) ->
     assert whole._n_updates == resumed._n_updates > 20
     assert whole._episode_num == resumed._episode_num > 4
     assert_same(parameters(whole), parameters(resumed))
+
+
+@pytest.mark.parametrize("first", [24, 25, 30])
+def test_time_limit_and_monitor_go_on_where_they_were(first: int, tmp_path) -> None:
+    def env() -> DummyVecEnv:
+        return DummyVecEnv([lambda: Monitor(TimeLimit(Walk(), 7))] * 2)
+
+    whole = Dreamer("MlpPolicy", env(), **DEBUG).learn(60)
+    Dreamer("MlpPolicy", env(), **DEBUG).learn(first, callback=ResumeCallback(tmp_path, every=1000))
+    resumed = Dreamer.resume(tmp_path, env(), device="cpu").learn(60 - first, reset_num_timesteps=False)
+    assert_same(parameters(whole), parameters(resumed))
+    told = [[(one["r"], one["l"]) for one in model.ep_info_buffer] for model in (whole, resumed)]
+    assert told[0] == told[1]
+    assert max(length for _, length in told[1]) == 7
 
 
 CUTS = [5, 30, 31, 32, 36, 40, 41, 42]

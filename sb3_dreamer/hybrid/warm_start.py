@@ -163,10 +163,7 @@ class Guide:
             return
         env, policy, normalize = model.env, model.policy, model.get_vec_normalize_env()
         assert env is not None
-        model._last_obs = env.reset()  # type: ignore[assignment]
-        model._last_original_obs = None if normalize is None else normalize.get_original_obs()
-        model._last_episode_starts = np.ones(env.num_envs, bool)
-        model.replay_buffer.cut()
+        model.begin_episodes()
         first = model.replay_buffer.heads()
         cloning.spans.append((first, first))
         memory = None

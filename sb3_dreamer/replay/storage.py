@@ -39,7 +39,8 @@ if sys.platform != "win32":
     import fcntl
 
 DESCRIPTION = "replay.json"
-_LOCKS: set[tuple[int, int]] = set()  # device and inode of the lock files that this process holds until it ends
+# device and inode of the locks that this process holds until it ends -> number of the newest claim
+_LOCKS: dict[tuple[int, int], int] = {}
 
 
 class RamStorage:
@@ -124,7 +125,10 @@ class DiskStorage(RamStorage):
         if found != wanted:
             names = [name for name in {**found, **wanted} if found.get(name) != wanted.get(name)]
             told = "; ".join(f"{name}: {found.get(name)} there, {wanted.get(name)} now" for name in names)
-            raise ValueError(f"the replay in {folder} is of another kind ({told}): use it as it was, or another folder")
+            raise ValueError(
+                f"the replay in {folder} is of another kind ({told}): use it as it was, or another folder; to act or "
+                "to evaluate without it, load(..., replay_buffer_kwargs={})"
+            )
         self._maps = {name: np.lib.format.open_memmap(self._file(name), mode="r+") for name in shapes}
         self.arrays = {name: np.asarray(file) for name, file in self._maps.items()}
 
@@ -134,18 +138,23 @@ class DiskStorage(RamStorage):
         return (folder / DESCRIPTION).exists()
 
     def write(self, row: np.ndarray, number: np.ndarray, values: dict[str, np.ndarray]) -> None:
-        """As in memory; the entries count from the last line on."""
+        """As in memory; the entries count from the last line on.
+
+        :raises RuntimeError: if another buffer of this process has claimed the folder meanwhile.
+        """
+        if _LOCKS.get(self._lock, self._claim) != self._claim:
+            raise RuntimeError(f"{self.folder} is written by another agent by now, give each its own storage_path")
         self.arrays["number"][row] = 0
         super().write(row, number, values)
         self.arrays["number"][row] = number + 1
 
     def claim(self, head: np.ndarray) -> None:
-        """Become the one process that writes here, and drop entries from a future that will not come.
+        """Become the one that writes here, and drop entries from a future that will not come.
 
         :param head: (n_envs,) entries of each environment; a buffer loaded from an older file writes again from there.
         :raises RuntimeError: if another process writes to the folder.
         """
-        _lock(self.folder)
+        self._lock, self._claim = _lock(self.folder)
         number = self.arrays["number"].reshape(self.n_envs, self.rows)
         number[number > head[:, None]] = 0
         self.writable = True
@@ -220,22 +229,25 @@ def _write_json(path: Path, content: dict[str, Any]) -> None:
     temporary.replace(path)
 
 
-def _lock(folder: Path) -> None:
+def _lock(folder: Path) -> tuple[tuple[int, int], int]:
     """Keep other processes from writing to the folder for as long as this one lives.
 
+    :return: which lock, and the number of the claim.
     :raises RuntimeError: if another process holds it.
     """
     if sys.platform == "win32":
-        return
+        return (0, 0), 0
     path = folder / "lock"
     path.touch()
     inode = path.stat().st_dev, path.stat().st_ino
     if inode in _LOCKS:  # to open and close it once more would end the lock
-        return
+        _LOCKS[inode] += 1
+        return inode, _LOCKS[inode]
     file = os.open(path, os.O_RDWR)
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
         os.close(file)
         raise RuntimeError(f"{folder} is written by another process, give each run its own storage_path") from None
-    _LOCKS.add(inode)
+    _LOCKS[inode] = 0
+    return inode, 0

@@ -5,14 +5,16 @@ import numpy as np
 import pytest
 import torch as th
 from gymnasium import spaces
-from stable_baselines3.common.callbacks import EvalCallback
+from stable_baselines3.common.callbacks import BaseCallback, EvalCallback, EveryNTimesteps
 from stable_baselines3.common.env_util import make_vec_env
+from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.logger import KVWriter, Logger
 from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv
 
 from sb3_dreamer import Dreamer
 from sb3_dreamer.metrics import Metrics
+from sb3_dreamer.replay import read_episodes
 from sb3_dreamer.replay.columns import FIRST, LAST
 
 DEBUG = dict(
@@ -346,3 +348,32 @@ def test_tensorboard_has_one_folder_for_each_fresh_run(tmp_path):
     assert [folder.name for folder in tmp_path.iterdir()] == ["run_1"]
     model.learn(20, log_interval=1)
     assert sorted(folder.name for folder in tmp_path.iterdir()) == ["Dreamer_1", "run_1"]
+
+
+def test_environments_that_others_have_reset_in_between_begin_new_episodes():
+    """``evaluate_policy(model, model.get_env())``, between two calls of ``learn`` or from a callback."""
+    for in_between in (False, True):
+        model = Dreamer("MlpPolicy", DummyVecEnv([lambda: gym.make("Pendulum-v1", max_episode_steps=8)] * 2), **DEBUG)
+        if in_between:
+            model.learn(22)
+            evaluate_policy(model, model.get_env(), 2, warn=False)
+            model.learn(20, reset_num_timesteps=False)
+        else:
+            model.learn(42, callback=EveryNTimesteps(22, Evaluates()))
+        lengths = [len(episode) for episode in read_episodes(model.replay_buffer)]
+        assert lengths == 2 * [8, 2, 8, 1], "of three steps and of two, the last has no outcome yet"
+
+
+class Evaluates(BaseCallback):
+    def _on_step(self) -> bool:
+        evaluate_policy(self.model, self.training_env, 2, warn=False)
+        return True
+
+
+@pytest.mark.parametrize("rate", [float("nan"), float("inf"), -1.0])
+def test_a_schedule_without_a_rate_is_named_before_anything_is_learned(rate):
+    model = Dreamer("MlpPolicy", "Pendulum-v1", **DEBUG, learning_rate=lambda remaining: rate)
+    before = [p.clone() for p in model.policy.parameters()]
+    with pytest.raises(ValueError, match="learning_rate is"):
+        model.learn(60)
+    assert all(th.equal(a, b) for a, b in zip(before, model.policy.parameters(), strict=True))

@@ -202,3 +202,9 @@ def test_the_policy_alone_survives_its_file(model, tmp_path):
         loaded = policy.predict(observations(2), deterministic=True)
         assert np.array_equal(loaded[0], expected[0])
         assert equal(loaded[1], expected[1])
+
+
+def test_episode_starts_of_other_environments_are_refused():
+    model = Dreamer("MlpPolicy", "Pendulum-v1", **DEBUG)
+    with pytest.raises(ValueError, match="episode_start is of 3 environments, the observation of 2"):
+        model.predict(np.zeros((2, 3), np.float32), episode_start=np.ones(3, bool))

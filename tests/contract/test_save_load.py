@@ -1,5 +1,6 @@
 """save() and load(): everything comes back, and no file is ever half there."""
 
+import copy
 import io
 import os
 import pickle
@@ -225,6 +226,9 @@ def test_parameters_go_from_agent_to_agent(model):
     assert not same(other.policy.state_dict(), model.policy.state_dict())
     other.set_parameters(model.get_parameters())
     assert same(other.get_parameters(), model.get_parameters())
+    before = copy.deepcopy(model.get_parameters())
+    other.learn(40)
+    assert same(model.get_parameters(), before), "they are copies, the optimiser's moments too"
 
 
 def test_parameters_come_from_a_file_too(model, saved):
@@ -235,7 +239,7 @@ def test_parameters_come_from_a_file_too(model, saved):
 
 def test_unknown_and_missing_names_are_refused(model):
     params = model.get_parameters()
-    with pytest.raises(ValueError, match="invalid object name"):
+    with pytest.raises(ValueError, match="unknown: actor_of_somebody"):
         model.set_parameters({**params, "actor_of_somebody": {}})
     with pytest.raises(ValueError, match="do not match"):
         model.set_parameters({"policy": params["policy"]})
@@ -319,3 +323,34 @@ def test_a_replay_loaded_in_the_middle_of_an_episode_is_not_continued_by_it(mode
 
 def test_a_pickled_replay_has_the_rows_in_use_only(model):
     assert len(pickle.dumps(model.replay_buffer)) < model.replay_buffer.nbytes / 5
+
+
+# -- what is damaged or missing, and links -----------------------------------------------------------------------------
+
+
+def test_missing_parameters_leave_the_agent_as_it_was(model):
+    other = agent(policy_kwargs=dict(units=24), seed=5)
+    before = copy.deepcopy(other.get_parameters())
+    with pytest.raises(ValueError, match=r"missing: policy\.optimizer .* Nothing was changed"):
+        other.set_parameters({"policy": model.get_parameters()["policy"]})
+    assert same(other.get_parameters(), before)
+    other.set_parameters({"policy": model.get_parameters()["policy"]}, exact_match=False)
+    assert same(other.policy.state_dict(), model.policy.state_dict())
+
+
+def test_a_truncated_replay_is_named(model, tmp_path):
+    path = tmp_path / "replay.pkl"
+    model.save_replay_buffer(path)
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    with pytest.raises(ValueError, match=r"replay\.pkl is damaged or no saved replay"):
+        model.load_replay_buffer(path)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="links need rights there")
+def test_a_link_stays_a_link(model, tmp_path):
+    (tmp_path / "real").mkdir()
+    link = tmp_path / "latest.zip"
+    link.symlink_to(tmp_path / "real" / "model.zip")
+    model.save(link)
+    assert link.is_symlink()
+    assert Dreamer.load(tmp_path / "real" / "model.zip").num_timesteps == model.num_timesteps

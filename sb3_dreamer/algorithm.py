@@ -109,7 +109,7 @@ class SequenceAlgorithm(OffPolicyAlgorithm):
 
     def _latest_resets(self) -> list[Any]:
         """What the environments said when they were last reset: others than these have been reset since."""
-        return [] if self.env is None else list(self.env.unwrapped.reset_infos)
+        return list(getattr(getattr(self.env, "unwrapped", None), "reset_infos", ()))
 
     def _reset_by_others(self) -> bool:
         """Whether somebody else has used the environments since the last step, for an evaluation perhaps."""

@@ -29,8 +29,11 @@ def add_experience(model: Dreamer, source: Any, time_limit: int | None = None) -
     if source is replay:
         raise ValueError("this replay is the model's own: what would be added is there already")
     if isinstance(source, Iterator):
-        source = list(source)  # it is walked through twice
-    count = sum(1 for episode in episodes_of(model, source, time_limit) if encoded_episode(replay, episode))
+        source = list(source)  # it is walked through twice: checked, then written
+    count = 0
+    for episode in episodes_of(model, source, time_limit):
+        encoded_episode(replay, episode)
+        count += 1
     if count == 0:
         raise ValueError(f"{type(source).__name__} holds no transition: collect something first")
     model._last_obs = None

@@ -171,11 +171,6 @@ class Dreamer(SequenceAlgorithm):
             **self.policy_kwargs,
         ).to(self.device)
         buffer_class: Any = self.replay_buffer_class or SequenceReplayBuffer
-        if not issubclass(buffer_class, SequenceReplayBuffer):
-            raise ValueError(
-                f"replay_buffer_class={buffer_class.__name__} is no SequenceReplayBuffer: a world model learns from "
-                "sequences, leave it out (goals relabelled in hindsight, as HER does, do not fit into them)"
-            )
         self.replay_buffer = buffer_class(
             self.buffer_size,
             self.observation_space,

@@ -7,6 +7,8 @@ from collections.abc import Callable, Mapping
 from numbers import Integral, Real
 from typing import Any
 
+from sb3_dreamer.replay import SequenceReplayBuffer
+
 Check = tuple[Callable[[Any], bool], str]
 
 
@@ -64,4 +66,10 @@ def check_knobs(settings: Mapping[str, Any]) -> None:
     if settings["center_advantage"] and settings["imagination_starts"] == 1:
         raise ValueError(
             "one dream has no mean to differ from: imagination_starts=2 or more, or center_advantage=False"
+        )
+    buffer_class = settings["replay_buffer_class"]
+    if buffer_class is not None and not issubclass(buffer_class, SequenceReplayBuffer):
+        raise ValueError(
+            f"replay_buffer_class={buffer_class.__name__} is no SequenceReplayBuffer: a world model learns from "
+            "sequences, leave it out (goals relabelled in hindsight, as HER does, do not fit into them)"
         )

@@ -24,7 +24,7 @@ CORE = {
     "environments": {"spaces"},
     "files": set(),
     "algorithm": {"types", "replay", "policies", "environments", "files"},
-    "knobs": set(),
+    "knobs": {"replay"},
     "metrics": set(),
     "capture": {"types"},
     "dreamer": {

@@ -95,15 +95,17 @@ def nest(parts: Mapping[str, Table]) -> dict[str, th.Tensor]:
 
 
 def sequence(jax: Table) -> dict[str, th.Tensor]:
-    """The hidden layer is one block-linear kernel there; here the part that all blocks share is split off."""
+    """The hidden layer is one block-linear kernel there; here the parts that all blocks share are split off."""
     kernel, own = jax["dyn/dynhid0/kernel"], SIZE.deter // SIZE.blocks
+    shared = kernel[:, own:].transpose(0, 1).flatten(1)  # (G, 3 hidden, o) -> (3 hidden, G * o)
     return {
         **nest({"from_deter": dense(jax, "dyn/dynin0", "dyn/dynin0norm")}),
         **nest({"from_stoch": dense(jax, "dyn/dynin1", "dyn/dynin1norm", LATENTS)}),
         **nest({"from_action": dense(jax, "dyn/dynin2", "dyn/dynin2norm")}),
         "hidden_own": kernel[:, :own],
-        "hidden_shared": kernel[:, own:].transpose(0, 1).flatten(1),  # (G, 3 hidden, o) -> (3 hidden, G * o)
-        "hidden_bias": jax["dyn/dynhid0/bias"],
+        "hidden_shared": shared[: 2 * SIZE.hidden],
+        "hidden_action.weight": shared[2 * SIZE.hidden :].t(),
+        "hidden_action.bias": jax["dyn/dynhid0/bias"],
         "hidden_norm.weight": jax["dyn/dynhid0norm/scale"],
         "gates.weight": jax["dyn/dyngru/kernel"],
         "gates.bias": jax["dyn/dyngru/bias"],

@@ -6,7 +6,6 @@ import torch as th
 from torch import nn
 
 from sb3_dreamer.behavior.actor_critic import Actor
-from sb3_dreamer.nets.layers import for_products
 from sb3_dreamer.types import Dream
 from sb3_dreamer.world_model import WorldModel
 from sb3_dreamer.world_model.rssm import State
@@ -32,12 +31,11 @@ def imagine(world_model: WorldModel, actor: Actor, start: State, horizon: int) -
     :param start: N states.
     :param horizon: number H of actions.
     """
-    state, features, actions = start, [for_products(start.features)], []
+    states, actions = [start.for_products()], []
     for _ in range(horizon):
-        actions.append(actor(features[-1]).sample())
-        state = world_model.rssm.imagine_step(state, actions[-1])
-        features.append(for_products(state.features))
-    return _dream(world_model, features, th.stack(actions, 1))
+        actions.append(actor(states[-1].features).sample())
+        states.append(world_model.rssm.imagine_step(states[-1], actions[-1]))
+    return _dream(world_model, states, th.stack(actions, 1))
 
 
 @th.no_grad()
@@ -48,16 +46,15 @@ def imagine_actions(world_model: WorldModel, start: State, action: th.Tensor) ->
     :param start: N states.
     :param action: (N, H, A) encoded; entry 0 is taken at the start.
     """
-    state, features = start, [for_products(start.features)]
+    states = [start.for_products()]
     for a in action.unbind(1):
-        state = world_model.rssm.imagine_step(state, a)
-        features.append(for_products(state.features))
-    return _dream(world_model, features, action)
+        states.append(world_model.rssm.imagine_step(states[-1], a))
+    return _dream(world_model, states, action)
 
 
-def _dream(world_model: WorldModel, steps: list[th.Tensor], action: th.Tensor) -> Dream:
-    """N trajectories from the features (N, F) of each of their H+1 states."""
-    features = th.stack(steps, 1)
+def _dream(world_model: WorldModel, states: list[State], action: th.Tensor) -> Dream:
+    """N trajectories from their H+1 states, N each."""
+    features = th.stack([state.features for state in states], 1)
     return Dream(
         features=features,
         action=action,

@@ -50,9 +50,8 @@ def twohot_loss(logits: th.Tensor, target: th.Tensor, bins: th.Tensor) -> th.Ten
     above = th.searchsorted(bins, target, right=True).clamp(1, bins.shape[0] - 1)
     low, high = bins[above - 1], bins[above]
     weight = (target - low) / (high - low)
-    chosen = logits.gather(-1, th.cat([above - 1, above], -1))  # (..., 2 n)
-    picked = (chosen * th.cat([1 - weight, weight], -1)).sum(-1)
-    return target.shape[-1] * th.logsumexp(logits, -1) - picked
+    chosen = F.log_softmax(logits, -1).gather(-1, th.cat([above - 1, above], -1))  # (..., 2 n)
+    return -(chosen * th.cat([1 - weight, weight], -1)).sum(-1)
 
 
 # -- categorical latents -----------------------------------------------------------------------------------------------

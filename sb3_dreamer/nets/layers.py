@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch as th
 import torch.nn.functional as F
 from torch import nn
+
+silu_backward = th.ops.aten.silu_backward.default
 
 # Standard deviation of a unit normal truncated to [-2, 2] is 1 / 1.1368.
 TRUNCATION_GAIN = 1.1368
@@ -46,6 +49,38 @@ class RMSNorm(nn.Module):
         return F.rms_norm(x.to(self.weight.dtype), self.weight.shape, self.weight, self.eps)
 
 
+def norm_silu(x: th.Tensor, gain: th.Tensor) -> th.Tensor:
+    """SiLU(RMSNorm(x)) over the last dimension, scaled by ``gain``: (..., n), (n,) -> (..., n)."""
+    if th.is_grad_enabled() and not x.is_cuda:
+        return NormSilu.apply(x, gain)
+    return F.silu(F.rms_norm(x, gain.shape, gain, RMSNorm.eps))
+
+
+class NormSilu(th.autograd.Function):
+    """:func:`norm_silu` with a backward pass written out: torch's on a CPU is many small steps and takes twice as long.
+
+    With q = sqrt(|x|^2 + n eps) and u = x / q the norm is v = u g sqrt(n), and dx = (du - (du . u) u) / q.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: th.Tensor, gain: th.Tensor) -> th.Tensor:
+        n = x.shape[-1]
+        gain = gain * n**0.5
+        length = th.linalg.vector_norm(x, 2, -1, True).hypot_(x.new_full((), (n * RMSNorm.eps) ** 0.5))
+        unit = x / length
+        ctx.save_for_backward(unit, length, gain)
+        return F.silu(unit * gain)
+
+    @staticmethod
+    def backward(ctx: Any, d_out: th.Tensor) -> tuple[th.Tensor, th.Tensor]:
+        unit, length, gain = ctx.saved_tensors
+        dv = silu_backward(d_out, unit * gain)
+        d_gain = (dv * unit).flatten(0, -2).sum(0) * unit.shape[-1] ** 0.5
+        du = dv.mul_(gain)
+        along = th.linalg.vecdot(du, unit).unsqueeze(-1)
+        return du.addcmul_(unit, along, value=-1).div_(length), d_gain
+
+
 class Dense(nn.Module):
     """Linear, RMSNorm, SiLU: (..., in) -> (..., out)."""
 
@@ -56,8 +91,7 @@ class Dense(nn.Module):
 
     def forward(self, x: th.Tensor) -> th.Tensor:
         linear, gain = self.linear, self.norm.weight  # functions, since to call two more modules takes longer
-        x = F.linear(x, linear.weight, linear.bias).to(gain.dtype)
-        return F.silu(F.rms_norm(x, gain.shape, gain, RMSNorm.eps))
+        return norm_silu(F.linear(x, linear.weight, linear.bias).to(gain.dtype), gain)
 
 
 class MLP(nn.Sequential):
@@ -112,5 +146,5 @@ def for_products(x: th.Tensor) -> th.Tensor:
 
 
 def fast_tanh(x: th.Tensor) -> th.Tensor:
-    """tanh(x) as 2 sigmoid(2 x) - 1, within 2e-7; several times faster on a CPU, where tanh is not vectorised."""
-    return th.sigmoid(2 * x) * 2 - 1
+    """tanh(x) as 1 - 2 sigmoid(-2 x), within 3e-7; several times faster on CPUs where tanh is not vectorised."""
+    return th.rsub(th.sigmoid(-2 * x), 1, alpha=2)

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from sb3_dreamer.nets.distributions import categorical_kl, sample_onehot, unimix_probs
-from sb3_dreamer.nets.layers import Dense, Linear
+from sb3_dreamer.nets.layers import Dense, Linear, for_products
 from sb3_dreamer.types import Size
 from sb3_dreamer.world_model.context import Context
 from sb3_dreamer.world_model.sequence import SEQUENCE_MODELS, SequenceModel
@@ -53,6 +53,10 @@ class State:
     def flatten(self) -> State:
         """(B, T, .) -> (B * T, .)."""
         return State(self.features.flatten(0, 1), self.width, self.context.flatten())
+
+    def for_products(self) -> State:
+        """In the type that autocast multiplies in: what is dreamed from there needs no turning to and fro."""
+        return State(for_products(self.features), self.width, self.context)
 
     def detach(self) -> State:
         """The same values without gradient."""
@@ -134,7 +138,9 @@ class RSSM(nn.Module):
     def imagine_step(self, state: State, action: th.Tensor) -> State:
         """The next state, as the model expects it: n states, actions (n, A) -> n states, sampled from the prior."""
         deter, context = self.sequence(state.deter, state.stoch, action, state.context)
-        return State.of(deter, sample_onehot(self.prior_probs(deter), -2).flatten(-2), context)
+        stoch = sample_onehot(self.prior_probs(deter), -2).flatten(-2)
+        kind = state.features.dtype
+        return State.of(deter.to(kind), stoch.to(kind), context)
 
     # -- a whole sequence ----------------------------------------------------------------------------------------------
 

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from sb3_dreamer.nets.distributions import sample_onehot, straight_through, unimix_probs
-from sb3_dreamer.nets.layers import BlockLinear, Dense, Linear, RMSNorm, fast_tanh, trunc_normal_
+from sb3_dreamer.nets.layers import BlockLinear, Dense, Linear, RMSNorm, fast_tanh, norm_silu, trunc_normal_
 from sb3_dreamer.types import Size
 from sb3_dreamer.world_model.context import Cache, Context, Tape
 from sb3_dreamer.world_model.scan import FilterScan, Weights
@@ -83,26 +83,24 @@ class BlockGRU(nn.Module):
         self.from_action = Dense(action_width, size.hidden)
         fan_in = size.deter + size.blocks * 3 * size.hidden
         self.hidden_own = nn.Parameter(th.empty(size.blocks, size.deter // size.blocks, size.deter // size.blocks))
-        self.hidden_shared = nn.Parameter(th.empty(3 * size.hidden, size.deter))
-        self.hidden_bias = nn.Parameter(th.zeros(size.deter))
-        trunc_normal_(self.hidden_own, fan_in)
-        trunc_normal_(self.hidden_shared, fan_in)
+        self.hidden_shared = nn.Parameter(th.empty(2 * size.hidden, size.deter))
+        self.hidden_action = Linear(size.hidden, size.deter)
+        for weight in (self.hidden_own, self.hidden_shared, self.hidden_action.weight):
+            trunc_normal_(weight, fan_in)
         self.hidden_norm = RMSNorm(size.deter)
         self.gates = BlockLinear(size.deter, 3 * size.deter, size.blocks)
 
     def drive(self, action: th.Tensor) -> th.Tensor:
         """The part of the hidden layer that depends on the action alone: (..., A) -> (..., D)."""
-        projected = self.from_action(action / action.abs().clamp(min=1.0).detach())
-        hidden = projected.shape[-1]
-        return projected @ self.hidden_shared[2 * hidden :] + self.hidden_bias
+        return self.hidden_action(self.from_action(action / action.abs().clamp(min=1.0).detach()))
 
     def step(self, deter: th.Tensor, stoch: th.Tensor, drive: th.Tensor) -> th.Tensor:
         """h_{t-1} (n, D), z_{t-1} (n, K * S), :meth:`drive` of a_{t-1} (n, D) -> h_t (n, D)."""
         inputs = th.cat([self.from_deter(deter), self.from_stoch(stoch)], -1)
-        shared = th.addmm(drive, inputs, self.hidden_shared[: inputs.shape[-1]])
-        h = deter.view(-1, self.blocks, self.width // self.blocks).transpose(0, 1)  # (n, D) -> (G, n, D/G)
-        own = th.bmm(h, self.hidden_own).transpose(0, 1).reshape(deter.shape)
-        x = F.silu(self.hidden_norm(shared + own))
+        shared = th.addmm(drive, inputs, self.hidden_shared)
+        h, shared = (y.view(-1, self.blocks, self.width // self.blocks).transpose(0, 1) for y in (deter, shared))
+        x = th.baddbmm(shared, h, self.hidden_own).transpose(0, 1).reshape(deter.shape)  # (G, n, D/G) -> (n, D)
+        x = norm_silu(x.to(self.hidden_norm.weight.dtype), self.hidden_norm.weight)
         reset, candidate, update = self.gates.by_block(x).to(deter.dtype).chunk(3, -1)
         candidate = fast_tanh(th.sigmoid(reset) * candidate)
         return th.lerp(h, candidate, th.sigmoid(update - 1)).transpose(0, 1).reshape(deter.shape)
@@ -142,7 +140,7 @@ class BlockGRU(nn.Module):
         return Weights(
             *(deter.linear.weight, deter.linear.bias, deter.norm.weight),
             *(stoch.linear.weight, stoch.linear.bias, stoch.norm.weight),
-            *(self.hidden_shared[: -self.from_action.linear.out_features], self.hidden_own, self.hidden_norm.weight),
+            *(self.hidden_shared, self.hidden_own, self.hidden_norm.weight),
             *(self.gates.weight, self.gates.bias),
             *(post_w, post_g, to_logits.weight, to_logits.bias),
         )
@@ -277,7 +275,7 @@ class Transformer(nn.Module):
         distance = place[past:, None] - place
         seen = (distance >= 0) & (distance < age.clamp(max=self.window)[:, None, :, None])
         distance = distance.clamp(0, self.window - 1)
-        x = self.token(th.cat([stoch, action / action.abs().clamp(min=1.0).detach()], -1)).to(stoch.dtype)
+        x = self.token(th.cat([stoch, action / action.abs().clamp(min=1.0).detach()], -1)).to(self.norm.weight.dtype)
         for layer, tape in zip(self.stack, tapes, strict=True):
             x = layer(x, tape, distance, seen)
         return self.out(self.norm(x)), tapes, place[past:] + used + 1

@@ -71,3 +71,16 @@ def test_a_dream_starts_at_its_start_and_given_its_own_actions_it_is_the_same_dr
     again = imagine_actions(model, start, dream.action)
     deter = slice(0, size.deter)
     assert th.allclose(again.features[:, 1, deter], dream.features[:, 1, deter])
+
+
+@pytest.mark.parametrize("rssm_type", ["gru", "transformer"])
+def test_a_dream_in_bfloat16_takes_the_same_step_within_its_precision(rssm_type: str) -> None:
+    action_spec = Spec("vector", (2,))
+    model = WorldModel({"obs": Spec("vector", (3,))}, action_spec, SIZES["debug"], rssm_type)
+    start, action = model.rssm.initial(5), th.randn(5, 1, 2)
+    exact = imagine_actions(model, start, action).features
+    with th.autocast("cpu", th.bfloat16):
+        fast = imagine_actions(model, start, action).features
+    deter = slice(0, SIZES["debug"].deter)
+    assert fast.dtype == th.bfloat16
+    assert th.allclose(fast[:, 1, deter].float(), exact[:, 1, deter], atol=0.02)

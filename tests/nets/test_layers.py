@@ -4,8 +4,18 @@ from __future__ import annotations
 
 import pytest
 import torch as th
+import torch.nn.functional as F
 
-from sb3_dreamer.nets.layers import BlockLinear, Dense, Linear, RMSNorm, fast_bfloat16, fast_tanh, for_products
+from sb3_dreamer.nets.layers import (
+    BlockLinear,
+    Dense,
+    Linear,
+    RMSNorm,
+    fast_bfloat16,
+    fast_tanh,
+    for_products,
+    norm_silu,
+)
 
 
 def test_rms_norm_makes_the_root_mean_square_one() -> None:
@@ -64,3 +74,19 @@ def test_norms_compute_in_float32_inside_autocast() -> None:
         assert for_products(x).dtype == th.bfloat16
         assert layer(x).dtype == th.float32
     assert for_products(x) is x
+
+
+@pytest.mark.parametrize("shape", [(5, 4), (2, 3, 4)])
+def test_the_norm_has_the_values_and_gradients_of_torch(shape: tuple[int, ...]) -> None:
+    x = th.randn(shape, dtype=th.float64, requires_grad=True)
+    gain = th.rand(4, dtype=th.float64).add(0.5).requires_grad_()
+    assert th.allclose(norm_silu(x, gain), F.silu(F.rms_norm(x, (4,), gain, RMSNorm.eps)))
+    assert th.autograd.gradcheck(norm_silu, (x, gain))
+
+
+def test_the_norm_of_zeros_is_zero_and_its_gradient_finite() -> None:
+    x = th.zeros(1, 4, requires_grad=True)
+    y = norm_silu(x, th.ones(4))
+    y.sum().backward()
+    assert th.equal(y, th.zeros(1, 4))
+    assert th.allclose(x.grad, th.full((1, 4), 0.5 / RMSNorm.eps**0.5))

@@ -1,6 +1,6 @@
 """The comparisons of the hybrid, each with one command; a CSV row for each evaluation, and a verdict at the end.
 
-python benchmarks/hybrid.py hand-over                    Dreamer, then SAC or CrossQ, beside each of them alone
+python benchmarks/hybrid.py hand-over                    Dreamer, then SAC, CrossQ or PPO, beside each of them alone
 python benchmarks/hybrid.py warm-start --teacher sac     a teacher, then Dreamer
 python benchmarks/hybrid.py dream                        PPO, a world model of what it did, PPO in the dream
 python benchmarks/hybrid.py hand-over --envs Pendulum-v1 --seeds 0 --first 3000 --then 2000 --eval-every 500
@@ -97,7 +97,8 @@ def hand_over(run: Runner) -> Row:
     for name in run.args.successors:
         agent = f"dreamer-then-{name}"
         env = make_vec_env(lambda: make_env(run.env), seed=run.seed)
-        student = dreamer.to_model_free(algorithm(name), env=env, seed=run.seed, buffer_size=first + then)
+        replay = {} if name == "ppo" else {"buffer_size": first + then}
+        student = dreamer.to_model_free(algorithm(name), env=env, seed=run.seed, **replay)
         verdict[f"{agent} at once"] = run.note(agent, student, first)
         run.learn(agent, student, then, already=first)
         verdict[f"{agent} lowest"] = min(run.returns(agent))
@@ -151,7 +152,7 @@ def main() -> None:
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--first", type=int, default=30_000, help="steps of the agent that comes first")
     parser.add_argument("--then", type=int, default=30_000, help="steps of the one that takes over")
-    parser.add_argument("--successors", nargs="+", choices=("sac", "crossq"), default=("sac", "crossq"))
+    parser.add_argument("--successors", nargs="+", choices=("sac", "crossq", "ppo"), default=("sac", "crossq"))
     parser.add_argument("--teacher", choices=("ppo", "sac"), default="ppo")
     parser.add_argument("--teacher-steps", type=int, default=10_000, help="steps in which the world model watches")
     parser.add_argument("--dreams", type=int, default=1024)

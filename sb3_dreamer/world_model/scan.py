@@ -22,10 +22,9 @@ import torch as th
 import torch.nn.functional as F
 
 from sb3_dreamer.nets.distributions import UNIMIX
-from sb3_dreamer.nets.layers import RMSNorm, fast_tanh
+from sb3_dreamer.nets.layers import RMSNorm, fast_tanh, silu_backward
 
 sigmoid_backward = th.ops.aten.sigmoid_backward.default
-silu_backward = th.ops.aten.silu_backward.default
 
 
 class Weights(NamedTuple):
@@ -63,8 +62,8 @@ class Saved(NamedTuple):
     logits: th.Tensor
 
 
-class NormSilu:
-    """SiLU(RMSNorm(a)), entry by entry: forward in any order, then backward.
+class NormSiluByEntry:
+    """:class:`~sb3_dreamer.nets.layers.NormSilu` entry by entry: forward in any order, then backward.
 
     With q = sqrt(|a|^2 + n eps) the norm is v = g a / q sqrt(n), and da = (du - (du . u) u) / q where u = a / q.
 
@@ -126,9 +125,9 @@ class FilterScan(th.autograd.Function):
         joint = width + z_width
         widths = (joint, 2 * hidden, width, width, width, width, width, joint, hidden, z_width)
         saved = Saved(*(drive.new_empty(length, batch, n) for n in widths))
-        input_n = NormSilu((length, batch, 2, hidden), th.stack([w.deter_g, w.stoch_g]))
-        hidden_n = NormSilu((length, batch, width), w.hidden_g)
-        post_n = NormSilu((length, batch, hidden), w.post_g)
+        input_n = NormSiluByEntry((length, batch, 2, hidden), th.stack([w.deter_g, w.stoch_g]))
+        hidden_n = NormSiluByEntry((length, batch, width), w.hidden_g)
+        post_n = NormSiluByEntry((length, batch, hidden), w.post_g)
         input_w, input_b = input_layer(w), th.cat([w.deter_b, w.stoch_b])
         post_w, logits_w = w.post_w.t().contiguous(), w.logits_w.t().contiguous()
         gates_b = w.gates_b.view(blocks, 3, -1).clone()

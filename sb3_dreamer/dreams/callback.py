@@ -30,6 +30,9 @@ LONG_NAMES = ("stdout", "log")  # SB3 cuts them to 36 characters there, and refu
 class DreamCallback(BaseCallback):
     """Looks at the dreams from time to time. Training goes on as if it did not: no random number of it is drawn.
 
+    The sequences are of the replay, and a model may know those by heart: what ``python -m sb3_dreamer.dreams`` measures
+    in new episodes is the harder test.
+
     >>> model.learn(100_000, callback=DreamCallback(every=10_000))
 
     :param every: environment steps between two looks.

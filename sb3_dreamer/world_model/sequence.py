@@ -12,7 +12,7 @@ from sb3_dreamer.nets.distributions import sample_onehot, straight_through, unim
 from sb3_dreamer.nets.layers import BlockLinear, Dense, Linear, RMSNorm, fast_tanh, norm_silu, trunc_normal_
 from sb3_dreamer.types import Size
 from sb3_dreamer.world_model.context import Cache, Context, Tape
-from sb3_dreamer.world_model.scan import FilterScan, Weights
+from sb3_dreamer.world_model.scan import FilterScan, Weights, by_block
 
 if TYPE_CHECKING:
     from sb3_dreamer.world_model.rssm import State
@@ -98,8 +98,8 @@ class BlockGRU(nn.Module):
         """h_{t-1} (n, D), z_{t-1} (n, K * S), :meth:`drive` of a_{t-1} (n, D) -> h_t (n, D)."""
         inputs = th.cat([self.from_deter(deter), self.from_stoch(stoch)], -1)
         shared = th.addmm(drive, inputs, self.hidden_shared)
-        h, shared = (y.view(-1, self.blocks, self.width // self.blocks).transpose(0, 1) for y in (deter, shared))
-        x = th.baddbmm(shared, h, self.hidden_own).transpose(0, 1).reshape(deter.shape)  # (G, n, D/G) -> (n, D)
+        h = by_block(deter, self.blocks)
+        x = th.baddbmm(by_block(shared, self.blocks), h, self.hidden_own).transpose(0, 1).reshape(deter.shape)
         x = norm_silu(x.to(self.hidden_norm.weight.dtype), self.hidden_norm.weight)
         reset, candidate, update = self.gates.by_block(x).to(deter.dtype).chunk(3, -1)
         candidate = fast_tanh(th.sigmoid(reset) * candidate)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pathlib
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
@@ -15,60 +14,12 @@ from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.save_util import load_from_zip_file
 from stable_baselines3.common.vec_env import VecEnv, VecNormalize
 
-from sb3_dreamer.behavior.actor_critic import Actor
 from sb3_dreamer.dreamer import Dreamer
+from sb3_dreamer.hybrid.cloning import REHEARSALS, Answers, Cloning, rehearse
 from sb3_dreamer.hybrid.experience import ensure_logger, require_replay
 from sb3_dreamer.spaces import check_counted_from_zero
-from sb3_dreamer.types import Batch
 
 CHUNK = 16  # updates between two looks at how far the cloning has faded
-
-
-@dataclass
-class Cloning:
-    """The actor imitates the teacher on the teacher's entries of the replay; this fades, and its own aims take over::
-
-        weight   1 |-------------.
-                   |  (only the   `-.
-                   |   teacher)      `-.
-                 0 |                    `-----------   (only its own)
-                      warm_start   learn()             updates
-
-    :param first: (n_envs,) number of the teacher's first entry in each environment.
-    :param until: (n_envs,) number after its last one.
-    :param fade_from: count of updates at which the weight begins to fall.
-    :param fade_updates: updates until it is zero.
-    :param steps_left: environment steps that the teacher has yet to take.
-    :param asked: what ``warm_start`` was asked for.
-    """
-
-    spans: list[tuple[np.ndarray, np.ndarray]]
-    fade_from: int
-    fade_updates: int
-    steps_left: int
-    asked: tuple[int, int | None, int | None]
-
-    def weight(self, n_updates: int) -> float:
-        """Share of the teacher after some updates."""
-        return float(np.clip(1 - (n_updates - self.fade_from) / max(self.fade_updates, 1), 0.0, 1.0))
-
-    def mix(self, own: th.Tensor, actor: Actor, features: th.Tensor, batch: Batch, n_updates: int) -> th.Tensor:
-        """The actor's loss: its own (), and the negative log-likelihood of what the teacher did.
-
-        :param own: loss of the actor in its dreams, ().
-        :param actor: the actor.
-        :param features: (B, T, F) of the batch.
-        :param batch: sequences, with the teacher's among them.
-        :param n_updates: updates so far.
-        """
-        weight = self.weight(n_updates)
-        if weight == 0.0:
-            return own
-        env, number = batch.index[:, :1], batch.index[:, 1:] + np.arange(batch.reward.shape[1])
-        by_teacher = np.any([(number >= first[env]) & (number < until[env]) for first, until in self.spans], axis=0)
-        taught = th.as_tensor(by_teacher, device=own.device) & ~batch.is_last  # the last entry has no action
-        error = -actor(features.detach()).log_prob(batch.action)
-        return (1 - weight) * own + weight * (error * taught).sum() / taught.sum().clamp(min=1)
 
 
 def warm_start(
@@ -79,12 +30,16 @@ def warm_start(
     deterministic: bool = False,
     updates: int | None = None,
     fade_steps: int | None = None,
+    student_share: float = 0.5,
 ) -> None:
     """Let a teacher act, learn the world from it, imitate it, and only then improve on it.
 
-    Meanwhile the critics and the return scale learn in dreams of the imitated policy. If this is interrupted, the model
-    can be used as it is, and the same call again takes the steps and updates that are missing; with other numbers it
-    begins anew. ``save()`` does not keep what is left to do: nothing draws a loaded model to the teacher any more.
+    In the first steps the teacher acts. In the last ones the imitated policy does, and the teacher is asked what it
+    would do there instead (DAgger, Ross et al. 2011): a policy that has only ever seen the teacher's states does not
+    know the way back from its own mistakes. Meanwhile the critics and the return scale learn in dreams of the imitated
+    policy. If this is interrupted, the model can be used as it is, and the same call again takes the steps and updates
+    that are missing; with other numbers it begins anew. ``save()`` does not keep what is left to do: nothing draws a
+    loaded model to the teacher any more.
 
     :param model: whose environments the teacher acts in; they are reset first.
     :param teacher: a model of SB3 or sb3-contrib, anything with their ``predict``, or the path of a saved one.
@@ -95,28 +50,52 @@ def warm_start(
     :param deterministic: whether the teacher acts without exploring.
     :param updates: gradient updates; None: as many as ``train_ratio`` asks for this many steps.
     :param fade_steps: steps of ``learn()`` until nothing draws the actor to the teacher any more; None: ``n_steps``.
+    :param student_share: share of the steps, the last ones, in which the model acts itself; 0: the teacher always acts.
     :raises ValueError: for other spaces, missing statistics or a model without environment; before any work.
     """
     if model.env is None:
         raise ValueError("warm_start() needs an environment: give one to the constructor, to load() or to set_env()")
     if n_steps < 1:
         raise ValueError(f"n_steps={n_steps} has to be at least 1")
+    if not 0 <= student_share < 1:
+        raise ValueError(f"student_share={student_share} has to be at least 0 and below 1")
     guide = Guide(model, teacher, vec_normalize)
     per_step = model.train_ratio / (model.batch_size * model.batch_length)
+    updates = int(n_steps * per_step) if updates is None else updates
+    fade = int((n_steps if fade_steps is None else fade_steps) * per_step)
+    asked = n_steps, updates, fade, student_share
     cloning: Cloning | None = model._cloning
-    asked = n_steps, updates, fade_steps
-    done = cloning is None or (cloning.steps_left <= 0 and model._n_updates >= cloning.fade_from)
-    if cloning is None or done or cloning.asked != asked:
-        due = model._n_updates + (int(n_steps * per_step) if updates is None else updates)
-        fade = int((n_steps if fade_steps is None else fade_steps) * per_step)
-        cloning = model._cloning = Cloning([], due, fade, n_steps, asked)
-    guide.act(model, cloning, deterministic)
-    require_replay(model, "warm_start()")
+    if cloning is None or cloning.asked != asked or cloning.complete(model._n_updates):
+        answers = Answers(model.replay_buffer.heads(), model.policy.action_spec.width)
+        fade_from, rehearsals = model._n_updates + updates, min(REHEARSALS, updates)
+        cloning = model._cloning = Cloning(answers, fade_from, fade, n_steps, rehearsals, asked)
     ensure_logger(model)
     model._current_progress_remaining = 1.0  # a schedule that has run out would stop all learning
-    while model._n_updates < cloning.fade_from:
-        model.train(min(CHUNK, cloning.fade_from - model._n_updates), model.batch_size)
+    if cloning.steps_left > 0:
+        _take_steps(model, guide, cloning, deterministic)
+    require_replay(model, "warm_start()")
+    _train_until(model, cloning.fade_from)
+    rehearse(model, cloning)
     model._entries_owed = 0.0
+
+
+def _take_steps(model: Dreamer, guide: Guide, cloning: Cloning, deterministic: bool) -> None:
+    """The teacher's steps, then the model's own, with a share of the updates before each of these."""
+    n_steps, updates, _, student_share = cloning.asked
+    by_student = int(n_steps * student_share)
+    model.begin_episodes()
+    try:
+        while cloning.steps_left > 0:
+            guide.step(model, cloning, deterministic, teacher_acts=cloning.steps_left > by_student)
+            if 0 < cloning.steps_left <= by_student and model.replay_buffer.can_sample():
+                _train_until(model, cloning.fade_from - updates * cloning.steps_left // n_steps)
+    finally:
+        model._last_obs = None  # the next learn() resets
+
+
+def _train_until(model: Dreamer, n_updates: int) -> None:
+    while model._n_updates < n_updates:
+        model.train(min(CHUNK, n_updates - model._n_updates), model.batch_size)
 
 
 class Guide:
@@ -146,6 +125,7 @@ class Guide:
         if isinstance(vec_normalize, str | pathlib.Path):
             vec_normalize = VecNormalize.load(str(vec_normalize), env)
         self.teacher, self.normalize = teacher, vec_normalize or None
+        self.memory: Any = None  # of a recurrent teacher
         shown = self.normalize.observation_space if self.normalize else env.observation_space
         for name, given, own in (
             ("observations", shown, teacher.observation_space),
@@ -157,32 +137,23 @@ class Guide:
                     "use the environment and the wrappers that it was trained with"
                 )
 
-    def act(self, model: Dreamer, cloning: Cloning, deterministic: bool) -> None:
-        """Take the steps that are left, and store them as the model's own. The next ``learn()`` resets."""
-        if cloning.steps_left <= 0:
-            return
+    def step(self, model: Dreamer, cloning: Cloning, deterministic: bool, teacher_acts: bool) -> None:
+        """One step of each environment, stored as the model's own, and what the teacher does there or would do."""
         env, policy, normalize = model.env, model.policy, model.get_vec_normalize_env()
         assert env is not None
-        model.begin_episodes()
-        first = model.replay_buffer.heads()
-        cloning.spans.append((first, first))
-        memory = None
-        try:
-            while cloning.steps_left > 0:
-                start = model._last_episode_starts
-                shown = model._last_obs if normalize is None else model._last_original_obs
-                shown = shown if self.normalize is None else self.normalize.normalize_obs(shown)  # type: ignore[arg-type]
-                actions, memory = self.teacher.predict(shown, memory, start, deterministic)
-                _, state = policy.predict(model._last_obs, model._online_state, start)  # type: ignore[arg-type]
-                assert state is not None
-                model._online_state = (state[0], policy.encode_action(actions))
-                stored = policy.replay_action(actions)
-                model._store_transition(model.replay_buffer, stored, *env.step(actions))  # type: ignore[arg-type]
-                model.num_timesteps += env.num_envs
-                cloning.steps_left -= env.num_envs
-                cloning.spans[-1] = first, model.replay_buffer.heads()
-        finally:
-            model._last_obs = None
+        start = model._last_episode_starts
+        shown = model._last_obs if normalize is None else model._last_original_obs
+        shown = shown if self.normalize is None else self.normalize.normalize_obs(shown)  # type: ignore[arg-type]
+        answers, self.memory = self.teacher.predict(shown, self.memory, start, deterministic)
+        actions, state = policy.predict(model._last_obs, model._online_state, start)  # type: ignore[arg-type]
+        assert state is not None
+        actions = answers if teacher_acts else actions
+        model._online_state = (state[0], policy.encode_action(actions))
+        cloning.answers.note(model.replay_buffer.heads(), policy.encode_action(answers))
+        stored = policy.replay_action(actions)
+        model._store_transition(model.replay_buffer, stored, *env.step(actions))  # type: ignore[arg-type]
+        model.num_timesteps += env.num_envs
+        cloning.steps_left -= env.num_envs
 
 
 def raw_env(model: Dreamer) -> VecEnv:

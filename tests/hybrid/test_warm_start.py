@@ -12,7 +12,7 @@ from stable_baselines3 import DQN, PPO, SAC
 from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
 
 from sb3_dreamer import Dreamer
-from sb3_dreamer.hybrid.warm_start import Cloning
+from sb3_dreamer.hybrid.cloning import Answers, Cloning, rehearse
 from sb3_dreamer.replay import read_episodes
 from tests.hybrid.conftest import SMALL, pendulum
 
@@ -35,7 +35,7 @@ def fresh(n_envs: int = 1, **kwargs: Any) -> Dreamer:
 
 class TestExperience:
     def test_the_teachers_steps_are_stored_and_counted(self):
-        model = fresh(2).warm_start(Constant(), 120, updates=0)
+        model = fresh(2).warm_start(Constant(), 120, updates=0, student_share=0)
         assert model.num_timesteps == 120
         episodes = list(read_episodes(model.replay_buffer))
         assert [len(e) for e in episodes] == [50, 9, 50, 9]
@@ -46,6 +46,28 @@ class TestExperience:
         fresh().warm_start(teacher, 60, updates=0)
         assert [n for n, (_, _, start) in enumerate(teacher.seen) if start[0]] == [0, 50]
         assert [state for _, state, _ in teacher.seen[:2]] == [None, ("memory", 1)]
+
+    def test_in_the_last_half_the_model_acts_itself(self):
+        teacher = Constant()
+        model = fresh(2, seed=0).warm_start(teacher, 120, updates=0)
+        by_teacher = [e.action[:, 0] == 0.5 for e in read_episodes(model.replay_buffer)]
+        assert [n.sum() for n in by_teacher] == [30, 0, 30, 0]
+        assert all(n[:30].all() for n in by_teacher[::2])
+        assert len(teacher.seen) == 60, "asked at each step all the same"
+
+    def test_the_updates_are_spread_over_the_models_own_steps(self):
+        updates = []
+
+        class Counting(Constant):
+            def predict(self, *args: Any, **kwargs: Any) -> Any:
+                updates.append(model._n_updates)
+                return super().predict(*args, **kwargs)
+
+        model = fresh()
+        model.warm_start(Counting(), 60, updates=30)
+        assert updates[:30] == [0] * 30, "while the teacher acts"
+        assert updates[30:] == [30 - steps_left // 2 for steps_left in range(30, 0, -1)]
+        assert model._n_updates == 30
 
     def test_updates_are_what_the_steps_pay_for(self):
         model = fresh(train_ratio=8).warm_start(Constant(), 60)
@@ -60,33 +82,61 @@ class TestExperience:
 
 class TestImitation:
     def test_the_actor_becomes_the_teacher(self):
-        model = fresh(learning_rate=3e-3, warmup_updates=0).warm_start(Constant(1.5), 100, updates=150)
+        model = fresh(learning_rate=3e-3, warmup_updates=0).warm_start(Constant(1.5), 100, updates=50)
         action, _ = model.predict(np.array([[1.0, 0.0, 0.0]], np.float32), deterministic=True)
         assert abs(action.item() - 1.5) < 0.3
 
     def test_its_weight_fades(self):
-        cloning = Cloning([], fade_from=10, fade_updates=20, steps_left=0, asked=(1, None, None))
+        cloning = Cloning(Answers(np.zeros(1, int), 1), 10, 20, steps_left=0, rehearsals=0, asked=())
         assert [cloning.weight(n) for n in (0, 10, 15, 20, 30, 99)] == [1, 1, 0.75, 0.5, 0, 0]
 
-    def test_only_the_teachers_entries_are_imitated(self):
-        model = fresh()
-        model.learn(60)
-        model.warm_start(Constant(), 60, updates=1, fade_steps=0)
-        [(first, until)] = model._cloning.spans
-        assert first[0] == until[0] - 61, "60 actions and the last observation of the episode that ended"
-        model.learn(10, reset_num_timesteps=False)
-        assert until[0] < model.replay_buffer.heads()[0]
+    def test_answers_are_found_by_environment_and_entry(self):
+        answers = Answers(np.array([5, 2000]), 1)
+        answers.note(np.array([5, 2000]), np.array([[0.1], [0.2]], np.float32))
+        answers.note(np.array([6, 3500]), np.array([[0.3], [0.4]], np.float32))
+        known = answers.at(np.array([[0], [1], [1]]), np.array([[4, 5, 6], [2000, 2001, 3500], [0, 10**6, 2000]]))
+        nan = np.nan
+        np.testing.assert_array_equal(
+            known[..., 0], np.array([[nan, 0.1, 0.3], [0.2, nan, 0.4], [nan, nan, 0.2]], np.float32)
+        )
 
-    def test_the_loss_is_the_likelihood_of_what_the_teacher_did(self):
+    def test_the_teacher_is_imitated_where_it_was_asked_whoever_acted(self):
+        model = fresh().learn(60)
+        model.warm_start(Constant(), 60, updates=1, fade_steps=0)
+        first = model._cloning.answers.first[0]
+        model.learn(30, reset_num_timesteps=False)
+        asked = np.isfinite(model._cloning.answers.at(np.array([[0]]), np.arange(first + 100)[None])[0, :, 0])
+        steps = [*range(first, first + 50), *range(first + 51, first + 61)]  # between them the end of an episode
+        np.testing.assert_array_equal(np.flatnonzero(asked), steps)
+
+    def test_the_loss_is_the_likelihood_of_what_the_teacher_would_do(self):
         model = fresh().warm_start(Constant(), 60, updates=0)
         batch = model.replay_buffer.sample(4)
         features = th.randn(4, 8, model.policy.world_model.feature_width)
-        everything = [(np.array([0]), np.array([10**6]))]
-        cloning = Cloning(everything, fade_from=0, fade_updates=2, steps_left=0, asked=(1, None, None))
+        cloning = model._cloning
+        cloning.fade_from, cloning.fade_updates = 0, 2
         own, actor = th.tensor(7.0), model.policy.actor
-        likelihood = actor(features).log_prob(batch.action)[~batch.is_last].mean()
+        likelihood = actor(features).log_prob(th.full((4, 8, 1), 0.5))[~batch.is_last].mean()
         th.testing.assert_close(cloning.mix(own, actor, features, batch, 1), 0.5 * own - 0.5 * likelihood)
         assert cloning.mix(own, actor, features, batch, 2) is own
+
+    def test_a_rehearsal_moves_the_actor_and_nothing_else(self):
+        model = fresh().warm_start(Constant(), 60, updates=0)
+        batch = model.replay_buffer.sample(8)
+        before = {name: p.clone() for name, p in model.policy.named_parameters()}
+
+        def error() -> float:
+            with th.no_grad():
+                states, _ = model.policy.world_model.observe(batch)
+                return model._cloning.loss(model.policy.actor, states.features, batch).item()
+
+        untaught = error()
+        model._cloning.rehearsals = 100
+        rehearse(model, model._cloning)
+        assert error() < untaught - 0.2
+        assert model._cloning.rehearsed == 100
+        moved = {name.split(".")[0] for name, p in model.policy.named_parameters() if not th.equal(p, before[name])}
+        assert (moved, model._n_updates) == ({"actor"}, 0)
 
     def test_a_saved_model_has_nothing_left_to_imitate(self, tmp_path: Path):
         fresh().warm_start(Constant(), 60, updates=1).save(tmp_path / "model")
@@ -107,7 +157,7 @@ class TestTeachers:
         teacher.save(tmp_path / "teacher")
         actions = []
         for given in (teacher, tmp_path / "teacher.zip"):
-            model = fresh().warm_start(given, 60, deterministic=True, updates=0)
+            model = fresh().warm_start(given, 60, deterministic=True, updates=0, student_share=0)
             actions.append(np.concatenate([e.action for e in read_episodes(model.replay_buffer)]))
         np.testing.assert_array_equal(*actions)
 
@@ -120,7 +170,7 @@ class TestTeachers:
             fresh().warm_start(tmp_path / "ppo.zip", 60)
         model = fresh()
         path = tmp_path / "vecnormalize.pkl"
-        model.warm_start(tmp_path / "ppo.zip", 60, vec_normalize=path, deterministic=True, updates=0)
+        model.warm_start(tmp_path / "ppo.zip", 60, vec_normalize=path, deterministic=True, updates=0, student_share=0)
         first = next(read_episodes(model.replay_buffer))
         expected = teacher.predict(env.normalize_obs(first.obs["obs"][:-1]), deterministic=True)[0]
         np.testing.assert_allclose(2 * first.action, expected, atol=1e-5)
@@ -163,7 +213,7 @@ class TestInterrupted:
         with pytest.raises(KeyboardInterrupt):
             model.warm_start(Stops(), 60, updates=2)
         model.warm_start(Constant(), 70, updates=3)
-        assert (model.num_timesteps, model._n_updates) == (110, 3)
+        assert (model.num_timesteps, model._n_updates) == (110, 2 + 3)
 
     def test_the_same_call_takes_what_is_missing(self):
         class Stops(Constant):
@@ -174,10 +224,11 @@ class TestInterrupted:
 
         model = fresh()
         with pytest.raises(KeyboardInterrupt):
-            model.warm_start(Stops(), 60, updates=2)
-        assert (model.num_timesteps, model._n_updates) == (40, 0)
-        model.warm_start(Constant(), 60, updates=2)
-        assert (model.num_timesteps, model._n_updates) == (60, 2)
+            model.warm_start(Stops(), 60, updates=6)
+        assert (model.num_timesteps, model._n_updates) == (40, 4)
+        assert np.isnan(model._cloning.answers.table).sum() == model._cloning.answers.table.size - 40
+        model.warm_start(Constant(), 60, updates=6)
+        assert (model.num_timesteps, model._n_updates) == (60, 6)
         assert [len(e) for e in read_episodes(model.replay_buffer)] == [39, 19]
 
     def test_what_the_agent_does_in_between_is_not_taken_for_the_teachers(self):
@@ -192,7 +243,7 @@ class TestInterrupted:
             model.warm_start(Stops(), 60, updates=2)
         model.learn(30, reset_num_timesteps=False)
         model.warm_start(Constant(), 60, updates=2)
-        assert [int(until[0] - first[0]) for first, until in model._cloning.spans] == [40, 20]
+        assert np.isfinite(model._cloning.answers.table).sum() == 60
 
     def test_a_schedule_that_has_run_out_begins_again(self):
         model = fresh(learning_rate=lambda remaining: 1e-3 * remaining).learn(60)
@@ -207,6 +258,8 @@ class TestRefused:
             model.warm_start(DQN("MlpPolicy", gym.make("CartPole-v1"), buffer_size=10, device="cpu"), 60)
         with pytest.raises(ValueError, match="has to be at least 1"):
             model.warm_start(Constant(), 0)
+        with pytest.raises(ValueError, match="student_share=1 has to be at least 0 and below 1"):
+            model.warm_start(Constant(), 60, student_share=1)
         assert model.replay_buffer.size() == 0
 
     def test_without_environment(self, tmp_path: Path):

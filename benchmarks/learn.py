@@ -26,7 +26,7 @@ from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.logger import configure
-from stable_baselines3.common.vec_env import VecEnv
+from stable_baselines3.common.vec_env import VecEnv, VecNormalize, sync_envs_normalization
 
 from benchmarks.envs import action_repeat, make_env
 
@@ -44,6 +44,7 @@ class Run(NamedTuple):
     algo: str
     seed: int
     overrides: dict[str, Any]
+    normalize: bool = False
 
 
 class Progress(NamedTuple):
@@ -131,6 +132,8 @@ def save_checkpoint(out: Path, model: BaseAlgorithm, run: Run, progress: Progres
     shutil.rmtree(fresh, ignore_errors=True)
     fresh.mkdir(parents=True)
     model.save(fresh / "model.zip")
+    if isinstance(model.env, VecNormalize):
+        model.env.save(str(fresh / "vecnormalize.pkl"))
     if hasattr(model, "save_replay_buffer"):
         model.save_replay_buffer(fresh / "replay.pkl")
     (fresh / "progress.json").write_text(json.dumps({"run": run._asdict(), "progress": progress._asdict()}))
@@ -141,9 +144,14 @@ def save_checkpoint(out: Path, model: BaseAlgorithm, run: Run, progress: Progres
     shutil.rmtree(previous, ignore_errors=True)
 
 
+def checkpoint_folder(out: Path) -> Path | None:
+    """The newest complete checkpoint."""
+    return next((out / name for name in ("checkpoint", "checkpoint.old") if (out / name).exists()), None)
+
+
 def load_checkpoint(out: Path, run: Run, env: VecEnv) -> tuple[BaseAlgorithm, Progress] | None:
     """The agent as `save_checkpoint` left it, or None where there is no checkpoint."""
-    folder = next((out / name for name in ("checkpoint", "checkpoint.old") if (out / name).exists()), None)
+    folder = checkpoint_folder(out)
     if folder is None:
         return None
     stored = json.loads((folder / "progress.json").read_text())
@@ -194,9 +202,21 @@ def machine() -> str:
     return f"{processor}, {os.cpu_count()} cores, torch {th.__version__}"
 
 
+def training_env(run: Run, out: Path) -> VecEnv:
+    """One environment; where the run normalises its observations, with the statistics of the checkpoint."""
+    env = make_vec_env(lambda: make_env(run.env), seed=run.seed)
+    if not run.normalize:
+        return env
+    folder = checkpoint_folder(out)
+    return VecNormalize.load(str(folder / "vecnormalize.pkl"), env) if folder else VecNormalize(env, norm_reward=False)
+
+
 def evaluate(model: BaseAlgorithm, name: str, episodes: int, seed: int) -> dict[str, Any]:
     """Deterministic episodes side by side in environments of their own."""
     env = make_vec_env(lambda: make_env(name), n_envs=min(episodes, 10), seed=seed)
+    if isinstance(model.env, VecNormalize):
+        env = VecNormalize(env, training=False, norm_reward=False)
+        sync_envs_normalization(model.env, env)
     returns, _ = evaluate_policy(model, env, n_eval_episodes=episodes, return_episode_rewards=True)
     env.close()
     return {"return_mean": np.mean(returns), "return_std": np.std(returns), "n_episodes": episodes}
@@ -205,7 +225,7 @@ def evaluate(model: BaseAlgorithm, name: str, episodes: int, seed: int) -> dict[
 def train(run: Run, out: Path, args: argparse.Namespace) -> None:
     """Learn, evaluate, write a row, save; until `args.steps` simulator steps are done."""
     repeat = action_repeat(run.env)
-    env = make_vec_env(lambda: make_env(run.env), seed=run.seed)
+    env = training_env(run, out)
     model, progress = load_checkpoint(out, run, env) or (new_model(run, env, args.steps // repeat), Progress())
     model.set_logger(configure(str(out / f"log_from_{progress.step}"), ["csv"]))
     results = Results(out / "results.csv", constant_columns(run, args), progress.step)
@@ -233,6 +253,8 @@ def train(run: Run, out: Path, args: argparse.Namespace) -> None:
 def constant_columns(run: Run, args: argparse.Namespace) -> dict[str, Any]:
     """The columns that say what ran, and on what."""
     settings = {"overrides": run.overrides, "threads": args.threads, "eval_every": args.eval_every}
+    if run.normalize:
+        settings["normalize"] = True
     if args.eval_env:
         settings["eval_env"] = args.eval_env
     return {
@@ -262,13 +284,14 @@ def main() -> None:
     parser.add_argument("--eval-episodes", type=int, default=10)
     parser.add_argument("--save-every", type=int, default=0, help="simulator steps, every evaluation if not given")
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--normalize", action="store_true", help="observations by VecNormalize")
     parser.add_argument("--out", type=Path, help="folder, runs/<env>-<algo>-<seed> if not given")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="arguments of the agent's constructor")
     args = parser.parse_intermixed_args()
 
     th.set_num_threads(args.threads)
     args.eval_every = args.eval_every or max(args.steps // 10, 1)
-    run = Run(args.env, args.algo, args.seed, parse_overrides(args.overrides))
+    run = Run(args.env, args.algo, args.seed, parse_overrides(args.overrides), args.normalize)
     out = args.out or Path("runs") / f"{args.env.replace('/', '-')}-{args.algo}-{args.seed}"
     out.mkdir(parents=True, exist_ok=True)
     train(run, out, args)

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 from stable_baselines3 import SAC
+from stable_baselines3.common.vec_env import VecNormalize
 
 from benchmarks.learn import (
     Progress,
@@ -63,6 +64,18 @@ def test_evaluation_does_not_change_the_training(tmp_path: Path):
         train(RUN, tmp_path / str(every), options(steps=60, eval_every=every))
     often, once = rows_of(tmp_path / "20"), rows_of(tmp_path / "60")
     assert often[-1]["return_mean"] == once[-1]["return_mean"]
+
+
+def test_observations_are_normalised_by_statistics_that_a_resumed_run_goes_on_with(tmp_path: Path):
+    run = RUN._replace(normalize=True)
+    counts = []
+    for steps in (20, 40):
+        train(run, tmp_path, options(steps, eval_every=20))
+        statistics = VecNormalize.load(str(tmp_path / "checkpoint" / "vecnormalize.pkl"), pendulum())
+        assert (statistics.norm_obs, statistics.norm_reward) == (True, False)
+        counts.append(round(statistics.obs_rms.count))
+    assert counts == [21, 42], "a reset and 20 steps each; evaluations do not count"
+    assert all('"normalize": true' in row["settings"] for row in rows_of(tmp_path))
 
 
 def test_evaluation_may_be_in_another_environment(tmp_path: Path):

@@ -47,8 +47,9 @@ def read_results(paths: list[Path]) -> pd.DataFrame:
 
 
 def _curve_name(algo: str, settings: str) -> str:
-    overrides = json.loads(settings)["overrides"]
-    return ", ".join([algo, *(f"{key}={value}" for key, value in overrides.items())])
+    known = json.loads(settings)
+    normalized = ["normalized"] * known.get("normalize", False)
+    return ", ".join([algo, *normalized, *(f"{key}={value}" for key, value in known["overrides"].items())])
 
 
 def read_references(paths: list[Path], algorithms: list[str] | None) -> pd.DataFrame:

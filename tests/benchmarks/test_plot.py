@@ -42,6 +42,14 @@ def test_runs_of_different_files_are_not_averaged(results: pd.DataFrame, tmp_pat
     assert list(both["curve"].unique()) == names
 
 
+def test_runs_with_normalised_observations_are_a_curve_of_their_own(results: pd.DataFrame, tmp_path: Path):
+    settings = json.dumps({"overrides": {"train_ratio": 128}, "normalize": True})
+    results[["env", "algo", "seed", "step", "return_mean"]].assign(settings=settings).to_csv(
+        tmp_path / "normalized.csv"
+    )
+    assert set(read_results([tmp_path / "normalized.csv"])["curve"]) == {"dreamer, normalized, train_ratio=128"}
+
+
 def test_the_legend_quotes_the_source_of_published_points(results: pd.DataFrame, tmp_path: Path):
     path = tmp_path / "reference.csv"
     path.write_text("task,algorithm,env_steps,mean_return,n_seeds,source\nwalker-walk,dreamerv3,50,213,5,paper\n")

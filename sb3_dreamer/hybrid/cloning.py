@@ -85,7 +85,7 @@ class Answers:
     def note(self, number: np.ndarray, answer: np.ndarray) -> None:
         """At an entry of each environment (n_envs,): the answers (n_envs, A)."""
         column = number - self.first
-        if column.max() >= self.table.shape[1]:
+        while column.max() >= self.table.shape[1]:
             self.table = np.concatenate([self.table, np.full_like(self.table, np.nan)], 1)
         self.table[np.arange(len(column)), column] = answer
 

@@ -93,8 +93,10 @@ class TestImitation:
     def test_answers_are_found_by_environment_and_entry(self):
         answers = Answers(np.array([5, 2000]), 1)
         answers.note(np.array([5, 2000]), np.array([[0.1], [0.2]], np.float32))
-        answers.note(np.array([6, 3500]), np.array([[0.3], [0.4]], np.float32))
-        known = answers.at(np.array([[0], [1], [1]]), np.array([[4, 5, 6], [2000, 2001, 3500], [0, 10**6, 2000]]))
+        answers.note(
+            np.array([6, 13500]), np.array([[0.3], [0.4]], np.float32)
+        )  # long after: the agent learned between
+        known = answers.at(np.array([[0], [1], [1]]), np.array([[4, 5, 6], [2000, 2001, 13500], [0, 10**6, 2000]]))
         nan = np.nan
         np.testing.assert_array_equal(
             known[..., 0], np.array([[nan, 0.1, 0.3], [0.2, nan, 0.4], [nan, nan, 0.2]], np.float32)

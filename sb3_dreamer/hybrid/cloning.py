@@ -32,6 +32,7 @@ class Cloning:
     :param steps_left: environment steps that are yet to be taken.
     :param rehearsals: updates of the actor alone at the end, see :func:`rehearse`.
     :param asked: what ``warm_start`` was asked for.
+    :param rehearsed: how many of these have been made.
     """
 
     answers: Answers

@@ -30,11 +30,13 @@ class Dial(gym.Env[np.ndarray, np.int64]):
 
 
 def train_world_model(model: Dreamer, batches: int) -> None:
-    """Gradient steps of the world model alone."""
+    """Gradient steps of the world model alone, ever smaller ones: where it ends must not depend on the last few."""
     optimizer = th.optim.Adam(model.policy.world_model.parameters(), 3e-3)
+    falling = th.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, batches)
     for _ in range(batches):
         losses, _, _ = model.policy.world_model.loss(model.replay_buffer.sample(model.batch_size))
         loss = th.stack([value.mean() * (0.1 if key == "rep" else 1.0) for key, value in losses.items()]).sum()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
+        falling.step()

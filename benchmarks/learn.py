@@ -207,8 +207,8 @@ def training_env(run: Run, out: Path) -> VecEnv:
     env = make_vec_env(lambda: make_env(run.env), seed=run.seed)
     if not run.normalize:
         return env
-    folder = checkpoint_folder(out)
-    return VecNormalize.load(str(folder / "vecnormalize.pkl"), env) if folder else VecNormalize(env, norm_reward=False)
+    statistics = (checkpoint_folder(out) or out) / "vecnormalize.pkl"
+    return VecNormalize.load(str(statistics), env) if statistics.exists() else VecNormalize(env, norm_reward=False)
 
 
 def evaluate(model: BaseAlgorithm, name: str, episodes: int, seed: int) -> dict[str, Any]:

@@ -106,6 +106,12 @@ def test_a_folder_of_another_run_is_refused(tmp_path: Path):
         load_checkpoint(tmp_path, RUN._replace(seed=1), pendulum())
 
 
+def test_a_folder_of_the_same_run_without_normalisation_is_refused(tmp_path: Path):
+    train(RUN, tmp_path, options(steps=20, eval_every=20))
+    with pytest.raises(SystemExit, match="holds another run"):
+        train(RUN._replace(normalize=True), tmp_path, options(steps=40, eval_every=20))
+
+
 def test_rows_behind_the_checkpoint_are_dropped(tmp_path: Path):
     results = Results(tmp_path / "results.csv", {"env": "Pendulum-v1"}, last_step=0)
     results.append(step=10)

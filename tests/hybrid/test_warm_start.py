@@ -93,9 +93,8 @@ class TestImitation:
     def test_answers_are_found_by_environment_and_entry(self):
         answers = Answers(np.array([5, 2000]), 1)
         answers.note(np.array([5, 2000]), np.array([[0.1], [0.2]], np.float32))
-        answers.note(
-            np.array([6, 13500]), np.array([[0.3], [0.4]], np.float32)
-        )  # long after: the agent learned between
+        # long after: the agent learned in between
+        answers.note(np.array([6, 13500]), np.array([[0.3], [0.4]], np.float32))
         known = answers.at(np.array([[0], [1], [1]]), np.array([[4, 5, 6], [2000, 2001, 13500], [0, 10**6, 2000]]))
         nan = np.nan
         np.testing.assert_array_equal(

@@ -79,7 +79,7 @@ def time_parts(model: Dreamer, repeats: int) -> dict[str, float]:
     """Processor milliseconds of the parts of an update."""
     policy, batch = model.policy, random_batch(model, str(model.device))
     world_model = policy.world_model
-    rssm, embed = world_model.rssm, world_model.encoder(batch.obs).detach()
+    rssm, embed = world_model.rssm, world_model.embed(batch.obs).detach()
     precision = partial(th.autocast, model.device.type, th.bfloat16, enabled=fast_bfloat16(model.device))
 
     def scan() -> None:

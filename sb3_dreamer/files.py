@@ -35,7 +35,7 @@ from gymnasium import spaces
 from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.save_util import open_path
 
-FORMAT = 3
+FORMAT = 4
 PICKLED = ":serialized:"  # SB3's mark of a pickled attribute
 
 FileLike = str | pathlib.Path | io.BufferedIOBase

@@ -40,6 +40,7 @@ class DreamerPolicy(BasePolicy):
     :param warmup_updates: updates over which the learning rate rises from zero.
     :param actor_lr_scale: learning rate of the actor, relative to the world model's.
     :param critic_lr_scale: learning rate of the critic, relative to the world model's.
+    :param normalize_obs: scale vectors by their running mean and variance; False: symlog alone, as in the paper.
     :param widths: single widths in place of those of ``model_size``, e.g. ``units=128``.
     :raises ValueError: for spaces that have no code, or that another policy reads, and for unknown settings.
     """
@@ -58,6 +59,7 @@ class DreamerPolicy(BasePolicy):
         warmup_updates: int = 100,
         actor_lr_scale: float = 0.2,
         critic_lr_scale: float = 4.0,
+        normalize_obs: bool = True,
         **widths: int,
     ) -> None:
         super().__init__(observation_space, action_space, squash_output=isinstance(action_space, spaces.Box))
@@ -65,14 +67,19 @@ class DreamerPolicy(BasePolicy):
             raise ValueError(f'model_size="{model_size}" is unknown; use one of {list(SIZES)}')
         known = {field.name for field in dataclasses.fields(SIZES[model_size])}
         if unknown := set(widths) - known:
-            raise ValueError(f"policy_kwargs {sorted(unknown)} are unknown; single widths are {sorted(known)}")
+            raise ValueError(
+                f"policy_kwargs {sorted(unknown)} are unknown; it takes normalize_obs and the widths {sorted(known)}"
+            )
+        if not isinstance(normalize_obs, bool):
+            raise ValueError(f"normalize_obs={normalize_obs!r} in policy_kwargs must be True or False")
         for name, value in widths.items():
             if isinstance(value, bool) or not isinstance(value, Integral) or value < 1:
                 raise ValueError(f"{name}={value!r} in policy_kwargs must be a whole number of at least 1")
         rates: dict[str, Any] = dict(
             warmup_updates=warmup_updates, actor_lr_scale=actor_lr_scale, critic_lr_scale=critic_lr_scale
         )
-        self._arguments = dict(model_size=model_size, rssm_type=rssm_type, gamma=gamma, **rates, **widths)
+        model: dict[str, Any] = dict(rssm_type=rssm_type, gamma=gamma, normalize_obs=normalize_obs)
+        self._arguments = dict(model_size=model_size, **model, **rates, **widths)
         if self.alias not in (None, right := policy_for(observation_space)):
             raise ValueError(
                 f'{self.alias} does not read {observation_space}: use "{right}" (MultiInputPolicy is for Dicts, '
@@ -81,7 +88,7 @@ class DreamerPolicy(BasePolicy):
         check_action_bounds(action_space)
         size = dataclasses.replace(SIZES[model_size], **widths)
         self.action_spec = spec_of(action_space)
-        self.world_model = WorldModel(observation_specs(observation_space), self.action_spec, size, rssm_type, gamma)
+        self.world_model = WorldModel(observation_specs(observation_space), self.action_spec, size, **model)
         features = self.world_model.feature_width
         self.actor = Actor(features, self.action_spec, size)
         self.critic = Critic(features, size)
@@ -182,7 +189,7 @@ class DreamerPolicy(BasePolicy):
     ) -> State:
         """The n model states after seeing the observations; arguments as in :meth:`act`."""
         rssm = self.world_model.rssm
-        return rssm.observe_step(rssm.unpack(packed), self.world_model.encoder(obs), prev_action, is_first, sample)
+        return rssm.observe_step(rssm.unpack(packed), self.world_model.embed(obs), prev_action, is_first, sample)
 
     def _predict(self, observation: Any, deterministic: bool = False) -> th.Tensor:
         """First action of an episode, encoded; SB3's abstract method. Use :meth:`predict`, which keeps the state."""

@@ -167,8 +167,9 @@ def image_decoder_table(jax: Table) -> dict[str, th.Tensor]:
 
 @pytest.fixture
 def world_model() -> WorldModel:
-    model = WorldModel({"obs": Spec("vector", (5,))}, Spec("vector", (2,)), SIZE, gamma=GAMMA)
-    model.load_state_dict(world_model_table(below("params/")))
+    model = WorldModel({"obs": Spec("vector", (5,))}, Spec("vector", (2,)), SIZE, gamma=GAMMA, normalize_obs=False)
+    identity = {f"normalizer.{name}": value for name, value in model.normalizer.state_dict().items()}
+    model.load_state_dict(identity | world_model_table(below("params/")))
     return model
 
 
@@ -530,7 +531,7 @@ def test_update_of_the_algorithm_computes_the_gradients_of_the_jax_reference(
         imagination_horizon=4,
         gamma=GAMMA,
         center_advantage=False,
-        policy_kwargs=asdict(SIZE),
+        policy_kwargs=dict(normalize_obs=False, **asdict(SIZE)),
         device="cpu",
     )
     policy = model.policy

@@ -85,13 +85,13 @@ def open_loop(policy: DreamerPolicy, batch: Batch, context: int = 10, samples: i
     def seen(x: th.Tensor) -> th.Tensor:  # (B, T, .) -> (M * B, context, .)
         return x[:, :context].repeat(samples, *[1] * (x.ndim - 1))
 
-    embed = world_model.encoder({key: value[:, :context] for key, value in batch.obs.items()})
+    embed = world_model.embed({key: value[:, :context] for key, value in batch.obs.items()})
     start = rssm.unpack(batch.start.repeat(samples, 1))
     states, _ = rssm.observe(seen(embed), seen(batch.prev_action), seen(batch.is_first), start)
     dream = imagine_actions(world_model, states[:, -1], batch.action[:, context - 1 : -1].repeat(samples, 1, 1))
     features = th.cat([states.features[:, :-1], dream.features], 1).unflatten(0, (samples, n))  # (M, B, T, F)
 
-    decoded = [world_model.decoder.predict(one) for one in features]  # one at a time: images are large
+    decoded = [world_model.predict_obs(one) for one in features]  # one at a time: images are large
     values = th.stack([policy.critic.value(one) for one in features])
     return OpenLoop(
         specs=dict(world_model.decoder.specs),

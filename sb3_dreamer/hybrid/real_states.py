@@ -73,7 +73,7 @@ def real_states(model: Dreamer, newest: int) -> RealStates:
 @th.no_grad()
 def _filter(model: Dreamer, episodes: list[Episode]) -> list[th.Tensor]:
     """Packed states (L + 1, .) of each of some episodes, the longest first."""
-    encoder, rssm = model.policy.world_model.encoder, model.policy.world_model.rssm
+    world_model, rssm = model.policy.world_model, model.policy.world_model.rssm
     obs, actions = [_seen(model, e) for e in episodes], [_encoded(model, e) for e in episodes]
     lengths = np.array([len(e) + 1 for e in episodes])
     state = rssm.initial(len(episodes))
@@ -83,7 +83,7 @@ def _filter(model: Dreamer, episodes: list[Episode]) -> list[th.Tensor]:
         now = {key: th.as_tensor(np.stack([o[key][t] for o in obs[:n]]), device=model.device) for key in obs[0]}
         before = th.stack([a[max(t - 1, 0)] for a in actions[:n]]).to(model.device)
         first = th.full((n,), t == 0, device=model.device)
-        state = rssm.observe_step(state[:n], encoder(now), before, first, sample=False)
+        state = rssm.observe_step(state[:n], world_model.embed(now), before, first, sample=False)
         packed[:n, t] = rssm.pack(state)
     return [part[:length] for part, length in zip(packed, lengths, strict=True)]
 
@@ -117,7 +117,7 @@ def imagined_observations(model: Dreamer, features: th.Tensor) -> dict[str, np.n
 
 
 def _imagined_observations(model: Dreamer, features: th.Tensor) -> dict[str, np.ndarray]:
-    decoded = model.policy.world_model.decoder.predict(features)
+    decoded = model.policy.world_model.predict_obs(features)
     obs, normalize = observations(model.observation_space, decoded), model.get_vec_normalize_env()
     if normalize is not None and normalize.norm_obs:
         for key in normalize.norm_obs_keys or obs:

@@ -13,6 +13,7 @@ from sb3_dreamer.nets.layers import MLP, Linear, for_products
 from sb3_dreamer.types import Batch, Size, Spec
 from sb3_dreamer.world_model.decoders import Decoder
 from sb3_dreamer.world_model.encoders import Encoder
+from sb3_dreamer.world_model.normalizer import ObsNormalizer
 from sb3_dreamer.world_model.rssm import RSSM, State
 
 Losses = dict[str, th.Tensor]
@@ -58,6 +59,7 @@ class WorldModel(nn.Module):
     :param size: widths.
     :param rssm_type: "gru" or "transformer".
     :param gamma: discount; the continue head learns (1 - terminal) * gamma.
+    :param normalize_obs: follow mean and variance of the vectors in :meth:`loss`; False: symlog alone, as in the paper.
     """
 
     def __init__(
@@ -67,9 +69,12 @@ class WorldModel(nn.Module):
         size: Size,
         rssm_type: str = "gru",
         gamma: float = 0.997,
+        normalize_obs: bool = True,
     ) -> None:
         super().__init__()
         self.gamma = gamma
+        self.normalize_obs = normalize_obs
+        self.normalizer = ObsNormalizer(obs_specs)
         self.encoder = Encoder(obs_specs, size)
         self.rssm = RSSM(self.encoder.width, action_spec.width, size, rssm_type)
         self.feature_width = self.rssm.feature_width
@@ -77,20 +82,26 @@ class WorldModel(nn.Module):
         self.reward_head = TwoHotHead(self.feature_width, size.units, layers=1)
         self.continue_head = nn.Sequential(MLP(self.feature_width, size.units, layers=1), Linear(size.units, 1))
 
+    def embed(self, obs: Mapping[str, th.Tensor]) -> th.Tensor:
+        """Raw observations, key -> (..., *shape), to embeddings (..., width)."""
+        return self.encoder(self.normalizer(obs))
+
     def observe(self, batch: Batch) -> tuple[State, th.Tensor]:
         """Filter a batch: states (B, T) and posterior probabilities (B, T, K, S)."""
-        embed = self.encoder(batch.obs)
-        return self.rssm.observe(embed, batch.prev_action, batch.is_first, self.rssm.unpack(batch.start))
+        start = self.rssm.unpack(batch.start)
+        return self.rssm.observe(self.embed(batch.obs), batch.prev_action, batch.is_first, start)
 
     def loss(self, batch: Batch) -> tuple[Losses, State, dict[str, th.Tensor]]:
         """Everything the world model learns from (paper, Eq. 4-5).
 
         :return: losses "reconstruction", "reward", "continue", "dyn", "rep", each (B, T); states (B, T); info.
         """
+        if self.normalize_obs:
+            self.normalizer.update(batch.obs)
         states, post = self.observe(batch)
         losses, info = self.rssm.kl_loss(states, post)
         features = for_products(states.features)
-        losses["reconstruction"] = self.decoder.loss(features, batch.obs)
+        losses["reconstruction"] = self.decoder.loss(features, self.normalizer(batch.obs))
         losses["reward"] = self.reward_head.loss(self.reward_head(features), batch.reward)
         losses["continue"] = self.continue_loss(features, batch.is_terminal)
         return losses, states, info
@@ -100,6 +111,10 @@ class WorldModel(nn.Module):
         logits = self.continue_head(features).squeeze(-1).to(self.reward_head.bins.dtype)
         target = (~is_terminal).to(logits.dtype) * self.gamma
         return F.binary_cross_entropy_with_logits(logits, target, reduction="none")
+
+    def predict_obs(self, features: th.Tensor) -> dict[str, th.Tensor]:
+        """Features (..., F) to observations by key, in the space's units; images uint8."""
+        return self.normalizer.undo(self.decoder.predict(features))
 
     def predict_reward(self, features: th.Tensor) -> th.Tensor:
         """Expected reward of being in a state: (..., F) -> (...)."""

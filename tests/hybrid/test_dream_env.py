@@ -31,9 +31,7 @@ def test_a_step_is_the_models(dreamer: Dreamer):
     with th.no_grad():
         features = model.rssm.imagine_step(state, th.full((4, 1), 0.5)).features
         np.testing.assert_allclose(rewards, model.predict_reward(features), atol=0.05)
-        decoded = (
-            model.decoder.predict(features)["obs"].numpy().clip(env.observation_space.low, env.observation_space.high)
-        )
+        decoded = model.predict_obs(features)["obs"].numpy().clip(env.observation_space.low, env.observation_space.high)
     going_on = ~dones
     np.testing.assert_allclose(obs[going_on], decoded[going_on], atol=0.1)
     assert (rewards.dtype, dones.dtype, obs.dtype, len(infos)) == (np.float32, bool, np.float32, 4)

@@ -352,7 +352,7 @@ def test_under_vecnormalize_the_replay_is_original_and_lessons_are_normalised():
 def test_imagined_observations_have_the_limits_of_vecnormalize_not_those_of_the_space():
     env = VecNormalize(pendulum(), clip_obs=1.5)
     model = Dreamer("MlpPolicy", env, **SMALL).learn(60)
-    model.policy.world_model.decoder.predict = lambda features: {"obs": th.tensor([[1.2, -3.0, 9.0]])}
+    model.policy.world_model.predict_obs = lambda features: {"obs": th.tensor([[1.2, -3.0, 9.0]])}
     assert imagined_observations(model, th.zeros(1, 1))["obs"].tolist() == [[np.float32(1.2), -1.5, 1.5]]
     env.norm_obs = False
     assert imagined_observations(model, th.zeros(1, 1))["obs"].tolist() == [[1.0, -1.0, 8.0]]

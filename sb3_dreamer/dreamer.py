@@ -245,6 +245,7 @@ class Dreamer(SequenceAlgorithm):
         learned = self.policy.optimizer.step(loss)
         critic.update_slow(self.critic_ema_decay, learned)
         self.policy.return_scale.keep(learned)
+        world_model.normalizer.keep(learned)
 
         metrics = {f"{key}_loss": value.detach().mean() for key, value in losses.items()}
         metrics.update(info, **actor_info, imagined_return=returns.mean(), value=values.mean(), return_scale=scale)

@@ -35,6 +35,7 @@ class ObsNormalizer(nn.Module):
         self.register_buffer("mean", th.zeros(sum(self.widths)))
         self.register_buffer("var", th.ones(sum(self.widths)))
         self.register_buffer("updates", th.zeros(()))
+        self._before = self.mean, self.var, self.updates
 
     @th.no_grad()
     def update(self, obs: Mapping[str, th.Tensor]) -> None:
@@ -42,11 +43,17 @@ class ObsNormalizer(nn.Module):
         if not self.specs:
             return
         x = th.cat([flat(obs[key], spec).flatten(0, -2) for key, spec in self.specs.items()], -1)
+        self._before = self.mean.clone(), self.var.clone(), self.updates.clone()
         var, mean = th.var_mean(x, 0, correction=0)
         share = (1 / self.updates.add_(1)).clamp(min=self.rate)
         shift = mean - self.mean
         self.var.lerp_(var, share).add_(share * (1 - share) * shift.square())  # of the mixture of old and new
         self.mean.add_(share * shift)
+
+    def keep(self, learned: th.Tensor) -> None:
+        """Take the last :meth:`update` back unless something was ``learned`` (() bool) from it."""
+        for now, before in zip((self.mean, self.var, self.updates), self._before, strict=True):
+            now.copy_(th.where(learned, now, before))
 
     def forward(self, obs: Mapping[str, th.Tensor]) -> dict[str, th.Tensor]:
         """Raw observations, key -> (..., *shape), normalised."""

@@ -93,7 +93,7 @@ class Dreamer(SequenceAlgorithm):
         learning_starts: int = 500,
         batch_size: int = 16,
         batch_length: int = 64,
-        train_ratio: float = 512,
+        train_ratio: float = 256,
         imagination_starts: int | None = 256,
         imagination_horizon: int = 15,
         gamma: float = 0.997,

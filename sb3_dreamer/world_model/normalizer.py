@@ -24,7 +24,7 @@ class ObsNormalizer(nn.Module):
     """
 
     mean: th.Tensor
-    var: th.Tensor
+    std: th.Tensor
     updates: th.Tensor
 
     def __init__(self, specs: Mapping[str, Spec], rate: float = 1e-3) -> None:
@@ -33,9 +33,9 @@ class ObsNormalizer(nn.Module):
         self.specs = {key: spec for key, spec in specs.items() if spec.kind == "vector"}
         self.widths = [spec.width for spec in self.specs.values()]
         self.register_buffer("mean", th.zeros(sum(self.widths)))
-        self.register_buffer("var", th.ones(sum(self.widths)))
+        self.register_buffer("std", th.ones(sum(self.widths)))
         self.register_buffer("updates", th.zeros(()))
-        self._before = self.mean, self.var, self.updates
+        self._before = self.mean, self.std, self.updates
 
     @th.no_grad()
     def update(self, obs: Mapping[str, th.Tensor]) -> None:
@@ -43,16 +43,17 @@ class ObsNormalizer(nn.Module):
         if not self.specs:
             return
         x = th.cat([flat(obs[key], spec).flatten(0, -2) for key, spec in self.specs.items()], -1)
-        self._before = self.mean.clone(), self.var.clone(), self.updates.clone()
+        self._before = self.mean.clone(), self.std.clone(), self.updates.clone()
         var, mean = th.var_mean(x, 0, correction=0)
         share = (1 / self.updates.add_(1)).clamp(min=self.rate)
         shift = mean - self.mean
-        self.var.lerp_(var, share).add_(share * (1 - share) * shift.square())  # of the mixture of old and new
+        mixed = self.std.square().lerp(var + FLOOR, share) + share * (1 - share) * shift.square()
+        self.std.copy_(mixed.sqrt())
         self.mean.add_(share * shift)
 
     def keep(self, learned: th.Tensor) -> None:
         """Take the last :meth:`update` back unless something was ``learned`` (() bool) from it."""
-        for now, before in zip((self.mean, self.var, self.updates), self._before, strict=True):
+        for now, before in zip((self.mean, self.std, self.updates), self._before, strict=True):
             now.copy_(th.where(learned, now, before))
 
     def forward(self, obs: Mapping[str, th.Tensor]) -> dict[str, th.Tensor]:
@@ -70,5 +71,4 @@ class ObsNormalizer(nn.Module):
         }
 
     def _moments(self) -> zip[tuple[str, th.Tensor, th.Tensor]]:
-        std = (self.var + FLOOR).sqrt()
-        return zip(self.specs, self.mean.split(self.widths), std.split(self.widths), strict=True)
+        return zip(self.specs, self.mean.split(self.widths), self.std.split(self.widths), strict=True)

@@ -263,7 +263,9 @@ def test_sequences_that_the_replay_can_never_hold_are_refused():
 def test_unknown_sizes_widths_and_models_name_the_known_ones():
     with pytest.raises(ValueError, match=r'model_size="size1g" is unknown; use one of .*size200m'):
         agent(model_size="size1g")
-    with pytest.raises(ValueError, match=r"policy_kwargs \['net_arch'\] are unknown; it takes normalize_obs and the widths .*'units'"):
+    with pytest.raises(
+        ValueError, match=r"policy_kwargs \['net_arch'\] are unknown; it takes normalize_obs and the widths .*'units'"
+    ):
         agent(policy_kwargs=dict(net_arch=[64]))
     with pytest.raises(ValueError, match=r"units=0 in policy_kwargs must be a whole number of at least 1"):
         agent(policy_kwargs=dict(units=0))

@@ -96,7 +96,7 @@ class Dreamer(SequenceAlgorithm):
         train_ratio: float = 256,
         imagination_starts: int | None = 256,
         imagination_horizon: int = 15,
-        gamma: float = 0.997,
+        gamma: float = 0.99,
         gae_lambda: float = 0.95,
         ent_coef: float = 3e-4,
         center_advantage: bool = True,

@@ -55,7 +55,7 @@ class DreamerPolicy(BasePolicy):
         lr_schedule: Schedule,
         model_size: str = "size1m",
         rssm_type: str = "gru",
-        gamma: float = 0.997,
+        gamma: float = 0.99,
         warmup_updates: int = 100,
         actor_lr_scale: float = 0.2,
         critic_lr_scale: float = 4.0,

@@ -68,7 +68,7 @@ class WorldModel(nn.Module):
         action_spec: Spec,
         size: Size,
         rssm_type: str = "gru",
-        gamma: float = 0.997,
+        gamma: float = 0.99,
         normalize_obs: bool = True,
     ) -> None:
         super().__init__()

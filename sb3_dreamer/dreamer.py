@@ -65,7 +65,7 @@ class Dreamer(SequenceAlgorithm):
     :param model_size: "debug", "size1m", "size12m", "size25m", "size50m", "size100m" or "size200m".
     :param replay_buffer_class: a subclass of :class:`~sb3_dreamer.replay.SequenceReplayBuffer`.
     :param replay_buffer_kwargs: further arguments of the buffer.
-    :param policy_kwargs: single widths in place of those of ``model_size``.
+    :param policy_kwargs: single widths in place of those of ``model_size``, and ``normalize_obs``.
     :param stats_window_size: episodes that the rollout statistics average over.
     :param tensorboard_log: folder for TensorBoard; None: no such log.
     :param verbose: 0 nothing, 1 information, 2 debugging.

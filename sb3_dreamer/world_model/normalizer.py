@@ -35,7 +35,7 @@ class ObsNormalizer(nn.Module):
         self.register_buffer("mean", th.zeros(sum(self.widths)))
         self.register_buffer("std", th.ones(sum(self.widths)))
         self.register_buffer("updates", th.zeros(()))
-        self._before = self.mean, self.std, self.updates
+        self._before: tuple[th.Tensor, ...] = ()
 
     @th.no_grad()
     def update(self, obs: Mapping[str, th.Tensor]) -> None:
@@ -53,7 +53,7 @@ class ObsNormalizer(nn.Module):
 
     def keep(self, learned: th.Tensor) -> None:
         """Take the last :meth:`update` back unless something was ``learned`` (() bool) from it."""
-        for now, before in zip((self.mean, self.std, self.updates), self._before, strict=True):
+        for now, before in zip((self.mean, self.std, self.updates), self._before, strict=False):  # if any
             now.copy_(th.where(learned, now, before))
 
     def forward(self, obs: Mapping[str, th.Tensor]) -> dict[str, th.Tensor]:

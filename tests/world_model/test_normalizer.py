@@ -119,3 +119,9 @@ def test_the_moments_are_saved_and_loaded_with_the_agent(tmp_path) -> None:
 def test_normalize_obs_is_a_bool() -> None:
     with pytest.raises(ValueError, match="normalize_obs='yes' in policy_kwargs must be True or False"):
         Dreamer("MlpPolicy", "Pendulum-v1", policy_kwargs=dict(normalize_obs="yes"))
+
+
+def test_what_was_never_updated_is_kept_on_any_device() -> None:
+    normalizer = ObsNormalizer(SPECS).to("meta")  # the next best thing to a GPU
+    normalizer.keep(th.ones((), dtype=th.bool, device="meta"))
+    assert normalizer.mean.device.type == "meta"

@@ -70,7 +70,7 @@ def test_enjoy_plays_the_last_model(trained, zoo):
 def test_training_goes_on_from_a_zip_with_its_replay(trained, zoo, folder):
     said = zoo(
         "train", "--algo", "dreamer", "--env", "CartPole-v1", "-n", "40", "-i", str(RUN / "CartPole-v1.zip"),
-        "--eval-freq", "-1", "--save-replay-buffer", "-params", "n_envs:2", "normalize:True",
+        "--eval-freq", "-1", "--save-replay-buffer", "-params", "n_envs:2", "normalize:True", "train_ratio:16",
         "env_wrapper:'sb3_contrib.common.wrappers.TimeFeatureWrapper'",
     )  # fmt: skip
     assert "Loading replay buffer" in said

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import torch as th
-from torch import nn
 
 from sb3_dreamer.behavior.actor_critic import Actor
+from sb3_dreamer.nets.running import RunningStatistics
 from sb3_dreamer.types import Dream
 from sb3_dreamer.world_model import WorldModel
 from sb3_dreamer.world_model.rssm import State
@@ -92,7 +92,7 @@ def lambda_returns(
     return th.stack(returns[::-1], 1)
 
 
-class ReturnScale(nn.Module):
+class ReturnScale(RunningStatistics):
     """Moving range of the returns, 5th to 95th percentile (paper, Eq. 8); divides the advantage, never below 1.
 
     :param rate: share of the newest range in the average.
@@ -108,20 +108,14 @@ class ReturnScale(nn.Module):
         self.register_buffer("low", th.zeros(()))
         self.register_buffer("high", th.zeros(()))
         self.register_buffer("quantiles", th.tensor([0.05, 0.95]), persistent=False)
-        self._before = self.low, self.high
 
     def update(self, returns: th.Tensor) -> th.Tensor:
         """Take note of new returns (any shape) and give the current scale ()."""
-        self._before = self.low.clone(), self.high.clone()
+        self.remember()
         low, high = th.quantile(returns.detach().flatten(), self.quantiles)
         self.low.lerp_(low, self.rate)
         self.high.lerp_(high, self.rate)
         return self.scale
-
-    def keep(self, learned: th.Tensor) -> None:
-        """Take the last ``update`` back unless something was ``learned`` (() bool) from it."""
-        for now, before in zip((self.low, self.high), self._before, strict=True):
-            now.copy_(th.where(learned, now, before))
 
     @property
     def scale(self) -> th.Tensor:

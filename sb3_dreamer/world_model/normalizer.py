@@ -5,15 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import torch as th
-from torch import nn
 
+from sb3_dreamer.nets.running import RunningStatistics
 from sb3_dreamer.types import Spec
 from sb3_dreamer.world_model.codes import flat
 
 FLOOR = 1e-6  # of the variance: what never moves is not blown up
 
 
-class ObsNormalizer(nn.Module):
+class ObsNormalizer(RunningStatistics):
     """Shifts and scales each dimension of the "vector" observations by running moments; other kinds pass untouched.
 
     Not in the paper. symlog alone leaves joint velocities four times as wide as angles and heights, and a small world
@@ -35,7 +35,6 @@ class ObsNormalizer(nn.Module):
         self.register_buffer("mean", th.zeros(sum(self.widths)))
         self.register_buffer("std", th.ones(sum(self.widths)))
         self.register_buffer("updates", th.zeros(()))
-        self._before: tuple[th.Tensor, ...] = ()
 
     @th.no_grad()
     def update(self, obs: Mapping[str, th.Tensor]) -> None:
@@ -43,18 +42,13 @@ class ObsNormalizer(nn.Module):
         if not self.specs:
             return
         x = th.cat([flat(obs[key], spec).flatten(0, -2) for key, spec in self.specs.items()], -1)
-        self._before = self.mean.clone(), self.std.clone(), self.updates.clone()
+        self.remember()
         var, mean = th.var_mean(x, 0, correction=0)
         share = (1 / self.updates.add_(1)).clamp(min=self.rate)
         shift = mean - self.mean
         mixed = self.std.square().lerp(var + FLOOR, share) + share * (1 - share) * shift.square()
         self.std.copy_(mixed.sqrt())
         self.mean.add_(share * shift)
-
-    def keep(self, learned: th.Tensor) -> None:
-        """Take the last :meth:`update` back unless something was ``learned`` (() bool) from it."""
-        for now, before in zip((self.mean, self.std, self.updates), self._before, strict=False):  # if any
-            now.copy_(th.where(learned, now, before))
 
     def forward(self, obs: Mapping[str, th.Tensor]) -> dict[str, th.Tensor]:
         """Raw observations, key -> (..., *shape), normalised."""

@@ -1,8 +1,9 @@
 """Which settings of Dreamer a study tries.
 
 What sets the price of a trial is not among them but the user's: ``model_size``, ``train_ratio`` and the shape of a
-batch (``-params "model_size:'size12m'" train_ratio:256``). More replay is nearly always better, so a study would only
-find the most expensive one. The space is static, because the Zoo's TPE sampler is multivariate.
+batch (``-params "model_size:'size12m'" train_ratio:512``). In the few steps of a trial more of it is nearly always
+better, so a study would only find the most expensive one. The space is static, because the Zoo's TPE sampler is
+multivariate.
 """
 
 from __future__ import annotations

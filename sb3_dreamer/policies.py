@@ -110,6 +110,11 @@ class DreamerPolicy(BasePolicy):
         for group, scale in zip(self.optimizer.param_groups, scales, strict=True):
             group.update(warmup_steps=warmup_updates, lr_scale=scale)
 
+    @property
+    def device(self) -> th.device:
+        """Where the parameters are. SB3 looks for the first of them through all modules, at every step."""
+        return self.actor.out.bias.device
+
     def set_training_mode(self, mode: bool) -> None:
         """SB3 calls this at every step; no layer depends on it, so the modules are walked only when it changes."""
         if mode != self.training:

@@ -132,8 +132,8 @@ class RSSM(nn.Module):
         before = State(state.features * keep, state.width, state.context.restart(is_first))
         deter, context = self.sequence(before.deter, before.stoch, prev_action * keep, before.context)
         logits = self.posterior_logits(self.posterior(th.cat([deter[:, : self.carried], embed], -1)))
-        probs = self._probs(logits)
-        return State.of(deter, (sample_onehot(probs, -2) if sample else most_likely(probs)).flatten(-2), context)
+        stoch = sample_onehot(self._probs(logits), -2) if sample else most_likely(self._by_class(logits))
+        return State.of(deter, stoch.flatten(-2), context)
 
     def imagine_step(self, state: State, action: th.Tensor) -> State:
         """The next state, as the model expects it: n states, actions (n, A) -> n states, sampled from the prior."""
@@ -178,7 +178,10 @@ class RSSM(nn.Module):
         return losses, info
 
     def _probs(self, logits: th.Tensor) -> th.Tensor:
-        return unimix_probs(logits.to(self.class_numbers.dtype).unflatten(-1, (self.classes, self.stoch)), -2)
+        return unimix_probs(self._by_class(logits), -2)
+
+    def _by_class(self, logits: th.Tensor) -> th.Tensor:
+        return logits.to(self.class_numbers.dtype).unflatten(-1, (self.classes, self.stoch))
 
 
 def entropy(probs: th.Tensor) -> th.Tensor:
@@ -187,7 +190,6 @@ def entropy(probs: th.Tensor) -> th.Tensor:
     return -(probs * probs.log()).sum((-2, -1)).mean()
 
 
-def most_likely(probs: th.Tensor) -> th.Tensor:
-    """One-hot of the most likely class: (..., K, S) -> (..., K, S)."""
-    classes = th.arange(probs.shape[-2], device=probs.device)[:, None]
-    return (probs.argmax(-2, keepdim=True) == classes).to(probs.dtype)
+def most_likely(scores: th.Tensor) -> th.Tensor:
+    """One-hot of the most likely class, by probabilities or logits: (..., K, S) -> (..., K, S)."""
+    return th.zeros_like(scores).scatter_(-2, scores.argmax(-2, keepdim=True), 1.0)

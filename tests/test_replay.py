@@ -213,11 +213,18 @@ class TestRing:
     def test_new_entries_are_served_first_and_once(self):
         buffer = make(100)
         walk(buffer, 0, 7)
-        assert starts(buffer.sample(2)) == [0, 3]
+        assert starts(buffer.sample(4))[:2] == [0, 3]
         walk(buffer, 7, 9)
         assert starts(buffer.sample(1)) == [6]
         buffer._rings._rng = np.random.default_rng(0)
         assert len(set(starts(buffer.sample(100)))) == 7
+
+    def test_half_of_a_batch_is_drawn_however_long_the_queue_is(self):
+        buffer = make(3000)
+        walk(buffer, 0, 1500)  # as many steps as learning_starts and more
+        batch = starts(buffer.sample(200))
+        assert batch[:100] == list(range(0, 300, 3))
+        assert max(batch[100:]) > 1400
 
     def test_what_the_queue_lacks_is_drawn(self):
         buffer = make(100)

@@ -180,10 +180,10 @@ class SequenceReplayBuffer:
         else:
             stored[row[kept]] = half[kept]
 
-    def _append(self, storage: RamStorage, envs: np.ndarray, entry: dict[str, np.ndarray]) -> None:
+    def _append(self, storage: RamStorage, envs: np.ndarray, entry: dict[str, np.ndarray], new: bool = True) -> None:
         number = self._rings.head[envs]
         storage.write(self._rings.row(envs, number), number, entry)
-        self._rings.advance(envs)
+        self._rings.advance(envs, new)
 
     def _interrupt(self, envs: np.ndarray) -> None:
         self._pending_reward[envs] = 0.0

@@ -56,7 +56,7 @@ class Column:
         """Check the values of some environments and give them the shape and dtype of storage.
 
         :param value: (n, *shape), one row per environment.
-        :param envs: (n,) the numbers of these environments.
+        :param envs: (n,) the numbers of these environments, or words that name the rows in messages.
         :param prefix: put before the label in messages.
         :return: (n, *shape) in the dtype of storage.
         :raises ValueError: for another shape, NaN, infinity and values out of range.
@@ -81,9 +81,9 @@ class Column:
         element = f" at {where[1:]}" if len(where) > 1 else ""
         low, high = (np.broadcast_to(bound, array.shape)[where] for bound in (self.low, self.high))
         expected = f"numbers within [{low:g}, {high:g}]" if np.isfinite(array[where]) else "finite numbers"
-        raise ValueError(
-            f"{prefix}{self.label} of env {envs[where[0]]} holds {array[where]}{element}, expected {expected}"
-        )
+        row = envs[where[0]]
+        of = row if isinstance(row, str) else f"env {row}"
+        raise ValueError(f"{prefix}{self.label} of {of} holds {array[where]}{element}, expected {expected}")
 
 
 def float_column(label: str, shape: tuple[int, ...] = (), dtype: Any = np.float32) -> Column:

@@ -81,14 +81,14 @@ def encoded_episode(
     if not isinstance(episode, Episode):
         raise TypeError(f"{type(episode).__name__} is no episode: give sb3_dreamer.replay.Episode objects")
     length, code = len(episode), buffer._entries
-    envs = np.repeat(buffer._rings.head.argmin(), length)
-    if any(len(part) != length + 1 for part in episode.obs.values()):
-        lengths = {key: len(part) for key, part in episode.obs.items()}
-        raise ValueError(f"an episode of {length} rewards has {length + 1} observations of each kind, here {lengths}")
+    lengths, wanted = {key: len(part) for key, part in episode.obs.items()}, dict.fromkeys(code.observation, length + 1)
+    if length == 0 or lengths != wanted:
+        raise ValueError(f"an episode of {length} rewards, at least one, has observations {wanted}, here {lengths}")
+    steps = np.array([f"step {t}" for t in range(length)])
     obs = episode.obs if code.is_dict else episode.obs["obs"]
-    entries = code.store(_at(obs, slice(-1)), episode.action, None, envs)
+    entries = code.store(_at(obs, slice(-1)), episode.action, None, steps)
     info = {"terminal_observation": _at(obs, -1), "TimeLimit.truncated": not episode.terminal}
-    reward = code.reward.cast(episode.reward, envs)
+    reward = code.reward.cast(episode.reward, steps)
     final = code.store_final([info], reward[-1:], np.zeros(1, int))
     entries["reward"] = np.append(np.float32(0.0), reward[:-1])
     entries["flags"] = (np.arange(length) == 0) * np.uint8(FIRST)
@@ -110,8 +110,8 @@ def write_episode(buffer: SequenceReplayBuffer, episode: Episode) -> None:
     buffer._interrupt(env)
     buffer._mark_last(storage)
     for t in range(len(episode)):
-        buffer._append(storage, env, {name: values[t : t + 1] for name, values in entries.items()})
-    buffer._append(storage, env, final)
+        buffer._append(storage, env, {name: values[t : t + 1] for name, values in entries.items()}, new=False)
+    buffer._append(storage, env, final, new=False)
     buffer._interrupt(env)
 
 

@@ -39,9 +39,15 @@ class Rings:
         """Begin with the entries that somebody else has written; none of them counts as new."""
         self.head, self.lower_bound, self._queued = head.copy(), lower_bound, head.copy()
 
-    def advance(self, envs: np.ndarray) -> None:
-        """One entry has been written for each of ``envs``; as soon as T are new they are queued as a sequence."""
+    def advance(self, envs: np.ndarray, new: bool = True) -> None:
+        """One entry has been written for each of ``envs``; as soon as T are new they are queued as a sequence.
+
+        :param envs: their numbers.
+        :param new: False for what somebody else has recorded, which is served as it is drawn.
+        """
         self.head[envs] += 1
+        if not new:
+            self._queued[envs] = self.head[envs]
         for env in np.flatnonzero(self.head - self._queued >= self.length):
             self._queue.append((int(env), int(self._queued[env])))
             self._queued[env] += self.length
@@ -65,7 +71,7 @@ class Rings:
         return first, np.maximum(self.head - self.length + 1 - first, 0)
 
     def draw(self, batch_size: int) -> np.ndarray:
-        """Choose sequences: new ones first, in the order of their coming, then uniformly over all starts.
+        """Choose sequences: new ones for up to half, in the order of their coming, then uniformly over all starts.
 
         :return: (B, 2) environments and numbers of the first entries.
         :raises ValueError: if no environment has enough entries.
@@ -78,7 +84,7 @@ class Rings:
                 f"a sequence needs {self.length} of one environment"
             )
         fresh: list[tuple[int, int]] = []
-        while self._queue and len(fresh) < batch_size:
+        while self._queue and 2 * len(fresh) < batch_size:
             env, start = self._queue.popleft()
             if start >= first[env]:
                 fresh.append((env, start))

@@ -5,9 +5,8 @@ from __future__ import annotations
 import copy
 import io
 import pathlib
-import pickle
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+import warnings
+from collections.abc import Iterable
 from typing import Any, TypeVar
 
 import numpy as np
@@ -16,28 +15,28 @@ from stable_baselines3.common.buffers import ReplayBuffer
 from stable_baselines3.common.callbacks import BaseCallback, ConvertCallback
 from stable_baselines3.common.noise import ActionNoise
 from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
-from stable_baselines3.common.save_util import load_from_pkl, load_from_zip_file, open_path
+from stable_baselines3.common.save_util import load_from_zip_file
 from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, TensorDict
 from stable_baselines3.common.vec_env import VecEnv
 
-from sb3_dreamer.environments import check_spaces, check_wrapping, deaths_told
+from sb3_dreamer.environments import check_spaces, check_wrapping, deaths_told, step_named
 from sb3_dreamer.files import check_parameters, in_place_of_pickles, read_settings, written_aside
 from sb3_dreamer.policies import DreamerPolicy, PolicyState
-from sb3_dreamer.replay import SequenceReplayBuffer
+from sb3_dreamer.replay import SequenceReplayBuffer, read_replay
 
 SelfAlgorithm = TypeVar("SelfAlgorithm", bound="SequenceAlgorithm")
-NOT_SAVED = "_online_state", "_last_obs", "_last_original_obs", "_resets"
+NOT_SAVED = "_online_state", "_last_obs", "_last_original_obs", "_originals", "_resets", "_cloning", "lent_env"
 Observation = np.ndarray | dict[str, np.ndarray]
 FileLike = str | pathlib.Path | io.BufferedIOBase
 
 
-class NoteResets(BaseCallback):
-    """Notes after each step, before any other callback, how the environments were left."""
+class NoteStep(BaseCallback):
+    """Notes after each step what the environments said, before another callback makes use of them."""
 
     model: SequenceAlgorithm
 
     def _on_step(self) -> bool:
-        self.model._resets = self.model._latest_resets()
+        self.model.note_step(self.locals["infos"])
         return True
 
 
@@ -55,8 +54,11 @@ class SequenceAlgorithm(OffPolicyAlgorithm):
     train_ratio: float
     _entries_owed: float  # replayed entries that the steps taken so far pay for
     _online_state: PolicyState | None  # of the training environments
-    lends_env = False  # whether another agent steps them too
-    _resets: list[Any]  # see _latest_resets
+    lent_env: VecEnv | None = None  # the environments, if another agent steps them too
+    run_id: str | None = None  # whose checkpoints are whose
+    _resets: tuple[Any, ...] = ()  # what the environments said when they were last reset
+    _originals: Any = None  # observations, rewards and infos of the last step, before VecNormalize
+    _cloning: Any = None  # what is left of a warm start
 
     @staticmethod
     def _wrap_env(env: GymEnv, verbose: int = 0, monitor_wrapper: bool = True) -> VecEnv:
@@ -97,23 +99,46 @@ class SequenceAlgorithm(OffPolicyAlgorithm):
     def _setup_learn(
         self, total_timesteps: int, callback: MaybeCallback = None, *args: Any, **kwargs: Any
     ) -> tuple[int, BaseCallback]:
-        if self.lends_env or self._reset_by_others():
+        if self.env is self.lent_env or self._reset_by_others():
             self._last_obs = None
+        if self._n_updates > 0 and self.replay_buffer.size() == 0:
+            warnings.warn(
+                "the replay is empty, so nothing is learned until it holds learning_starts="
+                f"{self.learning_starts} entries: load_replay_buffer() brings back what was saved",
+                stacklevel=3,
+            )
         given = callback if isinstance(callback, list) else [] if callback is None else [callback]
         callbacks = [one if isinstance(one, BaseCallback) else ConvertCallback(one) for one in given]
-        both = super()._setup_learn(total_timesteps, [NoteResets(), *callbacks], *args, **kwargs)
+        both = super()._setup_learn(total_timesteps, [NoteStep(), *callbacks], *args, **kwargs)
         if np.all(self._last_episode_starts):  # the environments were just reset
             self.replay_buffer.cut()
-        self._resets = self._latest_resets()
+        self._note_resets()
         return both
 
-    def _latest_resets(self) -> list[Any]:
-        """What the environments said when they were last reset: others than these have been reset since."""
-        return list(getattr(getattr(self.env, "unwrapped", None), "reset_infos", ()))
+    def note_step(self, infos: list[dict[str, Any]]) -> None:
+        """To be called after each step of the environments, before anybody else touches them or their statistics."""
+        if (normalize := self._vec_normalize_env) is not None:
+            infos = [
+                {**info, "terminal_observation": normalize.unnormalize_obs(info["terminal_observation"])}
+                if "terminal_observation" in info
+                else info
+                for info in infos
+            ]
+            self._originals = normalize.get_original_obs(), normalize.get_original_reward(), infos
+        self._note_resets()
+
+    def _note_resets(self) -> None:
+        infos = self._reset_infos()
+        if isinstance(infos, list):  # of copies: an environment may give the same object each time
+            infos[:] = map(copy.copy, infos)
+        self._resets = tuple(infos)
+
+    def _reset_infos(self) -> Any:
+        return getattr(getattr(self.env, "unwrapped", None), "reset_infos", ())
 
     def _reset_by_others(self) -> bool:
         """Whether somebody else has used the environments since the last step, for an evaluation perhaps."""
-        return any(now is not then for now, then in zip(self._latest_resets(), self._resets, strict=False))
+        return any(now is not then for now, then in zip(self._reset_infos(), self._resets, strict=False))
 
     def begin_episodes(self) -> None:
         """Reset the environments, and end what was under way in the replay."""
@@ -123,21 +148,18 @@ class SequenceAlgorithm(OffPolicyAlgorithm):
         self._last_original_obs = None if normalize is None else normalize.get_original_obs()
         self._last_episode_starts = np.ones(self.env.num_envs, bool)
         self.replay_buffer.cut()
-        self._resets = self._latest_resets()
+        self._note_resets()
 
     def _collect(self, callback: BaseCallback, log_interval: int | None) -> bool:
         """One step of all environments. An interrupted step leaves the stream cut, never misaligned."""
         assert self.env is not None
-        frequency: Any = self.train_freq
         finished = False
-        if self._reset_by_others():
-            self.begin_episodes()
         try:
             with deaths_told(self.env):
                 finished = self.collect_rollouts(
                     self.env,
                     callback,
-                    frequency,
+                    self.train_freq,  # type: ignore[arg-type]
                     self.replay_buffer,  # type: ignore[arg-type]
                     log_interval=log_interval,
                 ).continue_training
@@ -149,9 +171,10 @@ class SequenceAlgorithm(OffPolicyAlgorithm):
     def _sample_action(
         self, learning_starts: int, action_noise: ActionNoise | None = None, n_envs: int = 1
     ) -> tuple[np.ndarray, np.ndarray]:
-        seen: Any = self._last_obs if self._vec_normalize_env is None else self._last_original_obs
-        with self._naming_the_step():
-            self.replay_buffer.check(seen)
+        if self._reset_by_others():
+            self.begin_episodes()
+        with step_named(self.num_timesteps):
+            self.replay_buffer.check(self.original_obs)
         last_obs: Any = self._last_obs
         actions, self._online_state = self.policy.predict(last_obs, self._online_state, self._last_episode_starts)
         if self._exploring():
@@ -159,6 +182,11 @@ class SequenceAlgorithm(OffPolicyAlgorithm):
             assert self._online_state is not None
             self._online_state = (self._online_state[0], self.policy.encode_action(actions))
         return actions, self.policy.replay_action(actions)
+
+    @property
+    def original_obs(self) -> Any:
+        """What was observed last, not normalised."""
+        return self._last_obs if self._vec_normalize_env is None else self._last_original_obs
 
     def _exploring(self) -> bool:
         """Random actions until there is something to learn from; not again after a second learn() or a load."""
@@ -178,20 +206,12 @@ class SequenceAlgorithm(OffPolicyAlgorithm):
         dones: np.ndarray,
         infos: list[dict[str, Any]],
     ) -> None:
-        obs: Any = self._last_obs
-        next_obs: Any = new_obs
-        if (normalize := self._vec_normalize_env) is not None:
-            obs, next_obs = self._last_original_obs, normalize.get_original_obs()
-            reward = normalize.get_original_reward()
-            infos = [
-                {**info, "terminal_observation": normalize.unnormalize_obs(info["terminal_observation"])}
-                if "terminal_observation" in info
-                else info
-                for info in infos
-            ]
+        obs, next_obs = self.original_obs, new_obs
+        if self._vec_normalize_env is not None:
+            next_obs, reward, infos = self._originals
         assert self._online_state is not None
         latent = self._online_state[0][:, : self.policy.world_model.rssm.latent_width]
-        with self._naming_the_step():
+        with step_named(self.num_timesteps):
             self.replay_buffer.add(obs, next_obs, buffer_action, reward, dones, infos, latent=latent)
         self._last_obs, self._last_original_obs = new_obs, next_obs
         self._last_episode_starts = dones
@@ -206,17 +226,6 @@ class SequenceAlgorithm(OffPolicyAlgorithm):
         due = int(self._entries_owed // entries)
         self._entries_owed -= due * entries
         return due
-
-    @contextmanager
-    def _naming_the_step(self) -> Iterator[None]:
-        """Complete what the replay says about bad numbers."""
-        try:
-            yield
-        except ValueError as error:
-            raise ValueError(
-                f"at environment step {self.num_timesteps}: {error}. What was collected before is kept: "
-                "save_replay_buffer() saves it, learn(reset_num_timesteps=False) goes on with a reset"
-            ) from None
 
     def predict(
         self,
@@ -272,7 +281,7 @@ class SequenceAlgorithm(OffPolicyAlgorithm):
         :raises ValueError: if it holds no replay of sequences, or one of another shape than this agent's.
         """
         self.replay_buffer = self.read_replay(path)
-        self._last_obs = None  # the next learn() resets
+        self._last_obs = self._cloning = None  # the next learn() resets; a teacher's answers are to other entries
 
     def read_replay(self, path: FileLike) -> SequenceReplayBuffer:
         """A saved replay, for this agent and on its device.
@@ -280,16 +289,7 @@ class SequenceAlgorithm(OffPolicyAlgorithm):
         :param path: what :meth:`save_replay_buffer` was given.
         :raises ValueError: if it holds no replay of sequences, or one of another shape than this agent's.
         """
-        file = open_path(path, "r", self.verbose, suffix="pkl")
-        try:
-            buffer = load_from_pkl(file, self.verbose)
-        except (pickle.UnpicklingError, EOFError) as error:
-            raise ValueError(f"{path} is damaged or no saved replay ({error}): use an older one") from error
-        finally:
-            if file is not path:
-                file.close()
-        if not isinstance(buffer, SequenceReplayBuffer):
-            raise ValueError(f"{path} holds a {type(buffer).__name__}, but Dreamer replays a SequenceReplayBuffer")
+        buffer = read_replay(path, self.verbose)
         for name in ("observation_space", "action_space", "n_envs", "sequence_length", "latent_size"):
             saved, own = getattr(buffer, name), getattr(self.replay_buffer, name)
             if saved != own:

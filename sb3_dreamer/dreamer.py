@@ -8,7 +8,6 @@ from typing import Any, ClassVar, TypeVar
 import torch as th
 from gymnasium import spaces
 from stable_baselines3.common.base_class import BaseAlgorithm
-from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.type_aliases import GymEnv, Schedule
 
@@ -37,6 +36,11 @@ LOSS_SCALES = {
     "critic": 1.0,
     "replay_critic": 0.3,
 }
+
+READ_BY_UPDATE = (
+    *("imagination_starts", "imagination_horizon", "gamma", "gae_lambda"),
+    *("ent_coef", "center_advantage", "critic_ema_decay"),
+)
 
 
 class Dreamer(SequenceAlgorithm):
@@ -147,10 +151,8 @@ class Dreamer(SequenceAlgorithm):
         self.model_size = model_size
         self._entries_owed = 0.0
         self._online_state = None
-        self._resets = []
         self._metrics = Metrics(self.device)
-        self._captured: CapturedUpdate | None = None
-        self._cloning: Any = None  # what is left of a warm start
+        self._captured: tuple[list[Any], CapturedUpdate] | None = None
         if _init_setup_model:
             self._setup_model()
 
@@ -257,13 +259,11 @@ class Dreamer(SequenceAlgorithm):
         """:meth:`update`, as a CUDA graph on a GPU. Not while a warm start fades: its weight changes on the host."""
         if self._cloning is not None and self._cloning.weight(self._n_updates) > 0:
             return self.update
-        if self._captured is None:
-            self._captured = CapturedUpdate(self.update, record_cuda_graph if self.device.type == "cuda" else None)
-        return self._captured
-
-    def _setup_learn(self, *args: Any, **kwargs: Any) -> tuple[int, BaseCallback]:
-        self._captured = None  # knobs may have changed
-        return super()._setup_learn(*args, **kwargs)
+        knobs = [getattr(self, name) for name in READ_BY_UPDATE]
+        if self._captured is None or self._captured[0] != knobs:
+            record = record_cuda_graph if self.device.type == "cuda" else None
+            self._captured = knobs, CapturedUpdate(self.update, record)
+        return self._captured[1]
 
     def set_parameters(self, *args: Any, **kwargs: Any) -> None:
         """As in every SB3 algorithm."""
@@ -301,11 +301,11 @@ class Dreamer(SequenceAlgorithm):
         add_experience(self, source, time_limit)
         return self
 
-    def pretrain(self: SelfDreamer, updates: int) -> SelfDreamer:
+    def pretrain(self: SelfDreamer, updates: int, progress_bar: bool = False) -> SelfDreamer:
         """Learn from the replay alone, see :func:`sb3_dreamer.hybrid.experience.pretrain`."""
         from sb3_dreamer.hybrid.experience import pretrain
 
-        pretrain(self, updates)
+        pretrain(self, updates, progress_bar)
         return self
 
     def to_model_free(self, algorithm: type[Algorithm], env: GymEnv | None = None, **kwargs: Any) -> Algorithm:
@@ -315,4 +315,4 @@ class Dreamer(SequenceAlgorithm):
         return to_model_free(self, algorithm, env, **kwargs)
 
     def _excluded_save_params(self) -> list[str]:
-        return [*super()._excluded_save_params(), "_metrics", "_captured", "_cloning"]
+        return [*super()._excluded_save_params(), "_metrics", "_captured"]

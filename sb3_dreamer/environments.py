@@ -1,4 +1,4 @@
-"""What an agent asks of its environments, and what it says when one of their processes dies."""
+"""What an agent asks of its environments, and what it says when one sends bad numbers or its process dies."""
 
 from __future__ import annotations
 
@@ -58,3 +58,19 @@ def deaths_told(env: VecEnv) -> Iterator[None]:
             f"processes of environments died, number and exit code: {dead} (-9: killed, often for memory). What was "
             "collected is kept: save() and save_replay_buffer() work, and set_env() with new environments goes on"
         ) from error
+
+
+@contextmanager
+def step_named(number: int) -> Iterator[None]:
+    """Around what stores a step: complete what the replay says about bad numbers.
+
+    :param number: of the step.
+    :raises ValueError: with the number and what to do.
+    """
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(
+            f"at environment step {number}: {error}. What was collected before is kept: "
+            "save_replay_buffer() saves it, learn(reset_num_timesteps=False) goes on with a reset"
+        ) from None

@@ -198,6 +198,14 @@ def check_parameters(given: dict[str, dict[str, Any]], own: dict[str, dict[str, 
             f"the parameters do not match, missing: {', '.join(absent[:5]) or 'none'}, unknown: "
             f"{', '.join(unknown[:5]) or 'none'}. Nothing was changed; exact_match=False takes what there is"
         )
+    groups, wanted = (
+        [len(group["params"]) for group in part.get("policy.optimizer", {}).get("param_groups", [])]
+        for part in (given, own)
+    )
+    if groups and groups != wanted:
+        raise ValueError(
+            f"the optimizer's parameters are of another agent: groups of {groups}, here {wanted}. Nothing was changed"
+        )
     for name, value in given.get("policy", {}).items():
         if name in own["policy"] and value.shape != own["policy"][name].shape:
             raise ValueError(

@@ -30,6 +30,7 @@ from __future__ import annotations
 import os
 import random
 import shutil
+import uuid
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -41,6 +42,8 @@ from stable_baselines3.common.running_mean_std import RunningMeanStd
 from stable_baselines3.common.type_aliases import GymEnv
 from stable_baselines3.common.vec_env import VecEnv, VecFrameStack, VecNormalize
 from stable_baselines3.common.vec_env.base_vec_env import VecEnvWrapper
+
+from sb3_dreamer.files import read_settings
 
 if TYPE_CHECKING:
     from sb3_dreamer.dreamer import Dreamer
@@ -56,10 +59,11 @@ class ResumeCallback(BaseCallback):
 
     It saves between an update and the next step, where nothing is half done.
 
-    :param folder: of the checkpoints, and of no other run.
+    :param folder: of the checkpoints of this run; those of another run in it are an error.
     :param every: environment steps between them.
     :param keep: how many of the newest to keep.
     :param verbose: 1 tells of each.
+    :raises ValueError: when the training starts, if the folder belongs to another run.
     """
 
     model: Dreamer
@@ -72,6 +76,7 @@ class ResumeCallback(BaseCallback):
         self._saved_at = 0
 
     def _on_training_start(self) -> None:
+        claim(self.folder, self.model)
         self._saved_at = self.model.num_timesteps
 
     def _on_rollout_start(self) -> None:
@@ -98,6 +103,20 @@ class ResumeCallback(BaseCallback):
 def checkpoints(folder: str | Path) -> list[Path]:
     """The complete checkpoints of a folder, oldest first."""
     return sorted(Path(folder).glob("[0-9]*_step_*"))
+
+
+def claim(folder: Path, model: Dreamer) -> None:
+    """Make sure that checkpoints in a folder are of the same run as the model: the oldest of them will be deleted.
+
+    :raises ValueError: if they are of another.
+    """
+    there = checkpoints(folder)
+    if there and read_settings(there[-1] / "model.zip").get("run_id") != model.run_id:
+        raise ValueError(
+            f"{folder} has checkpoints of another run, the newest is {there[-1].name}: give this run a folder of its "
+            f"own, or go on with that one by Dreamer.resume({str(folder)!r}, env)"
+        )
+    model.run_id = model.run_id or uuid.uuid4().hex
 
 
 def save_checkpoint(model: Dreamer, folder: Path, keep: int) -> Path:
@@ -197,7 +216,7 @@ def restore_run_state(model: Dreamer, state: dict[str, Any]) -> None:
         _restore_environments(env, state["environments"], state["episodes"])
         for name, value in state["agent"].items():
             setattr(model, name, value)
-        model._resets = model._latest_resets()
+        model._note_resets()
     elif model.seed is not None:
         env.seed(model.seed + model.num_timesteps)  # not the first episodes of the run again
     wrappers = _wrappers(env)

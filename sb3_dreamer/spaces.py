@@ -70,13 +70,14 @@ def check_action_bounds(space: spaces.Space) -> None:
 def check_counted_from_zero(space: spaces.Space) -> None:
     """Refuse choices that SB3's algorithms, unlike Dreamer, would count from another number than the space.
 
-    :raises ValueError: for a space with a start.
+    :raises ValueError: for a space with a start, or a Dict with one.
     """
-    if np.any(getattr(space, "start", 0)):
-        raise ValueError(
-            f"SB3's algorithms count choices from 0 and cannot act in {space}: wrap the environment in "
-            "gymnasium.wrappers.TransformAction so that they begin there"
-        )
+    for part in space.spaces.values() if isinstance(space, spaces.Dict) else [space]:
+        if np.any(getattr(part, "start", 0)):
+            raise ValueError(
+                f"SB3's algorithms count from 0 and can neither act in nor observe {part}: wrap the environment in "
+                "gymnasium.wrappers.TransformAction or TransformObservation so that it begins there"
+            )
 
 
 def into_space(space: spaces.Space, numbers: np.ndarray) -> np.ndarray:

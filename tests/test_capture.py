@@ -151,9 +151,12 @@ def test_new_settings_and_new_parameters_are_recorded_anew() -> None:
     model = filled(learning_starts=10)
     used = model._captured
     assert used is not None
-    assert used.calls > 0
+    assert used[1].calls > 0
     model.learn(20, reset_num_timesteps=False)
-    assert model._captured is not used
+    assert model._captured is used
+    model.ent_coef *= 2
+    model.pretrain(1)
+    assert model._captured[1].calls == 1
     model.set_parameters(model.get_parameters())
     assert model._captured is None
 

@@ -118,6 +118,7 @@ def test_pickled_arguments_of_the_replay_are_left_out_too(tmp_path) -> None:
         assert Dreamer.load(tmp_path / "model", trusted=False).replay_buffer_kwargs == {}
 
 
+@pytest.mark.filterwarnings("ignore:the replay is empty")
 def test_an_untrusted_agent_goes_on_training(saved) -> None:
     loaded = Dreamer.load(saved, env=make_vec_env("Pendulum-v1"), trusted=False, device="cpu")
     before = loaded._n_updates

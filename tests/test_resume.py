@@ -239,6 +239,18 @@ def test_newest_means_written_last_though_steps_were_counted_anew(tmp_path) -> N
     assert Dreamer.resume(tmp_path, WRAPPED["plain"](1)).num_timesteps == 12
 
 
+def test_checkpoints_of_another_run_are_not_deleted(tmp_path) -> None:
+    fresh("plain", 1).learn(30, ResumeCallback(tmp_path, every=10))
+    there = [path.name for path in checkpoints(tmp_path)]
+    other = fresh("plain", 1)
+    with pytest.raises(ValueError, match=r"of another run, the newest is 00000\d_step_30: give this run a folder"):
+        other.learn(30, ResumeCallback(tmp_path, every=10))
+    assert [path.name for path in checkpoints(tmp_path)] == there
+    model = Dreamer.resume(tmp_path, WRAPPED["plain"](1))
+    model.learn(10, ResumeCallback(tmp_path, every=10), reset_num_timesteps=False)
+    assert checkpoints(tmp_path)[-1].name.endswith("_step_40")
+
+
 def test_half_written_and_half_deleted_ones_are_never_taken_and_go_away(tmp_path) -> None:
     model = fresh("plain", 1)
     model.learn(20, callback=ResumeCallback(tmp_path, every=10))

@@ -66,6 +66,8 @@ def main(argv: list[str] | None = None) -> Path:
     :return: the page.
     """
     args = parser().parse_args(argv)
+    if not args.model.exists():
+        raise SystemExit(f"{args.model} does not exist: give the file that Dreamer.save wrote")
     if sys.platform == "linux" and "DISPLAY" not in os.environ and ctypes.util.find_library("EGL"):
         os.environ.setdefault("MUJOCO_GL", "egl")
     env = make_env(args.env, args.vecnormalize, args.seed)

@@ -30,9 +30,9 @@ def signs_of(
     :param errors: of the open-loop dreams.
     :param real_return: mean of :func:`returns_to_go` over real episodes, if known.
     :return: "kl" and "kl_capacity" (the most that the latents can hold) in nats, "dead_latents" (share),
-        "rewarded" (share of entries), "imagined_return", "real_return", "return_scale", and means over observation
+        "rewarded" (share of entries), "imagined_return", "real_return", "return_scale", means over observation
         keys of "too_sure" and "error_ratio" (that of the steps which the actor learns in, of keys that do change), see
-        :class:`~sb3_dreamer.dreams.horizon.HorizonError`.
+        :class:`~sb3_dreamer.dreams.horizon.HorizonError`, and "reward_error_ratio".
     """
     policy = model.policy
     world_model = policy.world_model
@@ -42,7 +42,8 @@ def signs_of(
     starts = th.randperm(batch.reward.numel(), device=batch.reward.device)[:STARTS]
     dream = imagine(world_model, policy.actor, states.flatten()[starts], model.imagination_horizon)
     returns = lambda_returns(dream.reward, dream.discount, policy.critic.value(dream.features), model.gae_lambda)
-    ratios = [r for key in batch.obs if not np.isnan(r := errors[key].ratio(model.imagination_horizon))]
+    ratio = {key: error.ratio(model.imagination_horizon) for key, error in errors.items()}
+    ratios = [ratio[key] for key in batch.obs if not np.isnan(ratio[key])]
     return {
         "kl": info["kl"].item(),
         "kl_capacity": stoch * float(np.log(classes)),
@@ -53,6 +54,7 @@ def signs_of(
         "return_scale": policy.return_scale.scale.item(),
         "too_sure": float(np.mean([errors[key].too_sure for key in batch.obs])),
         "error_ratio": float(np.mean(ratios)) if ratios else float("nan"),
+        "reward_error_ratio": ratio.get("reward", float("nan")),
     }
 
 
@@ -165,6 +167,13 @@ TROUBLES = (
         lambda s: s["error_ratio"] > 1,
         'The dreams are worse than "nothing changes" (error {error_ratio:.2f} times as large): the model is not '
         "yet good enough to learn in. Give it more updates (train_ratio) or a larger model_size.",
+    ),
+    Trouble(
+        "rewards_unknown",
+        lambda s: s["reward_error_ratio"] > 2,
+        "The dreamed rewards are {reward_error_ratio:.1f} times as far off as if they never changed: what the actor "
+        "learns in dreams means little. Early in training this passes; later give the model more updates "
+        "(train_ratio), and look for rewards that depend on what is not observed.",
     ),
 )
 

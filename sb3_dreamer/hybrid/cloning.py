@@ -10,6 +10,7 @@ import torch as th
 
 from sb3_dreamer.behavior.actor_critic import Actor
 from sb3_dreamer.dreamer import Dreamer
+from sb3_dreamer.hybrid.progress import Advance, unseen
 from sb3_dreamer.types import Batch
 
 REHEARSALS = 500  # updates of the actor alone, at most
@@ -43,9 +44,9 @@ class Cloning:
     asked: tuple[Any, ...]
     rehearsed: int = 0
 
-    def complete(self, n_updates: int) -> bool:
-        """Whether nothing of the warm start is left to do, after some updates."""
-        return self.steps_left <= 0 and n_updates >= self.fade_from and self.rehearsed >= self.rehearsals
+    def left(self, n_updates: int) -> int:
+        """Steps, updates and rehearsals of the warm start that are left to do, after some updates."""
+        return max(self.steps_left, 0) + max(self.fade_from - n_updates, 0) + self.rehearsals - self.rehearsed
 
     def weight(self, n_updates: int) -> float:
         """Share of the teacher after some updates."""
@@ -97,7 +98,7 @@ class Answers:
         return np.where(inside[..., None], self.table[env, column.clip(0, known - 1)], np.float32(np.nan))
 
 
-def rehearse(model: Dreamer, cloning: Cloning) -> None:
+def rehearse(model: Dreamer, cloning: Cloning, advance: Advance = unseen) -> None:
     """Let the actor imitate alone, on the features of a world model that stands still.
 
     While the model learns its features move, and an actor that learns slowly enough to keep its policy lags behind.
@@ -113,3 +114,4 @@ def rehearse(model: Dreamer, cloning: Cloning) -> None:
         cloning.loss(actor, states.features, batch).backward()
         optimizer.step()
         cloning.rehearsed += 1
+        advance(1)

@@ -11,7 +11,10 @@ from stable_baselines3.common.buffers import DictReplayBuffer, ReplayBuffer
 from stable_baselines3.common.utils import configure_logger
 
 from sb3_dreamer.dreamer import Dreamer
+from sb3_dreamer.hybrid.progress import Advance, progress
 from sb3_dreamer.replay import Episode, SequenceReplayBuffer, encoded_episode, read_episodes, write_episode
+
+CHUNK = 16  # updates between two looks at how far it is
 
 
 def add_experience(model: Dreamer, source: Any, time_limit: int | None = None) -> None:
@@ -31,9 +34,11 @@ def add_experience(model: Dreamer, source: Any, time_limit: int | None = None) -
     if isinstance(source, Iterator):
         source = list(source)  # it is walked through twice: checked, then written
     count = 0
-    for episode in episodes_of(model, source, time_limit):
-        encoded_episode(replay, episode)
-        count += 1
+    for count, episode in enumerate(episodes_of(model, source, time_limit), 1):
+        try:
+            encoded_episode(replay, episode)
+        except ValueError as error:
+            raise ValueError(f"episode {count - 1} of {type(source).__name__}: {error}. Nothing was added") from None
     if count == 0:
         raise ValueError(f"{type(source).__name__} holds no transition: collect something first")
     model._last_obs = None
@@ -42,19 +47,20 @@ def add_experience(model: Dreamer, source: Any, time_limit: int | None = None) -
         write_episode(replay, episode)
 
 
-def pretrain(model: Dreamer, updates: int) -> None:
+def pretrain(model: Dreamer, updates: int, progress_bar: bool = False) -> None:
     """Learn from the replay alone: world model, actor and critic, without a step in an environment.
 
     :param model: the model.
     :param updates: how many.
+    :param progress_bar: show how far it is, as in ``learn()``.
     :raises ValueError: if the replay cannot serve a sequence, or for less than one update.
     """
     require_replay(model, "pretrain()")
     if updates < 1:
         raise ValueError(f"updates={updates} has to be at least 1")
-    ensure_logger(model)
-    model._current_progress_remaining = 1.0  # a schedule that has run out would stop all learning
-    model.train(updates, model.batch_size)
+    prepare_training(model)
+    with progress(updates, "pretrain", progress_bar) as advance:
+        train_until(model, model._n_updates + updates, advance)
 
 
 def require_replay(model: Dreamer, who: str) -> None:
@@ -70,10 +76,21 @@ def require_replay(model: Dreamer, who: str) -> None:
         )
 
 
-def ensure_logger(model: Any) -> None:
-    """Training outside of ``learn()`` needs a logger; ``learn()`` will make its own."""
+def prepare_training(model: Any) -> None:
+    """Training outside of ``learn()`` needs a logger, ``learn()`` will make its own, and a learning rate.
+
+    :param model: any SB3 algorithm.
+    """
     if not hasattr(model, "_logger"):
         model._logger = configure_logger(model.verbose)
+    model._current_progress_remaining = 1.0  # a schedule that has run out would stop all learning
+
+
+def train_until(model: Dreamer, n_updates: int, advance: Advance) -> None:
+    """Update until so many updates have been made in all."""
+    while (left := n_updates - model._n_updates) > 0:
+        model.train(few := min(CHUNK, left), model.batch_size)
+        advance(few)
 
 
 def episodes_of(model: Dreamer, source: Any, time_limit: int | None = None) -> Iterator[Episode]:
@@ -210,11 +227,10 @@ def _load_minari(name: str) -> Any:
 
 
 def _minari_episode(model: Dreamer, recorded: Any) -> Episode:
-    is_box = isinstance(model.action_space, spaces.Box)
     obs = recorded.observations if isinstance(recorded.observations, dict) else {"obs": recorded.observations}
     return Episode(
         obs={key: np.asarray(part) for key, part in obs.items()},
-        action=np.asarray(model.policy.scale_action(recorded.actions) if is_box else recorded.actions),
+        action=np.asarray(model.policy.replay_action(recorded.actions)),
         reward=np.asarray(recorded.rewards),
         terminal=bool(recorded.terminations[-1]),
     )

@@ -18,6 +18,7 @@ from sb3_dreamer.dreamer import Dreamer
 from sb3_dreamer.hybrid.experience import require_replay
 from sb3_dreamer.hybrid.latent_env import LatentVecEnv
 from sb3_dreamer.hybrid.lessons import latent_observations, lessons_from
+from sb3_dreamer.hybrid.progress import progress
 from sb3_dreamer.hybrid.real_states import RealStates, real_states
 from sb3_dreamer.hybrid.students import student_of, teach, teach_critics
 from sb3_dreamer.replay import Episode, read_episodes
@@ -35,6 +36,7 @@ def to_model_free(
     on: Literal["observations", "latents"] = "observations",
     updates: int = 5_000,
     critic_updates: int = 2_000,
+    progress_bar: bool = False,
     **kwargs: Any,
 ) -> Algorithm:
     """A plain SB3 algorithm that acts as Dreamer does, judges as Dreamer does, and remembers what Dreamer has seen.
@@ -51,26 +53,30 @@ def to_model_free(
         memory: the algorithm's environment then is a :class:`~sb3_dreamer.hybrid.LatentVecEnv`.
     :param updates: minibatches for the policy.
     :param critic_updates: minibatches for off-policy critics on Dreamer's returns, and as many on the real transitions.
+    :param progress_bar: show how far it is, as in ``learn()``: minibatches of both together.
     :param kwargs: constructor arguments of the algorithm; what is given here is not chosen for it.
     :raises ValueError: for other spaces, an algorithm that cannot take over, and an empty replay; before any work.
     """
     require_replay(model, "to_model_free()")
     target = _new_student(model, algorithm, env, on, kwargs)
     wanted_entropy = getattr(target, "target_entropy", None)
-    real = real_states(model, NEWEST)
-    gamma: float = target.gamma  # type: ignore[attr-defined]
-    lessons = lessons_from(model, real, gamma, on == "latents")
-    teach(target, lessons, updates)
-    if "target_entropy" in kwargs:
-        target.target_entropy = wanted_entropy  # type: ignore[attr-defined]
-    if isinstance(target, OffPolicyAlgorithm):
-        assert target.replay_buffer is not None
-        episodes = read_episodes(model.replay_buffer) if on == "observations" else _latent_episodes(model, real)
-        fill_replay(target.replay_buffer, episodes)
-        teach_critics(target, lessons, critic_updates)
+    off_policy = isinstance(target, OffPolicyAlgorithm)
+    with progress(updates + 2 * critic_updates * off_policy, algorithm.__name__, progress_bar) as advance:
+        real = real_states(model, NEWEST)
+        gamma: float = target.gamma  # type: ignore[attr-defined]
+        lessons = lessons_from(model, real, gamma, on == "latents")
+        teach(target, lessons, updates, advance)
+        if "target_entropy" in kwargs:
+            target.target_entropy = wanted_entropy  # type: ignore[attr-defined]
+        if isinstance(target, OffPolicyAlgorithm):
+            buffer: Any = target.replay_buffer
+            room = 2 * buffer.buffer_size * buffer.n_envs  # in entries: an episode has one more than transitions
+            own = model.replay_buffer
+            fill_replay(buffer, _latent_episodes(model, real) if on == "latents" else read_episodes(own, room))
+            teach_critics(target, lessons, critic_updates, advance)
     target.num_timesteps = model.num_timesteps
     if env is None:
-        model.lends_env = True
+        model.lent_env = model.env
     return target
 
 
@@ -96,7 +102,7 @@ def _new_student(
         raise ValueError("use_sde and optimize_memory_usage cannot be handed over to: leave them False")
     wrapped = model._wrap_env(env, model.verbose) if env is not None else model.env
     assert wrapped is not None
-    _check_env(model, wrapped)
+    _check_env(model, wrapped, on)
     seen = LatentVecEnv(model, wrapped) if on == "latents" else wrapped
     policy = settings.pop("policy", policy_for(seen.observation_space))
     try:
@@ -108,13 +114,15 @@ def _new_student(
     return target
 
 
-def _check_env(model: Dreamer, env: Any) -> None:
+def _check_env(model: Dreamer, env: Any, on: str) -> None:
     if env.observation_space != model.observation_space or env.action_space != model.action_space:
         raise ValueError(
             f"env has {env.observation_space} and {env.action_space}, the model {model.observation_space} and "
             f"{model.action_space}: use an environment with the same spaces and wrappers"
         )
     check_counted_from_zero(env.action_space)
+    if on == "observations":
+        check_counted_from_zero(env.observation_space)
     if is_vecenv_wrapped(env, VecNormalize) != (model.get_vec_normalize_env() is not None):
         raise ValueError("VecNormalize is around one of env and Dreamer's environment only: wrap env as Dreamer's is")
 

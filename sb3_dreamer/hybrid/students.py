@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, Protocol
 
@@ -16,8 +16,9 @@ from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 from stable_baselines3.common.policies import ActorCriticPolicy
 
-from sb3_dreamer.hybrid.experience import ensure_logger
+from sb3_dreamer.hybrid.experience import prepare_training
 from sb3_dreamer.hybrid.lessons import Lessons
+from sb3_dreamer.hybrid.progress import Advance, unseen
 
 BATCH = 256
 LEARNING_RATE = 1e-3  # at the beginning of what is taught
@@ -71,7 +72,7 @@ class DeterministicActor:
     def finish(self, lessons: Lessons) -> None:
         self.target.actor_target.load_state_dict(self.target.actor.state_dict())
         if self.target.action_noise is None:
-            width = lessons.std.mean(0).cpu().numpy()
+            width = lessons.std.mean(0).cpu().numpy().reshape(self.target.action_space.shape)
             self.target.action_noise = NormalActionNoise(np.zeros_like(width), width)
 
 
@@ -133,30 +134,23 @@ class StochasticActorCritic:
                 self.policy.log_std.copy_((lessons.std.mean(0) * half_range).clamp(min=1e-3).log())
 
 
-def teach(target: BaseAlgorithm, lessons: Lessons, updates: int) -> None:
+def teach(target: BaseAlgorithm, lessons: Lessons, updates: int, advance: Advance = unseen) -> None:
     """Make the student act (and, on policy, judge) as Dreamer does; its own optimisers stay as new.
 
     :param target: the student.
     :param lessons: what to learn.
     :param updates: minibatches of 256.
+    :param advance: is told of each.
     """
     student = student_of(target)
-    optimizer = th.optim.Adam(student.parameters(), lr=LEARNING_RATE)
-    schedule = th.optim.lr_scheduler.LinearLR(optimizer, 1.0, LAST_RATE, total_iters=max(updates, 1))
     target.policy.set_training_mode(True)
-    for index in lessons.batches(updates, BATCH):
-        obs = lessons.seen_by(target.policy, index)
-        loss = student.loss(obs, lessons, index)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        schedule.step()
+    fit(student.parameters(), lambda index: student.loss(lessons.seen_by(target.policy, index), lessons, index),
+        lessons.batches(updates, BATCH), updates, advance)  # fmt: skip
     target.policy.set_training_mode(False)
-    optimizer.zero_grad()
     student.finish(lessons)
 
 
-def teach_critics(target: Any, lessons: Lessons, updates: int) -> None:
+def teach_critics(target: Any, lessons: Lessons, updates: int, advance: Advance = unseen) -> None:
     """Off-policy critics: first Dreamer's returns, then their own bootstrap on the real transitions, the actor fixed.
 
     The actor follows their slope over actions from its first step on, and they have to be right about that, not only
@@ -166,26 +160,44 @@ def teach_critics(target: Any, lessons: Lessons, updates: int) -> None:
     :param target: the student, its replay filled.
     :param lessons: what actions were worth.
     :param updates: minibatches for each of the two.
+    :param advance: is told of each.
     """
-    target.policy.set_training_mode(True)
-    optimizer = th.optim.Adam(target.critic.parameters(), lr=LEARNING_RATE)
-    schedule = th.optim.lr_scheduler.LinearLR(optimizer, 1.0, LAST_RATE, total_iters=max(updates, 1))
-    for index in lessons.batches(updates, BATCH):
-        obs = lessons.seen_by(target.policy, index)
-        predicted = target.critic(obs, lessons.taken[index])
+
+    def loss(index: np.ndarray) -> th.Tensor:
+        predicted = target.critic(lessons.seen_by(target.policy, index), lessons.taken[index])
         stacked = th.stack(predicted, 1) if isinstance(predicted, tuple) else predicted  # (n, critics, 1 or quantiles)
-        loss = (stacked - lessons.taken_value[index, None, None]).square().mean()
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        schedule.step()
+        return (stacked - lessons.taken_value[index, None, None]).square().mean()
+
+    target.policy.set_training_mode(True)
+    fit(target.critic.parameters(), loss, lessons.batches(updates, BATCH), updates, advance)
     if hasattr(target, "critic_target"):
         target.critic_target.load_state_dict(target.critic.state_dict())
     with actor_fixed(target):
         for done in range(updates):
             target._current_progress_remaining = 1 - done / updates
             target.train(1, target.batch_size)
+            advance(1)
     target.policy.set_training_mode(False)
+
+
+def fit(
+    parameters: Iterable[th.nn.Parameter],
+    loss_of: Callable[[np.ndarray], th.Tensor],
+    batches: Iterable[np.ndarray],
+    updates: int,
+    advance: Advance,
+) -> None:
+    """Minimise the loss of each batch in turn, at a rate that falls to almost nothing."""
+    optimizer = th.optim.Adam(parameters, lr=LEARNING_RATE)
+    schedule = th.optim.lr_scheduler.LinearLR(optimizer, 1.0, LAST_RATE, total_iters=max(updates, 1))
+    for index in batches:
+        loss = loss_of(index)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+        advance(1)
+    optimizer.zero_grad()
 
 
 @contextmanager
@@ -195,7 +207,7 @@ def actor_fixed(target: Any) -> Iterator[None]:
     actor = copy.deepcopy(target.actor.state_dict())
     schedule, target.lr_schedule = target.lr_schedule, lambda remaining: LEARNING_RATE * max(remaining, LAST_RATE)
     target.actor.requires_grad_(False)
-    ensure_logger(target)
+    prepare_training(target)
     if temperature is not None:
         target.ent_coef_tensor, target.ent_coef_optimizer = target.log_ent_coef.detach().exp(), None
     try:

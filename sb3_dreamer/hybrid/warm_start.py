@@ -16,10 +16,9 @@ from stable_baselines3.common.vec_env import VecEnv, VecNormalize
 
 from sb3_dreamer.dreamer import Dreamer
 from sb3_dreamer.hybrid.cloning import REHEARSALS, Answers, Cloning, rehearse
-from sb3_dreamer.hybrid.experience import ensure_logger, require_replay
+from sb3_dreamer.hybrid.experience import prepare_training, require_replay, train_until
+from sb3_dreamer.hybrid.progress import Advance, progress
 from sb3_dreamer.spaces import check_counted_from_zero
-
-CHUNK = 16  # updates between two looks at how far the cloning has faded
 
 
 def warm_start(
@@ -31,6 +30,7 @@ def warm_start(
     updates: int | None = None,
     fade_steps: int | None = None,
     student_share: float = 0.5,
+    progress_bar: bool = False,
 ) -> None:
     """Let a teacher act, learn the world from it, imitate it, and only then improve on it.
 
@@ -51,6 +51,7 @@ def warm_start(
     :param updates: gradient updates; None: as many as ``train_ratio`` asks for this many steps.
     :param fade_steps: steps of ``learn()`` until nothing draws the actor to the teacher any more; None: ``n_steps``.
     :param student_share: share of the steps, the last ones, in which the model acts itself; 0: the teacher always acts.
+    :param progress_bar: show how far it is, as in ``learn()``: steps, updates and rehearsals together.
     :raises ValueError: for other spaces, missing statistics or a model without environment; before any work.
     """
     if model.env is None:
@@ -65,21 +66,21 @@ def warm_start(
     fade = int((n_steps if fade_steps is None else fade_steps) * per_step)
     asked = n_steps, updates, fade, student_share
     cloning: Cloning | None = model._cloning
-    if cloning is None or cloning.asked != asked or cloning.complete(model._n_updates):
+    if cloning is None or cloning.asked != asked or cloning.left(model._n_updates) == 0:
         answers = Answers(model.replay_buffer.heads(), model.policy.action_spec.width)
         fade_from, rehearsals = model._n_updates + updates, min(REHEARSALS, updates)
         cloning = model._cloning = Cloning(answers, fade_from, fade, n_steps, rehearsals, asked)
-    ensure_logger(model)
-    model._current_progress_remaining = 1.0  # a schedule that has run out would stop all learning
-    if cloning.steps_left > 0:
-        _take_steps(model, guide, cloning, deterministic)
-    require_replay(model, "warm_start()")
-    _train_until(model, cloning.fade_from)
-    rehearse(model, cloning)
+    prepare_training(model)
+    with progress(cloning.left(model._n_updates), "warm start", progress_bar) as advance:
+        if cloning.steps_left > 0:
+            _take_steps(model, guide, cloning, deterministic, advance)
+        require_replay(model, "warm_start()")
+        train_until(model, cloning.fade_from, advance)
+        rehearse(model, cloning, advance)
     model._entries_owed = 0.0
 
 
-def _take_steps(model: Dreamer, guide: Guide, cloning: Cloning, deterministic: bool) -> None:
+def _take_steps(model: Dreamer, guide: Guide, cloning: Cloning, deterministic: bool, advance: Advance) -> None:
     """The teacher's steps, then the model's own, with a share of the updates before each of these."""
     n_steps, updates, _, student_share = cloning.asked
     by_student = int(n_steps * student_share)
@@ -87,15 +88,11 @@ def _take_steps(model: Dreamer, guide: Guide, cloning: Cloning, deterministic: b
     try:
         while cloning.steps_left > 0:
             guide.step(model, cloning, deterministic, teacher_acts=cloning.steps_left > by_student)
+            advance(model.n_envs)
             if 0 < cloning.steps_left <= by_student and model.replay_buffer.can_sample():
-                _train_until(model, cloning.fade_from - updates * cloning.steps_left // n_steps)
+                train_until(model, cloning.fade_from - updates * cloning.steps_left // n_steps, advance)
     finally:
         model._last_obs = None  # the next learn() resets
-
-
-def _train_until(model: Dreamer, n_updates: int) -> None:
-    while model._n_updates < n_updates:
-        model.train(min(CHUNK, n_updates - model._n_updates), model.batch_size)
 
 
 class Guide:
@@ -139,11 +136,10 @@ class Guide:
 
     def step(self, model: Dreamer, cloning: Cloning, deterministic: bool, teacher_acts: bool) -> None:
         """One step of each environment, stored as the model's own, and what the teacher does there or would do."""
-        env, policy, normalize = model.env, model.policy, model.get_vec_normalize_env()
+        env, policy = model.env, model.policy
         assert env is not None
         start = model._last_episode_starts
-        shown = model._last_obs if normalize is None else model._last_original_obs
-        shown = shown if self.normalize is None else self.normalize.normalize_obs(shown)  # type: ignore[arg-type]
+        shown = model.original_obs if self.normalize is None else self.normalize.normalize_obs(model.original_obs)
         answers, self.memory = self.teacher.predict(shown, self.memory, start, deterministic)
         actions, state = policy.predict(model._last_obs, model._online_state, start)  # type: ignore[arg-type]
         assert state is not None
@@ -151,7 +147,9 @@ class Guide:
         model._online_state = (state[0], policy.encode_action(actions))
         cloning.answers.note(model.replay_buffer.heads(), policy.encode_action(answers))
         stored = policy.replay_action(actions)
-        model._store_transition(model.replay_buffer, stored, *env.step(actions))  # type: ignore[arg-type]
+        outcome = env.step(actions)
+        model.note_step(outcome[3])
+        model._store_transition(model.replay_buffer, stored, *outcome)  # type: ignore[arg-type]
         model.num_timesteps += env.num_envs
         cloning.steps_left -= env.num_envs
 

@@ -2,5 +2,6 @@
 
 from sb3_dreamer.replay.buffer import SequenceReplayBuffer
 from sb3_dreamer.replay.episodes import Episode, encoded_episode, read_episodes, write_episode
+from sb3_dreamer.replay.saved import read_replay
 
-__all__ = ["Episode", "SequenceReplayBuffer", "encoded_episode", "read_episodes", "write_episode"]
+__all__ = ["Episode", "SequenceReplayBuffer", "encoded_episode", "read_episodes", "read_replay", "write_episode"]

@@ -11,6 +11,7 @@ from sb3_dreamer.types import Spec
 from sb3_dreamer.world_model.codes import flat
 
 FLOOR = 1e-6  # of the variance: what never moves is not blown up
+LIMIT = 1e15  # of the observations that the moments take note of: the square of more would overflow
 
 
 class ObsNormalizer(RunningStatistics):
@@ -42,6 +43,7 @@ class ObsNormalizer(RunningStatistics):
         if not self.specs:
             return
         x = th.cat([flat(obs[key], spec).flatten(0, -2) for key, spec in self.specs.items()], -1)
+        x = x.clamp(-LIMIT, LIMIT)
         self.remember()
         var, mean = th.var_mean(x, 0, correction=0)
         share = (1 / self.updates.add_(1)).clamp(min=self.rate)

@@ -5,9 +5,12 @@ import numpy as np
 import pytest
 import torch as th
 from gymnasium import spaces
-from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
+from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.evaluation import evaluate_policy
+from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecNormalize
 
 from sb3_dreamer import Dreamer
+from sb3_dreamer.replay import read_episodes
 from sb3_dreamer.replay.columns import FIRST, LAST, TERMINAL
 
 DEBUG = dict(model_size="debug", learning_starts=12, batch_size=2, batch_length=8, buffer_size=500, train_ratio=8,
@@ -104,6 +107,53 @@ def test_originals_are_stored_and_sampled_with_the_statistics_of_now():
         rows = start[:, None] + np.arange(8)
         assert np.allclose(batch.obs["obs"], (entries["obs/obs"][rows] - [mean, 0.0]) / spread, atol=1e-3)
         assert np.allclose(batch.reward, entries["reward"][rows] / 2, atol=1e-3)
+
+
+def test_an_evaluation_in_the_training_environments_leaves_no_trace_in_the_replay():
+    class Evaluate(BaseCallback):
+        def _on_step(self) -> bool:
+            if self.n_calls in (9, 12, 18, 27):  # twice at the end of an episode
+                self.training_env.reset()
+                for _ in range(2):
+                    self.training_env.step(np.zeros((1, 1)))
+            return True
+
+    model = agent(VecNormalize(DummyVecEnv([Ramp]))).learn(40, Evaluate())
+    episodes = list(read_episodes(model.replay_buffer))
+    assert len(episodes) >= 6
+    for one in episodes:
+        np.testing.assert_array_equal(one.obs["obs"][:, 0], 100 + np.arange(len(one) + 1))
+        np.testing.assert_array_equal(one.reward, 1 + np.arange(len(one)))
+
+
+@pytest.mark.parametrize("kind", [DummyVecEnv, SubprocVecEnv])
+def test_a_reset_between_two_steps_begins_an_episode(kind):
+    class Reset(BaseCallback):
+        def _on_rollout_start(self) -> None:
+            if self.num_timesteps in (9, 20):
+                self.training_env.reset()
+
+        def _on_step(self) -> bool:
+            return True
+
+    model = agent(kind([Ramp])).learn(30, Reset())
+    for one in read_episodes(model.replay_buffer):
+        np.testing.assert_array_equal(one.obs["obs"][:, 0], 100 + np.arange(len(one) + 1))
+
+
+def test_a_reset_is_noticed_even_if_the_environment_always_gives_the_same_information():
+    class Same(Ramp):
+        info: dict = {}
+
+        def reset(self, **kwargs):
+            return super().reset(**kwargs)[0], self.info
+
+    env = DummyVecEnv([Same])
+    model = agent(env).learn(15)
+    evaluate_policy(model, env, 1, warn=False)
+    model.learn(15, reset_num_timesteps=False)
+    for one in read_episodes(model.replay_buffer):
+        np.testing.assert_array_equal(one.obs["obs"][:, 0], 100 + np.arange(len(one) + 1))
 
 
 def test_the_policy_sees_normalised_observations_in_training_and_in_predict():

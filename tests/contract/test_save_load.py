@@ -20,6 +20,8 @@ from sb3_dreamer import Dreamer
 DEBUG = dict(model_size="debug", learning_starts=12, batch_size=2, batch_length=8, buffer_size=500, train_ratio=8,
              imagination_horizon=2, imagination_starts=2, seed=0, device="cpu")  # fmt: skip
 
+WITHOUT_REPLAY = pytest.mark.filterwarnings("ignore:the replay is empty")
+
 
 def agent(env="Pendulum-v1", **settings) -> Dreamer:
     return Dreamer("MlpPolicy", env, **{**DEBUG, **settings})
@@ -126,6 +128,7 @@ def test_include_and_exclude_are_heeded(model):
 # -- environments ------------------------------------------------------------------------------------------------------
 
 
+@WITHOUT_REPLAY
 def test_an_agent_without_an_environment_acts_and_learns_when_it_is_given_one(saved):
     loaded = Dreamer.load(saved, device="cpu")
     assert loaded.get_env() is None
@@ -137,6 +140,7 @@ def test_an_agent_without_an_environment_acts_and_learns_when_it_is_given_one(sa
     evaluate_policy(loaded, make_vec_env("Pendulum-v1"), n_eval_episodes=1)
 
 
+@WITHOUT_REPLAY
 def test_load_may_change_the_number_of_environments_and_set_env_may_not(saved):
     loaded = Dreamer.load(saved, env=make_vec_env("Pendulum-v1", 3), device="cpu", learning_starts=24)
     assert loaded.replay_buffer.n_envs == loaded.n_envs == 3
@@ -154,6 +158,7 @@ def test_other_spaces_are_refused(model, saved):
         model.set_env(make_vec_env("CartPole-v1"))
 
 
+@WITHOUT_REPLAY
 def test_a_loaded_agent_waits_for_data_acts_as_it_learned_and_does_not_explore(saved, monkeypatch):
     loaded = Dreamer.load(saved, env=make_vec_env("Pendulum-v1"), device="cpu")
     monkeypatch.setattr(loaded.action_space, "sample", lambda: pytest.fail("random action"))
@@ -167,6 +172,7 @@ def test_a_loaded_agent_waits_for_data_acts_as_it_learned_and_does_not_explore(s
 # -- settings at load --------------------------------------------------------------------------------------------------
 
 
+@WITHOUT_REPLAY
 def test_the_learning_rate_given_to_load_is_used(saved):
     loaded = Dreamer.load(saved, env=make_vec_env("Pendulum-v1"), device="cpu", learning_rate=7e-5)
     loaded.learn(30)
@@ -179,6 +185,7 @@ def test_the_learning_rate_given_to_load_is_used(saved):
     assert all(th.equal(value, before[name]) for name, value in still.policy.named_parameters() if slow not in name)
 
 
+@WITHOUT_REPLAY
 def test_the_rates_given_to_load_are_used_whatever_the_saved_optimiser_says(saved):
     env = make_vec_env("Pendulum-v1")
     rates = dict(actor_lr_scale=0.0, critic_lr_scale=0.5, critic_ema_decay=0.0, warmup_updates=0)
@@ -206,6 +213,7 @@ def test_settings_given_to_load_are_used_and_checked(saved):
         Dreamer.load(saved, policy_kwargs=dict(units=8))
 
 
+@WITHOUT_REPLAY
 def test_updates_owed_when_the_agent_was_saved_wait_for_data(model, tmp_path):
     model.save(tmp_path / "model")
     env = make_vec_env("Pendulum-v1")
@@ -244,6 +252,24 @@ def test_unknown_and_missing_names_are_refused(model):
     with pytest.raises(ValueError, match="do not match"):
         model.set_parameters({"policy": params["policy"]})
     model.set_parameters({"policy": params["policy"]}, exact_match=False)
+
+
+def test_an_optimizer_of_another_agent_is_refused_before_anything_is_changed(model):
+    before = [t.clone() for t in tensors(model.policy.state_dict())]
+    params = copy.deepcopy(model.get_parameters())
+    params["policy.optimizer"]["param_groups"][0]["params"].pop()
+    for tensor in params["policy"].values():
+        tensor.mul_(2)
+    with pytest.raises(ValueError, match=r"optimizer's parameters are of another agent: groups of .* Nothing was"):
+        model.set_parameters(params)
+    assert same(before, model.policy.state_dict())
+
+
+def test_learning_on_without_the_replay_is_warned_of(model, tmp_path):
+    model.save(tmp_path / "model")
+    loaded = Dreamer.load(tmp_path / "model", env=make_vec_env("Pendulum-v1"))
+    with pytest.warns(UserWarning, match="the replay is empty.*load_replay_buffer"):
+        loaded.learn(3, reset_num_timesteps=False)
 
 
 def test_parameters_of_other_spaces_are_refused_before_anything_is_changed(model, tmp_path):

@@ -10,7 +10,7 @@ from tests.dreams.dial import Dial
 
 HEALTHY = dict(
     kl=3.0, kl_capacity=44.0, dead_latents=0.1, rewarded=0.5, imagined_return=11.0, real_return=10.0, return_scale=4.0
-) | dict(too_sure=1.0, error_ratio=0.4)
+) | dict(too_sure=1.0, error_ratio=0.4, reward_error_ratio=0.5)
 
 
 def test_a_healthy_model_has_no_trouble():
@@ -26,6 +26,7 @@ def test_a_healthy_model_has_no_trouble():
         ("dead_latents", {"dead_latents": 0.95}, "95% of the latents"),
         ("no_reward", {"rewarded": 0.0, "real_return": 0.0, "imagined_return": 0.0}, "No reward in the data"),
         ("worse_than_nothing_changes", {"error_ratio": 1.5}, "error 1.50 times as large"),
+        ("rewards_unknown", {"reward_error_ratio": 2.5}, "2.5 times as far off"),
     ],
 )
 def test_every_trouble_is_named_with_its_numbers_and_what_to_try(name: str, signs: dict[str, float], says: str):
@@ -48,7 +49,7 @@ def test_a_rare_reward_that_was_not_sampled_is_no_trouble():
 
 
 def test_every_trouble_has_a_case_above():
-    assert len(TROUBLES) == 6
+    assert len(TROUBLES) == 7
 
 
 def test_what_is_not_known_is_no_trouble():

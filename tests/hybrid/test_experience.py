@@ -221,5 +221,29 @@ class TestOtherSources:
     def test_lengths_that_do_not_fit_are_refused(self):
         e = episode(0, 3)
         e.reward = e.reward[:2]
-        with pytest.raises(ValueError, match="an episode of 2 rewards has 3 observations"):
+        with pytest.raises(ValueError, match=r"an episode of 2 rewards, .* \{'obs': 3\}, here \{'obs': 4\}"):
             add_experience(small(), [e])
+
+    def test_the_episode_and_the_step_of_what_is_refused_are_named(self):
+        bad = episode(0, 5)
+        bad.obs["obs"][3] = np.nan
+        with pytest.raises(ValueError, match=r"episode 1 of list: observation of step 3 .* Nothing was added"):
+            add_experience(small(), [episode(0, 4), bad])
+        for wrong in (
+            episode(0, 0),
+            Episode({"other": bad.obs["obs"]}, bad.action, bad.reward, False),
+        ):
+            with pytest.raises(ValueError, match=r"episode 0 of list: an episode of \d rewards"):
+                add_experience(small(), [wrong])
+
+
+def test_what_is_recorded_is_drawn_and_what_is_lived_served_first():
+    model = small(buffer_size=2000, learning_starts=2000)
+    add_experience(model, [episode(0, 500), episode(0, 500)])
+    assert not model.replay_buffer._rings._queue
+    drawn = model.replay_buffer.sample(100).index[:, 1]
+    assert drawn.min() < 150
+    assert drawn.max() > 850
+    assert not np.array_equal(drawn, np.sort(drawn))
+    model.learn(8)
+    assert model.replay_buffer.sample(4).index[0, 1] == 1002

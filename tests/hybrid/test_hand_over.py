@@ -179,6 +179,32 @@ class TestSettings:
             agent.learn(20, reset_num_timesteps=False)
         assert [len(e) for e in read_episodes(model.replay_buffer)] == [50, 9, 19, 19]
 
+    def test_dreamer_does_not_reset_environments_that_it_did_not_lend(self):
+        model = Dreamer("MlpPolicy", pendulum(), **SMALL).learn(60)
+        model.to_model_free(PPO, updates=2)
+        model.set_env(pendulum())
+        for _ in range(2):
+            model.learn(20, reset_num_timesteps=False)
+        assert [len(e) for e in read_episodes(model.replay_buffer)] == [50, 9, 39]
+
+    def test_a_smaller_replay_gets_the_newest_transitions(self, dreamer: Dreamer):
+        sac = dreamer.to_model_free(SAC, env=pendulum(), **{**QUICK, "buffer_size": 30})
+        newest = list(read_episodes(dreamer.replay_buffer))[-1]
+        np.testing.assert_array_equal(
+            np.roll(sac.replay_buffer.observations[:, 0], -sac.replay_buffer.pos, 0)[-len(newest) :],
+            newest.obs["obs"][:-1][-30:],
+        )
+
+    def test_a_deterministic_student_of_a_matrix_of_actions_goes_on_learning(self):
+        env = gym.wrappers.TransformAction(
+            gym.make("Pendulum-v1", max_episode_steps=50),
+            lambda action: action.mean(1),
+            gym.spaces.Box(-2.0, 2.0, (1, 3), np.float32),
+        )
+        model = Dreamer("MlpPolicy", env, **SMALL).learn(80)
+        td3 = model.to_model_free(TD3, **QUICK).learn(5, reset_num_timesteps=False)
+        assert td3.num_timesteps == 85
+
     def test_a_deterministic_student_explores_as_widely_as_dreamer(self, dreamer: Dreamer):
         td3 = dreamer.to_model_free(TD3, **QUICK)
         lessons = lessons_from(dreamer, real_states(dreamer, 1000), td3.gamma, False)
@@ -307,7 +333,22 @@ class TestRefused:
                 return super().step(action - 5)
 
         model = Dreamer("MlpPolicy", Shifted(gym.make("CartPole-v1")), **SMALL).learn(80)
-        with pytest.raises(ValueError, match="count choices from 0"):
+        with pytest.raises(ValueError, match="count from 0"):
+            model.to_model_free(PPO)
+
+    def test_observations_that_begin_elsewhere(self):
+        class Corner(gym.Env):
+            observation_space = gym.spaces.Dict(a=gym.spaces.Discrete(3, start=2))
+            action_space = gym.spaces.Discrete(2)
+
+            def reset(self, **kwargs: Any) -> Any:
+                return {"a": 2}, {}
+
+            def step(self, action: Any) -> Any:
+                return {"a": 2}, 0.0, False, False, {}
+
+        model = Dreamer("MultiInputPolicy", Corner(), **SMALL).learn(60)
+        with pytest.raises(ValueError, match=r"nor observe Discrete\(3, start=2\)"):
             model.to_model_free(PPO)
 
     def test_nothing_of_a_refused_environment_is_changed(self):

@@ -1,5 +1,7 @@
 """From a teacher to Dreamer: whose steps these are, what is imitated, and for how long."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ from stable_baselines3 import DQN, PPO, SAC
 from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
 
 from sb3_dreamer import Dreamer
+from sb3_dreamer.hybrid import experience, hand_over, warm_start
 from sb3_dreamer.hybrid.cloning import Answers, Cloning, rehearse
 from sb3_dreamer.replay import read_episodes
 from tests.hybrid.conftest import SMALL, pendulum
@@ -271,6 +274,41 @@ class TestRefused:
     def test_pretraining_on_nothing(self):
         with pytest.raises(ValueError, match="needs experience, and the replay holds 0 entries"):
             fresh().pretrain(1)
+
+
+def test_another_replay_has_nothing_of_the_teacher(tmp_path: Path):
+    other = fresh().learn(80)
+    other.save_replay_buffer(tmp_path / "replay")
+    model = fresh().warm_start(Constant(), 60, updates=2)
+    model.load_replay_buffer(tmp_path / "replay")
+    assert model._cloning is None
+
+
+def test_progress_is_told_of_every_step_update_and_rehearsal(monkeypatch: pytest.MonkeyPatch):
+    told: list[int] = []
+
+    @contextmanager
+    def noted(total: int, what: str, shown: bool) -> Iterator[Any]:
+        assert shown
+        told.append(total)
+        yield lambda steps: told.append(-steps)
+
+    for module in (warm_start, experience, hand_over):
+        monkeypatch.setattr(module, "progress", noted)
+    model = fresh().warm_start(Constant(), 60, updates=20, progress_bar=True)
+    assert (told[0], sum(told)) == (60 + 20 + 20, 0)
+    told.clear()
+    model.pretrain(20, progress_bar=True)
+    assert told == [20, -16, -4]
+    told.clear()
+    model.to_model_free(SAC, updates=3, critic_updates=2, buffer_size=100, progress_bar=True)
+    assert told == [7, *[-1] * 7]
+
+
+@pytest.mark.filterwarnings("ignore::tqdm.TqdmExperimentalWarning")
+def test_a_bar_is_drawn(capsys: pytest.CaptureFixture):
+    fresh().warm_start(Constant(), 60, updates=2, progress_bar=True)
+    assert "warm start" in capsys.readouterr().out
 
 
 def test_pretraining_takes_no_step():

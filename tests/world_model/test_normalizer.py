@@ -47,6 +47,14 @@ def test_moments_of_several_batches_are_those_of_all_the_data() -> None:
     assert normalizer.std[-1].item() == pytest.approx(goal.std(correction=0).item(), rel=1e-5)
 
 
+def test_numbers_whose_square_overflows_leave_the_moments_finite() -> None:
+    normalizer, obs = ObsNormalizer(SPECS), observations()
+    obs["goal"][0, 0] = 3e38
+    normalizer.update(obs)
+    assert normalizer.std.isfinite().all()
+    assert all(part.isfinite().all() for part in normalizer.undo(normalizer(obs)).values())
+
+
 def test_after_many_batches_the_moments_move_on_with_the_data() -> None:
     normalizer = ObsNormalizer({"obs": Spec("vector", (1,))}, rate=0.1)
     for value in [0.0] * 50 + [1.0] * 100:

@@ -1,0 +1,32 @@
+"""A progress bar like that of ``learn()``, for what takes minutes outside of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from stable_baselines3.common.callbacks import tqdm
+
+Advance = Callable[[int], object]
+
+
+def unseen(steps: int) -> None:
+    """Progress that nobody looks at."""
+
+
+@contextmanager
+def progress(total: int, what: str, shown: bool) -> Iterator[Advance]:
+    """Gives a function to be called with the number of steps that were done.
+
+    :param total: how many there are to do.
+    :param what: they are for.
+    :param shown: whether to show a bar at all.
+    :raises ImportError: if the libraries that draw it are missing.
+    """
+    if not shown:
+        yield unseen
+        return
+    if tqdm is None:
+        raise ImportError("progress_bar=True needs tqdm and rich: pip install tqdm rich")
+    with tqdm(total=total, desc=what) as bar:
+        yield bar.update

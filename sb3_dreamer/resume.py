@@ -18,9 +18,9 @@ was never stopped. An environment can be restored if it (or its outermost wrappe
     def resume_state(self): ...              # all that decides its future, as arrays, numbers, strings, bytes,
     def set_resume_state(self, state): ...   # tuples, lists and dicts of these; called after a reset
 
-Wrappers that remember something are restored too: VecNormalize and VecFrameStack around the vector of environments,
-TimeLimit and Monitor around each of them; others around a single environment have to do it in ``resume_state``.
-Any other environment is reset on resume: the episode under way ends there, as by a time limit. A replay on disk
+Wrappers that remember something are restored too: VecNormalize and VecFrameStack around the vector of environments, the
+outermost TimeLimit and Monitor around each of them; others around a single one have to do it in ``resume_state``. Any
+other environment is reset on resume: the episode under way ends there, as by a time limit. A replay on disk
 (``storage_path``) is not copied: what was collected after the checkpoint is dropped, what it overwrote is lost, and
 refreshed latents stay. What is left of a ``warm_start`` is not kept: the actor goes on without its teacher.
 """

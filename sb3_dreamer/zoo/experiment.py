@@ -52,6 +52,18 @@ class DreamerExperiment(ExperimentManager):
         check_hyperparameters(hyperparams, self.config)
         return hyperparams, saved
 
+    def load_trial(self, storage: str, study_name: str, trial_id: int | None = None, convert: bool = True) -> Any:
+        """As in rl_zoo3.
+
+        :raises ValueError: for a trial that the study does not have.
+        """
+        try:
+            return super().load_trial(storage, study_name, trial_id, convert)
+        except IndexError as error:
+            raise ValueError(
+                f'--trial-id {trial_id}: the study "{study_name}" in {storage} has fewer trials'
+            ) from error
+
     def hyperparameters_optimization(self) -> None:
         """As in rl_zoo3, but its two plots become pictures beside the report: a server has no browser to show them."""
         draw, self.no_optim_plots = not self.no_optim_plots, True

@@ -92,6 +92,8 @@ def test_the_first_trial_of_a_study_is_a_trial_too(tmp_path, monkeypatch):
     monkeypatch.setattr(ExperimentManager, "read_hyperparameters", lambda self: (self.custom_hyperparams, {}))
     read, _ = experiment.read_hyperparameters()
     assert read == {**convert_dreamer_params(study.trials[0].params), "ent_coef": 0.5}
+    with pytest.raises(ValueError, match=r'--trial-id 7: the study "first" in sqlite:.* has fewer trials'):
+        experiment.load_trial(storage, "first", 7)
 
 
 def test_a_picture_that_cannot_be_drawn_does_not_end_the_study(tmp_path, monkeypatch, capsys):

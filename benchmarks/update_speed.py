@@ -83,7 +83,7 @@ def time_parts(model: Dreamer, repeats: int) -> dict[str, float]:
     precision = partial(th.autocast, model.device.type, th.bfloat16, enabled=fast_bfloat16(model.device))
 
     def scan() -> None:
-        states, post = rssm.observe(embed, batch.prev_action, batch.is_first, rssm.unpack(batch.start))
+        states, post = rssm.observe(embed, batch.prev_action, batch.is_first, rssm.restore(batch.start))
         (states.features.sum() + post.sum()).backward()
 
     def learn_model() -> None:

@@ -209,8 +209,7 @@ class SequenceAlgorithm(OffPolicyAlgorithm):
         obs, next_obs = self.original_obs, new_obs
         if self._vec_normalize_env is not None:
             next_obs, reward, infos = self._originals
-        assert self._online_state is not None
-        latent = self._online_state[0][:, : self.policy.world_model.rssm.latent_width]
+        latent = self.policy.latents(self._online_state)
         with step_named(self.num_timesteps):
             self.replay_buffer.add(obs, next_obs, buffer_action, reward, dones, infos, latent=latent)
         self._last_obs, self._last_original_obs = new_obs, next_obs

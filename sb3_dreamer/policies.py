@@ -139,7 +139,7 @@ class DreamerPolicy(BasePolicy):
         :param observation: in the space's units, single or batched.
         :param state: what the last call returned; None starts an episode.
         :param episode_start: (n,) true where a new episode begins; None: nowhere.
-        :param deterministic: the most likely latents and action, no random numbers drawn.
+        :param deterministic: the expected latents and the most likely action, no random numbers drawn.
         :return: actions in the space's units, clipped to its bounds; the next state.
         :raises ValueError: for observations of another space, a Gym ``(obs, info)`` tuple, or a state of other
             environments.
@@ -195,6 +195,13 @@ class DreamerPolicy(BasePolicy):
         """The n model states after seeing the observations; arguments as in :meth:`act`."""
         rssm = self.world_model.rssm
         return rssm.observe_step(rssm.unpack(packed), self.world_model.embed(obs), prev_action, is_first, sample)
+
+    @th.inference_mode()
+    def latents(self, state: PolicyState | None) -> np.ndarray:
+        """What the replay keeps of the state that ``predict`` gave: (n, latent_width)."""
+        assert state is not None
+        rssm = self.world_model.rssm
+        return rssm.latents(rssm.unpack(th.as_tensor(state[0], device=self.device))).cpu().numpy()
 
     def _predict(self, observation: Any, deterministic: bool = False) -> th.Tensor:
         """First action of an episode, encoded; SB3's abstract method. Use :meth:`predict`, which keeps the state."""

@@ -50,7 +50,7 @@ if TYPE_CHECKING:
 
 SelfDreamer = TypeVar("SelfDreamer", bound="Dreamer")
 
-FORMAT = 2
+FORMAT = 3
 REMEMBERED = ("_last_obs", "_last_original_obs", "_last_episode_starts", "_online_state")
 
 

@@ -25,6 +25,7 @@ from sb3_dreamer.world_model import WorldModel, rssm, scan
 from sb3_dreamer.world_model.decoders import ImageDecoder
 from sb3_dreamer.world_model.encoders import ImageEncoder
 from sb3_dreamer.world_model.rssm import State
+from tests.no_chance import most_likely
 
 SIZE = Size(deter=32, hidden=8, classes=5, units=8, depth=2, stoch=4, blocks=4)
 IMAGE_SIZE = Size(deter=32, hidden=8, classes=5, units=8, depth=2, stoch=4, blocks=8)
@@ -190,8 +191,8 @@ def critic(world_model: WorldModel) -> Critic:
 
 @pytest.fixture(autouse=True)
 def no_chance(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rssm, "sample_onehot", lambda probs, dim: rssm.most_likely(probs))
-    monkeypatch.setattr(scan, "draw", lambda logits, limit, out: out.copy_(rssm.most_likely(logits)))
+    monkeypatch.setattr(rssm, "sample_onehot", lambda probs, dim: most_likely(probs))
+    monkeypatch.setattr(scan, "draw", lambda logits, limit, out: out.copy_(most_likely(logits)))
     monkeypatch.setattr(BoundedNormal, "sample", lambda self: self.mean + given("normal_shift") * self.std)
 
 
@@ -218,7 +219,7 @@ def batch(model: WorldModel) -> Batch:
         is_first=is_first,
         is_terminal=given("is_terminal"),
         is_last=given("is_last"),
-        start=model.rssm.pack(state("start_deter", "start_stoch")),
+        start=model.rssm.latents(state("start_deter", "start_stoch")),
         index=np.zeros((3, 2), int),
     )
 
@@ -279,11 +280,11 @@ def test_filtering_with_resets_inside_the_sequence_matches_the_jax_reference(wor
 
 
 def test_single_filtering_step_matches_the_jax_reference(world_model: WorldModel):
-    data, states = batch(world_model), [world_model.rssm.unpack(batch(world_model).start)]
+    data, states = batch(world_model), [world_model.rssm.restore(batch(world_model).start)]
     embed = world_model.encoder(data.obs)
     for t in range(6):
         args = embed[:, t], given("prevact")[:, t], data.is_first[:, t]
-        states.append(world_model.rssm.observe_step(states[-1], *args, sample=False))
+        states.append(world_model.rssm.observe_step(states[-1], *args))
     assert_same(th.stack([s.deter for s in states[1:]], 1), "obs_deter")
     assert_same(by_latent(th.stack([s.stoch for s in states[1:]], 1)), "obs_stoch")
 

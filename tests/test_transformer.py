@@ -13,6 +13,7 @@ from sb3_dreamer.types import SIZES, Batch, Size, Spec
 from sb3_dreamer.world_model import WorldModel, rssm, sequence
 from sb3_dreamer.world_model.rssm import RSSM, State
 from sb3_dreamer.world_model.sequence import Transformer
+from tests.no_chance import most_likely
 
 SIZE = SIZES["debug"]
 E, A, WINDOW = 6, 2, Transformer.window
@@ -27,7 +28,8 @@ def model() -> RSSM:
 
 @pytest.fixture
 def no_chance(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sequence, "sample_onehot", lambda probs, dim: rssm.most_likely(probs))
+    for module in (sequence, rssm):
+        monkeypatch.setattr(module, "sample_onehot", lambda probs, dim: most_likely(probs))
 
 
 def entries(n: int, length: int, starts: dict[int, list[int]] | None = None) -> tuple[th.Tensor, th.Tensor, th.Tensor]:
@@ -44,7 +46,7 @@ def step_through(model: RSSM, data: tuple[th.Tensor, ...], between: Callable[[St
     """The same entries one at a time, stacked (B, T)."""
     state, states = model.initial(len(data[0])), []
     for entry in zip(*(x.unbind(1) for x in data), strict=True):
-        state = between(model.observe_step(state, *entry, sample=False))
+        state = between(model.observe_step(state, *entry))
         states.append(state)
     return State.of(th.stack([s.deter for s in states], 1), th.stack([s.stoch for s in states], 1))
 
@@ -214,19 +216,18 @@ def test_the_posterior_reads_the_observation_alone_and_the_prior_the_past(model:
 def test_zeros_are_the_state_before_an_episode(model: RSSM):
     embed, action, _ = (x[:, 0] for x in entries(2, 1))
     action = th.zeros_like(action)
-    for packed in (th.zeros(2, model.packed_width), th.zeros(2, model.latent_width)):
-        from_zeros = model.observe_step(model.unpack(packed), embed, action, th.zeros(2, dtype=th.bool), sample=False)
+    unpacked = model.unpack(th.zeros(2, model.packed_width)), model.restore(th.zeros(2, model.latent_width))
+    for zeros in unpacked:
+        from_zeros = model.observe_step(zeros, embed, action, th.zeros(2, dtype=th.bool), sample=False)
         reset = model.observe_step(from_zeros, embed, action, th.ones(2, dtype=th.bool), sample=False)
         th.testing.assert_close(from_zeros.deter, reset.deter, **EXACT)
 
 
-def test_the_replay_keeps_one_number_for_each_latent_and_they_begin_the_packed_state(model: RSSM):
+def test_the_replay_keeps_one_number_for_each_latent(model: RSSM):
     states, _ = model.observe(*entries(3, 9), model.initial(3))
     assert model.latents(states).shape == (3, 9, SIZE.stoch)
-    packed = model.pack(states[:, -1])
-    th.testing.assert_close(packed[:, : model.latent_width], model.latents(states)[:, -1])
-    th.testing.assert_close(model.unpack(packed).features, states[:, -1].features)
-    th.testing.assert_close(model.unpack(model.latents(states)[:, -1]).stoch, states.stoch[:, -1].round())
+    th.testing.assert_close(model.unpack(model.pack(states[:, -1])).features, states[:, -1].features)
+    th.testing.assert_close(model.restore(model.latents(states)[:, -1]).stoch, states.stoch[:, -1].round())
 
 
 def test_widths_that_do_not_divide_among_the_heads_are_refused():

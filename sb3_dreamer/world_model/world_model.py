@@ -88,7 +88,7 @@ class WorldModel(nn.Module):
 
     def observe(self, batch: Batch) -> tuple[State, th.Tensor]:
         """Filter a batch: states (B, T) and posterior probabilities (B, T, K, S)."""
-        start = self.rssm.unpack(batch.start)
+        start = self.rssm.restore(batch.start)
         return self.rssm.observe(self.embed(batch.obs), batch.prev_action, batch.is_first, start)
 
     def loss(self, batch: Batch) -> tuple[Losses, State, dict[str, th.Tensor]]:

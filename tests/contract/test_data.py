@@ -221,7 +221,7 @@ def test_actions_of_integers_are_remembered_as_they_were_taken(monkeypatch):
 
 def test_stored_latents_are_those_of_the_acting_agent_until_they_are_refreshed():
     model = agent(Ramp(), learning_starts=100).learn(3)
-    width = model.policy.world_model.rssm.latent_width
-    kept = model.replay_buffer._storage.arrays["latent"][2]
-    assert kept.shape == (width,)
-    assert np.allclose(kept, model._online_state[0][0, :width], atol=1e-2)
+    kept, rssm = model.replay_buffer._storage.arrays["latent"][2], model.policy.world_model.rssm
+    assert kept.shape == (rssm.latent_width,)
+    restored = rssm.restore(th.as_tensor(kept, dtype=th.float32)[None])
+    assert np.allclose(restored.features, model._online_state[0], atol=1e-2)

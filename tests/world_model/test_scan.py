@@ -92,10 +92,11 @@ def test_nothing_before_an_episode_start_reaches_the_states_after_it(rssm: RSSM)
 
 def test_a_packed_state_unpacks_to_itself_and_zeros_are_the_state_before_an_episode(rssm: RSSM) -> None:
     *_, start = inputs()
-    again = rssm.unpack(rssm.pack(start))
-    assert th.equal(again.deter, start.deter)
-    assert th.equal(again.stoch, start.stoch)
+    for again in (rssm.unpack(rssm.pack(start)), rssm.restore(rssm.latents(start))):
+        assert th.equal(again.deter, start.deter)
+        assert th.equal(again.stoch, start.stoch)
     assert th.equal(rssm.pack(rssm.initial(2)), th.zeros(2, rssm.packed_width))
+    assert th.equal(rssm.latents(rssm.initial(2)), th.zeros(2, rssm.latent_width))
     assert th.equal(rssm.unpack(th.zeros(2, rssm.packed_width)).features, rssm.initial(2).features)
 
 
@@ -109,6 +110,17 @@ def test_acting_step_by_step_filters_as_training_does(rssm: RSSM) -> None:
             state = rssm.observe_step(state, embed[:, t], action[:, t], first[:, t])
             assert th.allclose(state.deter, states.deter[:, t], atol=1e-12)
             state = states[:, t]
+
+
+def test_without_sampling_the_latents_are_their_expectation(rssm: RSSM) -> None:
+    embed, action, first, start = inputs()
+    now = embed[:, 0], action[:, 0], first[:, 0]
+    with th.no_grad():
+        expected = rssm.observe_step(start, *now, sample=False)
+        samples = th.stack([rssm.observe_step(start, *now).stoch for _ in range(2000)])
+    assert th.allclose(samples.mean(0), expected.stoch, atol=0.05)
+    assert th.equal(samples[0].square(), samples[0])
+    assert not th.equal(expected.stoch.square(), expected.stoch)
 
 
 def test_a_second_backward_pass_gives_the_same_gradients(rssm: RSSM) -> None:

@@ -17,7 +17,7 @@ from stable_baselines3.common.type_aliases import Schedule
 from sb3_dreamer.behavior.actor_critic import Actor, Critic
 from sb3_dreamer.behavior.imagination import ReturnScale
 from sb3_dreamer.nets.optim import LaProp
-from sb3_dreamer.spaces import check_action_bounds, float_bounds, observation_specs, policy_for, spec_of
+from sb3_dreamer.spaces import by_key, check_action_bounds, float_bounds, observation_specs, policy_for, spec_of
 from sb3_dreamer.types import SIZES
 from sb3_dreamer.world_model import WorldModel
 from sb3_dreamer.world_model.rssm import State
@@ -149,7 +149,7 @@ class DreamerPolicy(BasePolicy):
                 "predict() got the tuple (observation, info) of Gymnasium's reset(); pass the observation alone"
             )
         obs, vectorized = self.obs_to_tensor(observation)
-        obs = obs if isinstance(obs, dict) else {"obs": obs}
+        obs = by_key(obs)
         n = len(next(iter(obs.values())))
         packed, prev_action = self.initial_state(n) if state is None else state
         if len(packed) != n:
@@ -205,7 +205,7 @@ class DreamerPolicy(BasePolicy):
 
     def _predict(self, observation: Any, deterministic: bool = False) -> th.Tensor:
         """First action of an episode, encoded; SB3's abstract method. Use :meth:`predict`, which keeps the state."""
-        obs = observation if isinstance(observation, dict) else {"obs": observation}
+        obs = by_key(observation)
         n = len(next(iter(obs.values())))
         packed, prev_action = (th.as_tensor(x, device=self.device) for x in self.initial_state(n))
         return self.act(obs, packed, prev_action, th.ones(n, dtype=th.bool, device=self.device), deterministic)[0]

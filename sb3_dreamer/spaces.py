@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 import torch as th
@@ -40,6 +41,11 @@ def observation_specs(space: spaces.Space) -> dict[str, Spec]:
     if isinstance(space, spaces.Dict):
         return {key: spec_of(sub) for key, sub in space.spaces.items()}
     return {"obs": spec_of(space)}
+
+
+def by_key(observation: Any) -> Any:
+    """Parts of an observation by key; one that is no dict has the single key "obs"."""
+    return observation if isinstance(observation, dict) else {"obs": observation}
 
 
 def policy_for(space: spaces.Space) -> str:

@@ -13,6 +13,7 @@ from stable_baselines3.common.utils import configure_logger
 from sb3_dreamer.dreamer import Dreamer
 from sb3_dreamer.hybrid.progress import Advance, progress
 from sb3_dreamer.replay import Episode, SequenceReplayBuffer, encoded_episode, read_episodes, write_episode
+from sb3_dreamer.spaces import by_key
 
 CHUNK = 16  # updates between two looks at how far it is
 
@@ -227,9 +228,8 @@ def _load_minari(name: str) -> Any:
 
 
 def _minari_episode(model: Dreamer, recorded: Any) -> Episode:
-    obs = recorded.observations if isinstance(recorded.observations, dict) else {"obs": recorded.observations}
     return Episode(
-        obs={key: np.asarray(part) for key, part in obs.items()},
+        obs={key: np.asarray(part) for key, part in by_key(recorded.observations).items()},
         action=np.asarray(model.policy.replay_action(recorded.actions)),
         reward=np.asarray(recorded.rewards),
         terminal=bool(recorded.terminations[-1]),

@@ -12,6 +12,7 @@ from stable_baselines3.common.vec_env import VecEnv
 from stable_baselines3.common.vec_env.base_vec_env import VecEnvIndices, VecEnvObs, VecEnvStepReturn
 
 from sb3_dreamer.dreamer import Dreamer
+from sb3_dreamer.spaces import by_key
 
 
 class LatentVecEnv(VecEnv):
@@ -56,8 +57,7 @@ class LatentVecEnv(VecEnv):
     def _see(self, obs: Any, is_first: np.ndarray) -> tuple[th.Tensor, np.ndarray]:
         """The next states (n, L) and their features (n, F)."""
         policy = self.model.policy
-        tensors = policy.obs_to_tensor(obs)[0]
-        tensors = tensors if isinstance(tensors, dict) else {"obs": tensors}
+        tensors = by_key(policy.obs_to_tensor(obs)[0])
         first = th.as_tensor(is_first, device=self.model.device)
         state = policy.observe(tensors, self._packed, self._action, first, sample=False)
         return policy.world_model.rssm.pack(state), state.features.cpu().numpy()

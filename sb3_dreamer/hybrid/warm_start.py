@@ -177,7 +177,7 @@ def saw_normalised(attributes: Mapping[str, Any]) -> bool:
         return True
     space = attributes["observation_space"]
     if not isinstance(seen, dict):
-        seen, original, space = {"obs": seen}, {"obs": original}, {"obs": space}
+        seen, original, space = ({"obs": part} for part in (seen, original, space))
     return any(
         part.dtype != original[key].dtype
         or (isinstance(space[key], spaces.Box) and bool(np.any((part < space[key].low) | (part > space[key].high))))

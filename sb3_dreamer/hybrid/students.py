@@ -143,9 +143,12 @@ def teach(target: BaseAlgorithm, lessons: Lessons, updates: int, advance: Advanc
     :param advance: is told of each.
     """
     student = student_of(target)
+
+    def loss(index: np.ndarray) -> th.Tensor:
+        return student.loss(lessons.seen_by(target.policy, index), lessons, index)
+
     target.policy.set_training_mode(True)
-    fit(student.parameters(), lambda index: student.loss(lessons.seen_by(target.policy, index), lessons, index),
-        lessons.batches(updates, BATCH), updates, advance)  # fmt: skip
+    fit(student.parameters(), loss, lessons.batches(updates, BATCH), updates, advance)
     target.policy.set_training_mode(False)
     student.finish(lessons)
 

@@ -22,7 +22,7 @@ import torch as th
 import torch.nn.functional as F
 
 from sb3_dreamer.nets.distributions import UNIMIX
-from sb3_dreamer.nets.layers import RMSNorm, fast_tanh, silu_backward
+from sb3_dreamer.nets.layers import fast_tanh, norm_constants, silu_backward
 
 sigmoid_backward = th.ops.aten.sigmoid_backward.default
 
@@ -72,9 +72,8 @@ class NormSiluByEntry:
     """
 
     def __init__(self, shape: tuple[int, ...], gain: th.Tensor) -> None:
-        n = shape[-1]
-        self.root = n**0.5
-        self.gain, self.floor = gain * self.root, gain.new_full((), (n * RMSNorm.eps) ** 0.5)
+        self.floor, self.root = norm_constants(shape[-1], gain.dtype)
+        self.gain = gain * self.root
         self.unit, self.length = gain.new_empty(shape), gain.new_empty(*shape[:-1], 1)
         self.units, self.lengths = self.unit.unbind(0), self.length.unbind(0)
         self._gain_grad = th.zeros_like(self.units[0])

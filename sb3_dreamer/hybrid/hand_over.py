@@ -58,18 +58,17 @@ def to_model_free(
     :raises ValueError: for other spaces, an algorithm that cannot take over, and an empty replay; before any work.
     """
     require_replay(model, "to_model_free()")
-    target = _new_student(model, algorithm, env, on, kwargs)
+    target: Any = _new_student(model, algorithm, env, on, kwargs)
     wanted_entropy = getattr(target, "target_entropy", None)
     off_policy = isinstance(target, OffPolicyAlgorithm)
     with progress(updates + 2 * critic_updates * off_policy, algorithm.__name__, progress_bar) as advance:
         real = real_states(model, NEWEST)
-        gamma: float = target.gamma  # type: ignore[attr-defined]
-        lessons = lessons_from(model, real, gamma, on == "latents")
+        lessons = lessons_from(model, real, target.gamma, on == "latents")
         teach(target, lessons, updates, advance)
         if "target_entropy" in kwargs:
-            target.target_entropy = wanted_entropy  # type: ignore[attr-defined]
-        if isinstance(target, OffPolicyAlgorithm):
-            buffer: Any = target.replay_buffer
+            target.target_entropy = wanted_entropy
+        if off_policy:
+            buffer = target.replay_buffer
             room = 2 * buffer.buffer_size * buffer.n_envs  # in entries: an episode has one more than transitions
             own = model.replay_buffer
             fill_replay(buffer, _latent_episodes(model, real) if on == "latents" else read_episodes(own, room))

@@ -126,8 +126,8 @@ class RSSM(nn.Module):
     ) -> State:
         """The next state, having seen an observation. Members where ``is_first`` start afresh.
 
-        Without sampling the latents are their expectation. Their most likely values are no typical sample: by them
-        cartpole-swingup earns 336, by samples 464, by the expectation 451.
+        Without sampling the latents are their expectation; their most likely values together are no typical sample, and
+        an agent that is fed with them acts worse (``benchmarks/README.md``, "Acting without chance").
 
         :param state: n states.
         :param embed: (n, E).

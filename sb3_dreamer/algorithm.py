@@ -58,7 +58,7 @@ class SequenceAlgorithm(OffPolicyAlgorithm):
     run_id: str | None = None  # whose checkpoints are whose
     _resets: tuple[Any, ...] = ()  # what the environments said when they were last reset
     _originals: Any = None  # observations, rewards and infos of the last step, before VecNormalize
-    _cloning: Any = None  # what is left of a warm start
+    _cloning: Any = None  # of a warm start, until its teacher is forgotten
 
     @staticmethod
     def _wrap_env(env: GymEnv, verbose: int = 0, monitor_wrapper: bool = True) -> VecEnv:
@@ -181,6 +181,8 @@ class SequenceAlgorithm(OffPolicyAlgorithm):
             actions = np.array([self.action_space.sample() for _ in range(n_envs)])
             assert self._online_state is not None
             self._online_state = (self._online_state[0], self.policy.encode_action(actions))
+        if self._cloning is not None:
+            self._cloning.ask(self)
         return actions, self.policy.replay_action(actions)
 
     @property

@@ -195,7 +195,8 @@ class Dreamer(SequenceAlgorithm):
         if not 0 <= (rate := self.lr_schedule(self._current_progress_remaining)) < float("inf"):
             raise ValueError(f"learning_rate is {rate} at {self._current_progress_remaining:.3f} of the progress to go")
         self._update_learning_rate(self.policy.optimizer)
-        self.policy.set_rates(self.warmup_updates, self.actor_lr_scale, self.critic_lr_scale)
+        imitation = 0.0 if self._cloning is None else self._cloning.share(self._n_updates)
+        self.policy.set_rates(self.warmup_updates, self.actor_lr_scale * (1 - imitation), self.critic_lr_scale)
         self.policy.optimizer.put_rates_on_device()
         update = self._captured_update()
         for _ in range(gradient_steps):
@@ -204,6 +205,10 @@ class Dreamer(SequenceAlgorithm):
             self.replay_buffer.update_latents(batch.index, latents)
             self._n_updates += 1
             self._metrics.add(metrics)
+            if imitation > 0:
+                self._cloning.imitate(self, imitation)
+        if imitation == 0.0:
+            self._cloning = None
 
     def update(self, batch: Batch) -> tuple[th.Tensor, dict[str, th.Tensor]]:
         """One update of everything, from one batch (paper, Algorithm 1).
@@ -227,8 +232,6 @@ class Dreamer(SequenceAlgorithm):
             # Learn what to do, and what it is worth.
             advantage = advantages(dream, returns, values, scale, self.center_advantage)
             losses["actor"], actor_info = actor_loss(actor, dream, advantage, self.ent_coef)
-            if self._cloning is not None:
-                losses["actor"] = self._cloning.mix(losses["actor"], actor, states.features, batch, self._n_updates)
             losses["critic"] = critic_loss(critic, dream, logits, returns)
 
             # What really happened counts too; its bootstrap is what the dreams returned.
@@ -256,9 +259,7 @@ class Dreamer(SequenceAlgorithm):
         return world_model.rssm.latents(states.detach()).nan_to_num(), metrics
 
     def _captured_update(self) -> Update:
-        """:meth:`update`, as a CUDA graph on a GPU. Not while a warm start fades: its weight changes on the host."""
-        if self._cloning is not None and self._cloning.weight(self._n_updates) > 0:
-            return self.update
+        """:meth:`update`, as a CUDA graph on a GPU."""
         knobs = [getattr(self, name) for name in READ_BY_UPDATE]
         if self._captured is None or self._captured[0] != knobs:
             record = record_cuda_graph if self.device.type == "cuda" else None

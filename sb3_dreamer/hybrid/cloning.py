@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -10,66 +9,84 @@ import torch as th
 
 from sb3_dreamer.behavior.actor_critic import Actor
 from sb3_dreamer.dreamer import Dreamer
+from sb3_dreamer.hybrid.guide import Guide
 from sb3_dreamer.hybrid.progress import Advance, unseen
 from sb3_dreamer.types import Batch
 
+RATE = 1e-3  # learning rate of an actor that does nothing but imitate
 REHEARSALS = 500  # updates of the actor alone, at most
-REHEARSAL_RATE = 1e-3  # its learning rate at the beginning of them; it falls to zero
 
 
-@dataclass
 class Cloning:
     """The actor imitates the teacher wherever it was asked; this fades, and its own aims take over::
 
-        weight   1 |-------------.
+        share    1 |-------------.
                    |  (only the   `-.
                    |   teacher)      `-.
                  0 |                    `-----------   (only its own)
                       warm_start   learn()             updates
 
+    Imitation has an optimiser and a rate of its own: while the model learns its features move, and an actor that learns
+    slowly enough to improve its policy would lag behind. As long as the share lasts the teacher goes on being asked.
+
+    :param guide: the teacher.
+    :param actor: who imitates.
     :param answers: what the teacher would do.
-    :param fade_from: count of updates at which the weight begins to fall.
+    :param fade_from: count of updates at which the share begins to fall.
     :param fade_updates: updates until it is zero.
     :param steps_left: environment steps that are yet to be taken.
     :param rehearsals: updates of the actor alone at the end, see :func:`rehearse`.
     :param asked: what ``warm_start`` was asked for.
-    :param rehearsed: how many of these have been made.
     """
 
-    answers: Answers
-    fade_from: int
-    fade_updates: int
-    steps_left: int
-    rehearsals: int
-    asked: tuple[Any, ...]
-    rehearsed: int = 0
+    def __init__(
+        self,
+        guide: Guide,
+        actor: Actor,
+        answers: Answers,
+        fade_from: int,
+        fade_updates: int,
+        steps_left: int,
+        rehearsals: int,
+        asked: tuple[Any, ...],
+    ) -> None:
+        self.guide, self.actor, self.answers = guide, actor, answers
+        self.fade_from, self.fade_updates = fade_from, fade_updates
+        self.steps_left, self.rehearsals, self.asked = steps_left, rehearsals, asked
+        self.rehearsed = 0
+        self.optimizer = th.optim.Adam(actor.parameters())
 
     def left(self, n_updates: int) -> int:
         """Steps, updates and rehearsals of the warm start that are left to do, after some updates."""
         return max(self.steps_left, 0) + max(self.fade_from - n_updates, 0) + self.rehearsals - self.rehearsed
 
-    def weight(self, n_updates: int) -> float:
-        """Share of the teacher after some updates."""
-        return float(np.clip(1 - (n_updates - self.fade_from) / max(self.fade_updates, 1), 0.0, 1.0))
+    def share(self, n_updates: int) -> float:
+        """Of the teacher in what the actor learns, after some updates."""
+        faded = n_updates - self.fade_from
+        return 1.0 if faded < 0 else max(1 - faded / self.fade_updates, 0.0) if self.fade_updates else 0.0
 
-    def mix(self, own: th.Tensor, actor: Actor, features: th.Tensor, batch: Batch, n_updates: int) -> th.Tensor:
-        """The actor's loss: its own (), and the negative log-likelihood of the teacher's answers.
+    def ask(self, model: Dreamer) -> np.ndarray:
+        """What the teacher would do now, in each environment: noted for the entries to come."""
+        actions = self.guide.answer(model)
+        self.answers.note(model.replay_buffer.heads(), model.policy.encode_action(actions))
+        return actions
 
-        :param own: loss of the actor in its dreams, ().
-        :param actor: the actor.
-        :param features: (B, T, F) of the batch.
-        :param batch: sequences.
-        :param n_updates: updates so far.
-        """
-        weight = self.weight(n_updates)
-        return own if weight == 0.0 else (1 - weight) * own + weight * self.loss(actor, features, batch)
+    def imitate(self, model: Dreamer, intensity: float) -> None:
+        """One update of the actor alone, on the features of a batch, at a share of the full rate."""
+        batch = model.replay_buffer.sample(model.batch_size, env=model.get_vec_normalize_env())
+        with th.no_grad():
+            states, _ = model.policy.world_model.observe(batch)
+        self.optimizer.param_groups[0]["lr"] = RATE * intensity
+        self.optimizer.zero_grad()
+        self.loss(states.features, batch).backward()
+        self.optimizer.step()
 
-    def loss(self, actor: Actor, features: th.Tensor, batch: Batch) -> th.Tensor:
+    def loss(self, features: th.Tensor, batch: Batch) -> th.Tensor:
         """Negative log-likelihood of the teacher's answers, mean over those there are: (B, T, F) -> ()."""
         answers = self.answers.at(batch.index[:, :1], batch.index[:, 1:] + np.arange(batch.reward.shape[1]))
         answer = th.as_tensor(answers, device=features.device)
         asked = ~answer[..., 0].isnan()
-        error = -actor(features.detach()).log_prob(answer.nan_to_num())
+        error = -self.actor(features).log_prob(answer.nan_to_num())
         return (error * asked).sum() / asked.sum().clamp(min=1)
 
 
@@ -99,19 +116,8 @@ class Answers:
 
 
 def rehearse(model: Dreamer, cloning: Cloning, advance: Advance = unseen) -> None:
-    """Let the actor imitate alone, on the features of a world model that stands still.
-
-    While the model learns its features move, and an actor that learns slowly enough to keep its policy lags behind.
-    """
-    actor, world_model = model.policy.actor, model.policy.world_model
-    optimizer = th.optim.Adam(actor.parameters())
+    """Let the actor imitate alone, a world model that stands still, at a rate that falls to zero."""
     while cloning.rehearsed < cloning.rehearsals:
-        optimizer.param_groups[0]["lr"] = REHEARSAL_RATE * (1 - cloning.rehearsed / cloning.rehearsals)
-        batch = model.replay_buffer.sample(model.batch_size, env=model.get_vec_normalize_env())
-        with th.no_grad():
-            states, _ = world_model.observe(batch)
-        optimizer.zero_grad()
-        cloning.loss(actor, states.features, batch).backward()
-        optimizer.step()
+        cloning.imitate(model, 1 - cloning.rehearsed / cloning.rehearsals)
         cloning.rehearsed += 1
         advance(1)

@@ -15,7 +15,7 @@ from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
 
 from sb3_dreamer import Dreamer
 from sb3_dreamer.hybrid import experience, hand_over, warm_start
-from sb3_dreamer.hybrid.cloning import Answers, Cloning, rehearse
+from sb3_dreamer.hybrid.cloning import Answers, rehearse
 from sb3_dreamer.replay import read_episodes
 from tests.hybrid.conftest import SMALL, pendulum
 
@@ -30,6 +30,18 @@ class Constant:
     def predict(self, obs: Any, state: Any = None, episode_start: Any = None, deterministic: bool = False) -> Any:
         self.seen.append((obs, state, episode_start.copy()))
         return np.full((len(obs), 1), self.action, np.float32), ("memory", len(self.seen))
+
+
+class Interrupted(Constant):
+    """Is stopped once, at the 41st question."""
+
+    stopped = False
+
+    def predict(self, *args: Any, **kwargs: Any) -> Any:
+        if len(self.seen) == 40 and not self.stopped:
+            self.stopped = True
+            raise KeyboardInterrupt
+        return super().predict(*args, **kwargs)
 
 
 def fresh(n_envs: int = 1, **kwargs: Any) -> Dreamer:
@@ -89,9 +101,36 @@ class TestImitation:
         action, _ = model.predict(np.array([[1.0, 0.0, 0.0]], np.float32), deterministic=True)
         assert abs(action.item() - 1.5) < 0.3
 
-    def test_its_weight_fades(self):
-        cloning = Cloning(Answers(np.zeros(1, int), 1), 10, 20, steps_left=0, rehearsals=0, asked=())
-        assert [cloning.weight(n) for n in (0, 10, 15, 20, 30, 99)] == [1, 1, 0.75, 0.5, 0, 0]
+    def test_its_share_fades(self):
+        cloning = fresh().warm_start(Constant(), 60, updates=0)._cloning
+        cloning.fade_from, cloning.fade_updates = 10, 20
+        assert [cloning.share(n) for n in (0, 10, 15, 20, 30, 99)] == [1, 1, 0.75, 0.5, 0, 0]
+        cloning.fade_updates = 0
+        assert [cloning.share(n) for n in (9, 10)] == [1, 0]
+
+    def test_what_the_teacher_does_not_teach_the_actor_learns_itself(self):
+        model = fresh(actor_lr_scale=0.4).warm_start(Constant(), 60, updates=4, fade_steps=40)
+        rates = []
+        for _ in range(6):
+            asked = len(model._cloning.guide.teacher.seen) if model._cloning else None
+            model.train(1, 4)
+            of_teacher = model._cloning.optimizer.param_groups[0]["lr"] if model._cloning else 0.0
+            rates.append((of_teacher, model.policy.optimizer.param_groups[1]["lr_scale"]))
+            assert asked in (None, 60)
+        expected = [(1e-3 * share, 0.4 * (1 - share)) for share in (1, 0.75, 0.5, 0.25, 0, 0)]
+        np.testing.assert_allclose(rates, expected, rtol=1e-6)
+
+    def test_as_long_as_it_lasts_the_teacher_goes_on_being_asked(self):
+        teacher = Constant()
+        model = fresh(train_ratio=4).warm_start(teacher, 60, updates=4, fade_steps=32)  # 8 steps are worth an update
+        first = model._cloning.answers.first[0]
+        model.learn(31, reset_num_timesteps=False)
+        assert len(teacher.seen) == 91
+        asked = np.isfinite(model._cloning.answers.at(np.array([[0]]), np.arange(first + 100)[None])[0, :, 0])
+        steps = [*range(50), *range(51, 61), *range(61, 92)]  # 50: the end of an episode
+        np.testing.assert_array_equal(np.flatnonzero(asked), np.add(first, steps))
+        model.learn(40, reset_num_timesteps=False)
+        assert (model._cloning, len(teacher.seen)) == (None, 100)
 
     def test_answers_are_found_by_environment_and_entry(self):
         answers = Answers(np.array([5, 2000]), 1)
@@ -106,9 +145,8 @@ class TestImitation:
 
     def test_the_teacher_is_imitated_where_it_was_asked_whoever_acted(self):
         model = fresh().learn(60)
-        model.warm_start(Constant(), 60, updates=1, fade_steps=0)
+        model.warm_start(Constant(), 60, updates=1)
         first = model._cloning.answers.first[0]
-        model.learn(30, reset_num_timesteps=False)
         asked = np.isfinite(model._cloning.answers.at(np.array([[0]]), np.arange(first + 100)[None])[0, :, 0])
         steps = [*range(first, first + 50), *range(first + 51, first + 61)]  # between them the end of an episode
         np.testing.assert_array_equal(np.flatnonzero(asked), steps)
@@ -117,12 +155,8 @@ class TestImitation:
         model = fresh().warm_start(Constant(), 60, updates=0)
         batch = model.replay_buffer.sample(4)
         features = th.randn(4, 8, model.policy.world_model.feature_width)
-        cloning = model._cloning
-        cloning.fade_from, cloning.fade_updates = 0, 2
-        own, actor = th.tensor(7.0), model.policy.actor
-        likelihood = actor(features).log_prob(th.full((4, 8, 1), 0.5))[~batch.is_last].mean()
-        th.testing.assert_close(cloning.mix(own, actor, features, batch, 1), 0.5 * own - 0.5 * likelihood)
-        assert cloning.mix(own, actor, features, batch, 2) is own
+        likelihood = model.policy.actor(features).log_prob(th.full((4, 8, 1), 0.5))[~batch.is_last].mean()
+        th.testing.assert_close(model._cloning.loss(features, batch), -likelihood)
 
     def test_a_rehearsal_moves_the_actor_and_nothing_else(self):
         model = fresh().warm_start(Constant(), 60, updates=0)
@@ -132,7 +166,7 @@ class TestImitation:
         def error() -> float:
             with th.no_grad():
                 states, _ = model.policy.world_model.observe(batch)
-                return model._cloning.loss(model.policy.actor, states.features, batch).item()
+                return model._cloning.loss(states.features, batch).item()
 
         untaught = error()
         model._cloning.rehearsals = 100
@@ -207,47 +241,30 @@ class TestTeachers:
 
 class TestInterrupted:
     def test_another_call_begins_anew(self):
-        class Stops(Constant):
-            def predict(self, *args: Any, **kwargs: Any) -> Any:
-                if len(self.seen) == 40:
-                    raise KeyboardInterrupt
-                return super().predict(*args, **kwargs)
-
         model = fresh()
         with pytest.raises(KeyboardInterrupt):
-            model.warm_start(Stops(), 60, updates=2)
+            model.warm_start(Interrupted(), 60, updates=2)
         model.warm_start(Constant(), 70, updates=3)
         assert (model.num_timesteps, model._n_updates) == (110, 2 + 3)
 
     def test_the_same_call_takes_what_is_missing(self):
-        class Stops(Constant):
-            def predict(self, *args: Any, **kwargs: Any) -> Any:
-                if len(self.seen) == 40:
-                    raise KeyboardInterrupt
-                return super().predict(*args, **kwargs)
-
         model = fresh()
         with pytest.raises(KeyboardInterrupt):
-            model.warm_start(Stops(), 60, updates=6)
+            model.warm_start(Interrupted(), 60, updates=6)
         assert (model.num_timesteps, model._n_updates) == (40, 4)
         assert np.isnan(model._cloning.answers.table).sum() == model._cloning.answers.table.size - 40
         model.warm_start(Constant(), 60, updates=6)
         assert (model.num_timesteps, model._n_updates) == (60, 6)
         assert [len(e) for e in read_episodes(model.replay_buffer)] == [39, 19]
 
-    def test_what_the_agent_does_in_between_is_not_taken_for_the_teachers(self):
-        class Stops(Constant):
-            def predict(self, *args: Any, **kwargs: Any) -> Any:
-                if len(self.seen) == 40:
-                    raise KeyboardInterrupt
-                return super().predict(*args, **kwargs)
-
+    def test_what_the_agent_does_in_between_the_teacher_judges_too(self):
         model = fresh()
         with pytest.raises(KeyboardInterrupt):
-            model.warm_start(Stops(), 60, updates=2)
+            model.warm_start(Interrupted(), 60, updates=20)
         model.learn(30, reset_num_timesteps=False)
-        model.warm_start(Constant(), 60, updates=2)
-        assert np.isfinite(model._cloning.answers.table).sum() == 60
+        assert model._cloning.share(model._n_updates) == 1, "it is yet to become the teacher"
+        model.warm_start(Constant(), 60, updates=20)
+        assert np.isfinite(model._cloning.answers.table).sum() == 90
 
     def test_a_schedule_that_has_run_out_begins_again(self):
         model = fresh(learning_rate=lambda remaining: 1e-3 * remaining).learn(60)

@@ -1,0 +1,118 @@
+"""A teacher from SB3: loaded, checked to fit, shown what it is used to, and asked what it would do."""
+
+from __future__ import annotations
+
+import pathlib
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import numpy as np
+import torch as th
+from gymnasium import spaces
+from stable_baselines3.common.base_class import BaseAlgorithm
+from stable_baselines3.common.policies import BasePolicy
+from stable_baselines3.common.save_util import load_from_zip_file
+from stable_baselines3.common.vec_env import VecEnv, VecNormalize
+
+from sb3_dreamer.dreamer import Dreamer
+from sb3_dreamer.spaces import check_counted_from_zero
+
+
+class Guide:
+    """A teacher and what it is to be shown.
+
+    :param model: whose environments it is asked about.
+    :param teacher: this and the others as in :func:`~sb3_dreamer.hybrid.warm_start.warm_start`.
+    :param vec_normalize: its statistics.
+    :param deterministic: whether it acts without exploring.
+    :raises ValueError: if it cannot act there.
+    """
+
+    def __init__(
+        self,
+        model: Dreamer,
+        teacher: Any,
+        vec_normalize: VecNormalize | str | pathlib.Path | Literal[False] | None,
+        deterministic: bool,
+    ) -> None:
+        env = raw_env(model)
+        normalised = isinstance(teacher, BaseAlgorithm) and saw_normalised(vars(teacher))
+        if isinstance(teacher, str | pathlib.Path):
+            teacher, normalised = load_policy(teacher, model.device)
+        check_counted_from_zero(env.action_space)
+        if vec_normalize is None and hasattr(teacher, "get_vec_normalize_env"):
+            vec_normalize = teacher.get_vec_normalize_env()
+        if vec_normalize is None and normalised:
+            raise ValueError(
+                "the teacher was trained with VecNormalize and cannot act without its statistics: "
+                "give vec_normalize=, the VecNormalize or the path that its save() wrote to; False, if this is wrong"
+            )
+        if isinstance(vec_normalize, str | pathlib.Path):
+            vec_normalize = VecNormalize.load(str(vec_normalize), env)
+        self.teacher, self.normalize = teacher, vec_normalize or None
+        self.deterministic = deterministic
+        self.memory: Any = None  # of a recurrent teacher
+        shown = self.normalize.observation_space if self.normalize else env.observation_space
+        for name, given, own in (
+            ("observations", shown, teacher.observation_space),
+            ("actions", env.action_space, teacher.action_space),
+        ):
+            if given != own:
+                raise ValueError(
+                    f"the teacher's {name} are {own}, here they are {given}: "
+                    "use the environment and the wrappers that it was trained with"
+                )
+
+    def answer(self, model: Dreamer) -> np.ndarray:
+        """What the teacher would do now, in each of the model's environments: (n_envs, *shape) actions."""
+        obs = model.original_obs if self.normalize is None else self.normalize.normalize_obs(model.original_obs)
+        starts = model._last_episode_starts
+        actions, self.memory = self.teacher.predict(obs, self.memory, starts, self.deterministic)
+        return actions
+
+
+def raw_env(model: Dreamer) -> VecEnv:
+    """The model's environments without normalisation."""
+    normalize = model.get_vec_normalize_env()
+    assert model.env is not None
+    return model.env if normalize is None else normalize.venv
+
+
+def saw_normalised(attributes: Mapping[str, Any]) -> bool:
+    """Whether an SB3 algorithm, by what it keeps of its last step, was given normalised observations.
+
+    On-policy ones keep an original observation only if their environment normalises, be it rewards alone. Off-policy
+    ones always do; normalised ones are float32 and know no bounds, so that those of float64 environments, as MuJoCo's,
+    and those beyond the bounds are told.
+
+    :param attributes: of the algorithm, or out of its file.
+    """
+    seen, original = attributes.get("_last_obs"), attributes.get("_last_original_obs")
+    if seen is None or original is None:
+        return False
+    if "gae_lambda" in attributes:
+        return True
+    space = attributes["observation_space"]
+    if not isinstance(seen, dict):
+        seen, original, space = ({"obs": part} for part in (seen, original, space))
+    return any(
+        part.dtype != original[key].dtype
+        or (isinstance(space[key], spaces.Box) and bool(np.any((part < space[key].low) | (part > space[key].high))))
+        for key, part in seen.items()
+    )
+
+
+def load_policy(path: str | pathlib.Path, device: th.device) -> tuple[BasePolicy, bool]:
+    """The policy out of the file of any SB3 algorithm, and whether the file tells of a VecNormalize.
+
+    :raises ValueError: if the file holds no algorithm of SB3.
+    """
+    data, params, _ = load_from_zip_file(path, device=device)
+    if data is None or "policy" not in params:
+        raise ValueError(f"{path} holds no algorithm of SB3: give the file that its save() wrote")
+    kwargs = dict(data["policy_kwargs"])
+    if data.get("use_sde"):
+        kwargs["use_sde"] = True
+    policy = data["policy_class"](data["observation_space"], data["action_space"], lambda _: 0.0, **kwargs).to(device)
+    policy.load_state_dict(params["policy"])
+    return policy, saw_normalised(data)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import cached_property
 from typing import Protocol
 
 import torch as th
@@ -119,9 +120,13 @@ class BoundedNormal:
     min_std, max_std = 0.1, 1.0
 
     def __init__(self, out: th.Tensor) -> None:
-        mean, std = out.chunk(2, -1)
+        mean, self.raw_std = out.chunk(2, -1)
         self.mean = th.tanh(mean)
-        self.std = (self.max_std - self.min_std) * th.sigmoid(std + 2.0) + self.min_std
+
+    @cached_property
+    def std(self) -> th.Tensor:
+        """Computed when it is asked for: acting without chance does not."""
+        return (self.max_std - self.min_std) * th.sigmoid(self.raw_std + 2.0) + self.min_std
 
     def sample(self) -> th.Tensor:
         return self.mean + self.std * th.randn_like(self.mean)

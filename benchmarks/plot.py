@@ -82,10 +82,9 @@ def draw_curve(axes: Axes, runs: pd.DataFrame, name: str, colour: str, column: s
 
 
 def draw_reference(axes: Axes, points: pd.DataFrame, name: str, style: tuple[str, str], last_step: float) -> None:
-    """Published points up to the end of our runs, or the first one behind it where there is none."""
+    """Published points up to the end of our runs or the first one after it."""
     points = points.dropna(subset=["mean_return"]).sort_values("env_steps")
-    within = points[points["env_steps"] <= 1.02 * last_step]
-    shown = points.head(1) if within.empty else within
+    shown = points.head(points["env_steps"].searchsorted(0.98 * last_step) + 1)
     colour, marker = style
     label = f"published {name} ({shown['n_seeds'].iloc[0]:.0f} seeds; {shown['source'].iloc[0]})"
     axes.plot(shown["env_steps"], shown["mean_return"], "--", color=colour, marker=marker, markersize=6, label=label)

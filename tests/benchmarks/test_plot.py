@@ -56,3 +56,17 @@ def test_the_legend_quotes_the_source_of_published_points(results: pd.DataFrame,
     figure = draw(results, read_references([path], ["dreamerv3"]), "return_mean")
     labels = [text.get_text() for axes in figure.axes for text in axes.get_legend().get_texts()]
     assert "published dreamerv3 (5 seeds; paper)" in labels
+
+
+@pytest.mark.parametrize(
+    ("published", "shown"), [((15, 30, 45), [15, 30]), ((15, 29, 35, 45), [15, 29, 35]), ((90,), [90])]
+)
+def test_published_points_reach_to_the_end_of_the_runs_or_the_next_one(
+    results: pd.DataFrame, tmp_path: Path, published: tuple[int, ...], shown: list[int]
+):
+    rows = [f"walker-walk,dreamerv3,{step},213,5,paper" for step in published]
+    path = tmp_path / "reference.csv"
+    path.write_text("\n".join(["task,algorithm,env_steps,mean_return,n_seeds,source", *rows]))
+    axes = draw(results, read_references([path], None), "return_mean").axes[0]
+    line = next(line for line in axes.lines if str(line.get_label()).startswith("published"))
+    assert list(line.get_xdata()) == shown

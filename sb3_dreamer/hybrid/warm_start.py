@@ -40,7 +40,7 @@ def warm_start(
     :param n_steps: environment steps; they count as the model's own.
     :param vec_normalize: the statistics that the teacher was trained with, or their path; False: it needs none; None:
         those of its own environment, if it has one. Off-policy ones do not always tell whether they need them, see
-        :func:`saw_normalised`.
+        :func:`~sb3_dreamer.hybrid.guide.saw_normalised`.
     :param deterministic: whether the teacher acts without exploring.
     :param updates: gradient updates; None: as many as ``train_ratio`` asks for this many steps.
     :param fade_steps: steps of ``learn()`` until nothing draws the actor to the teacher any more; None: ``n_steps``.

@@ -43,7 +43,8 @@ def warm_start(
         :func:`~sb3_dreamer.hybrid.guide.saw_normalised`.
     :param deterministic: whether the teacher acts without exploring.
     :param updates: gradient updates; None: as many as ``train_ratio`` asks for this many steps.
-    :param fade_steps: steps of ``learn()`` until nothing draws the actor to the teacher any more; None: ``n_steps``.
+    :param fade_steps: steps of ``learn()`` until nothing draws the actor to the teacher any more; None: twice
+        ``n_steps``.
     :param student_share: share of the steps, the last ones, in which the model acts itself; 0: the teacher always acts.
     :param progress_bar: show how far it is, as in ``learn()``: steps, updates and rehearsals together.
     :raises ValueError: for other spaces, missing statistics or a model without environment; before any work.
@@ -57,7 +58,7 @@ def warm_start(
     guide = Guide(model, teacher, vec_normalize, deterministic)
     per_step = model.train_ratio / (model.batch_size * model.batch_length)
     updates = int(n_steps * per_step) if updates is None else updates
-    fade = int((n_steps if fade_steps is None else fade_steps) * per_step)
+    fade = int((2 * n_steps if fade_steps is None else fade_steps) * per_step)
     asked = n_steps, updates, fade, student_share
     cloning: Cloning | None = model._cloning
     if cloning is None or cloning.asked != asked or cloning.left(model._n_updates) == 0:

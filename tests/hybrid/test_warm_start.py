@@ -87,6 +87,7 @@ class TestExperience:
     def test_updates_are_what_the_steps_pay_for(self):
         model = fresh(train_ratio=8).warm_start(Constant(), 60)
         assert model._n_updates == 60 * 8 // (4 * 8)
+        assert model._cloning.fade_updates == 2 * 60 * 8 // (4 * 8), "it fades over twice the steps"
         model.learn(4)
         assert model._n_updates == 60 * 8 // (4 * 8) + 1, "nothing more is owed"
 

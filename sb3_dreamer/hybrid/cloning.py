@@ -62,8 +62,10 @@ class Cloning:
 
     def share(self, n_updates: int) -> float:
         """Of the teacher in what the actor learns, after some updates."""
-        faded = n_updates - self.fade_from
-        return 1.0 if faded < 0 else max(1 - faded / self.fade_updates, 0.0) if self.fade_updates else 0.0
+        if n_updates < self.fade_from:
+            return 1.0
+        left = self.fade_from + self.fade_updates - n_updates
+        return left / self.fade_updates if left > 0 else 0.0
 
     def ask(self, model: Dreamer) -> np.ndarray:
         """What the teacher would do now, in each environment: noted for the entries to come."""
@@ -116,7 +118,7 @@ class Answers:
 
 
 def rehearse(model: Dreamer, cloning: Cloning, advance: Advance = unseen) -> None:
-    """Let the actor imitate alone, a world model that stands still, at a rate that falls to zero."""
+    """Let the actor imitate alone, on a world model that stands still, at a rate that falls to zero."""
     while cloning.rehearsed < cloning.rehearsals:
         cloning.imitate(model, 1 - cloning.rehearsed / cloning.rehearsals)
         cloning.rehearsed += 1

@@ -5,9 +5,12 @@ dmc/<domain>-<task>       DeepMind Control through Shimmy: one float32 vector, e
 <name>-no-velocity        Pendulum and CartPole without their velocities: a policy needs memory
 CartPole-pixels           CartPole as small grey pictures, one at a time: a policy needs memory too
 Recall, Recall-30         a number seen once has to be named 2 to 40, or 30 to 40, steps later: nothing but memory
+HalfCheetah-uphill        HalfCheetah-v4 on ground that rises by 20 degrees
+HalfCheetah-lame          HalfCheetah-v4 whose front thigh has no motor
 """
 
 import warnings
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -27,6 +30,8 @@ HIDDEN_VELOCITY = {
 CARTPOLE_ROWS = slice(150, 330)  # of the 400 rows of the rendered picture: the track and the pole
 CARTPOLE_PIXELS = (36, 60)
 RECALL_WAITS = {"Recall": (2, 40), "Recall-30": (30, 40)}
+UPHILL = np.deg2rad(20)
+FRONT_THIGH = 3  # number of its motor
 
 
 def make_env(name: str) -> gym.Env:
@@ -42,6 +47,8 @@ def make_env(name: str) -> gym.Env:
         return _cartpole_pixels()
     if name in RECALL_WAITS:
         return Recall(*RECALL_WAITS[name])
+    if name in CHANGED_BODIES:
+        return _changed_body(*CHANGED_BODIES[name])
     return gym.make(name)
 
 
@@ -79,6 +86,29 @@ def _small_and_grey(picture: np.ndarray) -> np.ndarray:
     rows, columns = CARTPOLE_PIXELS
     blocks = picture[CARTPOLE_ROWS].reshape(rows, 5, columns, 10, 3)
     return blocks.mean((1, 3, 4)).astype(np.uint8)[..., None]
+
+
+def _changed_body(env_id: str, change: Callable[[Any], None]) -> gym.Env:
+    env: Any = gym.make(env_id)
+    change(env.unwrapped.model)
+    return env
+
+
+def _rise(mujoco_model: Any) -> None:
+    """Lean gravity backwards, which is the same and needs no other ground."""
+    mujoco_model.opt.gravity[:] = np.linalg.norm(mujoco_model.opt.gravity) * np.array(
+        [-np.sin(UPHILL), 0, -np.cos(UPHILL)]
+    )
+
+
+def _lame(mujoco_model: Any) -> None:
+    mujoco_model.actuator_gear[FRONT_THIGH] = 0
+
+
+CHANGED_BODIES: dict[str, tuple[str, Callable[[Any], None]]] = {
+    "HalfCheetah-uphill": ("HalfCheetah-v4", _rise),
+    "HalfCheetah-lame": ("HalfCheetah-v4", _lame),
+}
 
 
 class Recall(gym.Env[np.ndarray, np.int64]):

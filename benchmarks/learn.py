@@ -45,6 +45,7 @@ class Run(NamedTuple):
     seed: int
     overrides: dict[str, Any]
     normalize: bool = False
+    init: str | None = None
 
 
 class Progress(NamedTuple):
@@ -116,11 +117,27 @@ def _literal(text: str) -> Any:
 
 
 def new_model(run: Run, env: VecEnv, decisions: int) -> BaseAlgorithm:
-    """An untrained agent with the defaults of its class and the overrides of this run."""
+    """An agent with the overrides of this run: untrained, or as another run left it."""
+    if run.init:
+        return _heir(run, env)
     kwargs = dict(run.overrides)
     if run.algo in ("sac", "crossq"):
         kwargs.setdefault("buffer_size", decisions)  # the default million would be written at every checkpoint
     return algorithm(run.algo)(policy_alias(env.observation_space), env, seed=run.seed, **kwargs)
+
+
+def _heir(run: Run, env: VecEnv) -> BaseAlgorithm:
+    """What another run has learned, with an empty replay and its steps counted from zero."""
+    folder = checkpoint_folder(Path(run.init or ""))
+    if folder is None:
+        raise SystemExit(f"--init {run.init} holds no checkpoint: give the --out of a run that was saved")
+    other = Run(**json.loads((folder / "progress.json").read_text())["run"])
+    if (other.algo, other.normalize) != (run.algo, run.normalize):
+        raise SystemExit(f"--init {run.init} holds {other}: give the same --algo, and --normalize as there")
+    model = algorithm(run.algo).load(folder / "model.zip", env=env, **run.overrides)
+    model.set_random_seed(run.seed)
+    model.num_timesteps = 0
+    return model
 
 
 # A checkpoint is a folder written aside and then renamed, so that model, replay and progress always belong together.
@@ -155,7 +172,7 @@ def load_checkpoint(out: Path, run: Run, env: VecEnv) -> tuple[BaseAlgorithm, Pr
     if folder is None:
         return None
     stored = json.loads((folder / "progress.json").read_text())
-    if stored["run"] != json.loads(json.dumps(run._asdict())):
+    if Run(**stored["run"]) != Run(**json.loads(json.dumps(run._asdict()))):
         raise SystemExit(f"{out} holds another run, {stored['run']}: choose another --out or remove the folder")
     model = algorithm(run.algo).load(folder / "model.zip", env=env)
     if hasattr(model, "load_replay_buffer"):
@@ -207,7 +224,8 @@ def training_env(run: Run, out: Path) -> VecEnv:
     env = make_vec_env(lambda: make_env(run.env), seed=run.seed)
     if not run.normalize:
         return env
-    statistics = (checkpoint_folder(out) or out) / "vecnormalize.pkl"
+    begun_from = checkpoint_folder(Path(run.init)) if run.init else None
+    statistics = (checkpoint_folder(out) or begun_from or out) / "vecnormalize.pkl"
     return VecNormalize.load(str(statistics), env) if statistics.exists() else VecNormalize(env, norm_reward=False)
 
 
@@ -231,21 +249,26 @@ def train(run: Run, out: Path, args: argparse.Namespace) -> None:
     results = Results(out / "results.csv", constant_columns(run, args), progress.step)
     episodes, saved = EpisodeReturns(), progress.step
     started = time.perf_counter() - progress.wall_clock
-    while progress.step < args.steps:
-        chunk = min(args.eval_every - progress.step % args.eval_every, args.steps - progress.step) // repeat
-        before = time.perf_counter()
-        model.learn(max(chunk, 1), callback=episodes, reset_num_timesteps=False)
-        step = model.num_timesteps * repeat
-        train_seconds = progress.train_seconds + time.perf_counter() - before
+
+    def note(step: int, train_seconds: float) -> Progress:
         score = evaluate(model, args.eval_env or run.env, args.eval_episodes, seed=10_000 + 1_000 * run.seed + step)
         progress = Progress(step, time.perf_counter() - started, train_seconds)
         row = {**score, **progress._asdict(), "train_return": episodes.pop_mean(), "updates": model._n_updates}
         row = {key: _rounded(value) for key, value in row.items()}
         results.append(**row)
         print(json.dumps(row), flush=True)
-        if step - saved >= args.save_every or step >= args.steps:
+        return progress
+
+    if run.init and progress.step == 0:
+        progress = note(0, 0.0)
+    while progress.step < args.steps:
+        chunk = min(args.eval_every - progress.step % args.eval_every, args.steps - progress.step) // repeat
+        before = time.perf_counter()
+        model.learn(max(chunk, 1), callback=episodes, reset_num_timesteps=False)
+        progress = note(model.num_timesteps * repeat, progress.train_seconds + time.perf_counter() - before)
+        if progress.step - saved >= args.save_every or progress.step >= args.steps:
             save_checkpoint(out, model, run, progress)
-            saved = step
+            saved = progress.step
     model.logger.close()
     env.close()
 
@@ -255,6 +278,8 @@ def constant_columns(run: Run, args: argparse.Namespace) -> dict[str, Any]:
     settings = {"overrides": run.overrides, "threads": args.threads, "eval_every": args.eval_every}
     if run.normalize:
         settings["normalize"] = True
+    if run.init:
+        settings["init"] = run.init
     if args.eval_env:
         settings["eval_env"] = args.eval_env
     return {
@@ -285,13 +310,14 @@ def main() -> None:
     parser.add_argument("--save-every", type=int, default=0, help="simulator steps, every evaluation if not given")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--normalize", action="store_true", help="observations by VecNormalize")
+    parser.add_argument("--init", help="begin with what the run in this folder has learned, without its replay")
     parser.add_argument("--out", type=Path, help="folder, runs/<env>-<algo>-<seed> if not given")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="arguments of the agent's constructor")
     args = parser.parse_intermixed_args()
 
     th.set_num_threads(args.threads)
     args.eval_every = args.eval_every or max(args.steps // 10, 1)
-    run = Run(args.env, args.algo, args.seed, parse_overrides(args.overrides), args.normalize)
+    run = Run(args.env, args.algo, args.seed, parse_overrides(args.overrides), args.normalize, args.init)
     out = args.out or Path("runs") / f"{args.env.replace('/', '-')}-{args.algo}-{args.seed}"
     out.mkdir(parents=True, exist_ok=True)
     train(run, out, args)

@@ -79,3 +79,26 @@ def test_recall_shows_its_number_once_and_pays_for_naming_its_sign_later(name, s
         waits.append(len(shown) - Recall.ANSWERS)
     assert shortest <= min(waits) < shortest + 5
     assert longest - 5 < max(waits) <= longest
+
+
+def test_uphill_slides_back_who_does_nothing_and_nothing_else_is_changed():
+    flat, uphill = (make_env(name) for name in ("HalfCheetah-v4", "HalfCheetah-uphill"))
+    reached = []
+    for env in (flat, uphill):
+        env.reset(seed=0)
+        for _ in range(100):
+            env.step(np.zeros(6, np.float32))
+        reached.append(env.unwrapped.data.qpos[0])
+    assert abs(reached[0]) < 0.3
+    assert reached[1] < -1
+    assert np.linalg.norm(uphill.unwrapped.model.opt.gravity) == pytest.approx(9.81)
+    np.testing.assert_array_equal(flat.unwrapped.model.actuator_gear, uphill.unwrapped.model.actuator_gear)
+
+
+def test_the_lame_one_has_no_motor_in_its_front_thigh():
+    whole, lame = (make_env(name) for name in ("HalfCheetah-v4", "HalfCheetah-lame"))
+    motors = [env.unwrapped.model.actuator(3) for env in (whole, lame)]
+    assert [motor.name for motor in motors] == ["fthigh", "fthigh"]
+    assert (motors[0].gear[0], motors[1].gear[0]) == (120, 0)
+    others = [np.delete(env.unwrapped.model.actuator_gear, 3, 0) for env in (whole, lame)]
+    np.testing.assert_array_equal(*others)

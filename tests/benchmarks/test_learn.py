@@ -1,8 +1,10 @@
 import argparse
 import csv
+import json
 from pathlib import Path
 
 import pytest
+import torch as th
 from stable_baselines3 import SAC
 from stable_baselines3.common.vec_env import VecNormalize
 
@@ -110,6 +112,36 @@ def test_a_folder_of_the_same_run_without_normalisation_is_refused(tmp_path: Pat
     train(RUN, tmp_path, options(steps=20, eval_every=20))
     with pytest.raises(SystemExit, match="holds another run"):
         train(RUN._replace(normalize=True), tmp_path, options(steps=40, eval_every=20))
+
+
+def test_a_checkpoint_written_before_a_column_of_run_existed_is_its_own(tmp_path: Path):
+    save_checkpoint(tmp_path, new_model(RUN, pendulum(), decisions=100), RUN, Progress(step=7))
+    file = tmp_path / "checkpoint" / "progress.json"
+    stored = json.loads(file.read_text())
+    del stored["run"]["init"]
+    file.write_text(json.dumps(stored))
+    loaded = load_checkpoint(tmp_path, RUN, pendulum())
+    assert loaded is not None
+    assert loaded[1].step == 7
+
+
+def test_a_run_may_begin_with_what_another_has_learned(tmp_path: Path):
+    for name in ("first", "second"):
+        (tmp_path / name).mkdir()
+    normal = RUN._replace(normalize=True)
+    train(normal, tmp_path / "first", options(steps=40, eval_every=40))
+    heir = normal._replace(init=str(tmp_path / "first"), overrides={"learning_rate": 0.0})
+    train(heir, tmp_path / "second", options(steps=20, eval_every=20))
+    [first], [at_once, later] = rows_of(tmp_path / "first"), rows_of(tmp_path / "second")
+    assert [int(row["step"]) for row in (at_once, later)] == [0, 20]
+    assert [int(row["updates"]) for row in (first, at_once, later)] == [30, 30, 40]
+    first_agent, second_agent = (SAC.load(tmp_path / name / "checkpoint" / "model.zip") for name in ("first", "second"))
+    for own, of_first in zip(second_agent.actor.parameters(), first_agent.actor.parameters(), strict=True):
+        assert th.equal(own, of_first)
+    with pytest.raises(SystemExit, match="as there"):
+        train(RUN._replace(init=str(tmp_path / "first")), tmp_path, options(steps=20, eval_every=20))
+    with pytest.raises(SystemExit, match="holds no checkpoint"):
+        train(RUN._replace(init=str(tmp_path)), tmp_path, options(steps=20, eval_every=20))
 
 
 def test_rows_behind_the_checkpoint_are_dropped(tmp_path: Path):

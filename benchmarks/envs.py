@@ -5,7 +5,7 @@ dmc/<domain>-<task>       DeepMind Control through Shimmy: one float32 vector, e
 <name>-no-velocity        Pendulum and CartPole without their velocities: a policy needs memory
 CartPole-pixels           CartPole as small grey pictures, one at a time: a policy needs memory too
 Recall, Recall-30         a number seen once has to be named 2 to 40, or 30 to 40, steps later: nothing but memory
-HalfCheetah-uphill        HalfCheetah-v4 on ground that rises by 20 degrees
+HalfCheetah-uphill        HalfCheetah-v4 on ground that rises by 15 degrees
 HalfCheetah-lame          HalfCheetah-v4 whose front thigh has no motor
 """
 
@@ -30,7 +30,7 @@ HIDDEN_VELOCITY = {
 CARTPOLE_ROWS = slice(150, 330)  # of the 400 rows of the rendered picture: the track and the pole
 CARTPOLE_PIXELS = (36, 60)
 RECALL_WAITS = {"Recall": (2, 40), "Recall-30": (30, 40)}
-UPHILL = np.deg2rad(20)
+UPHILL = np.deg2rad(15)
 FRONT_THIGH = 3  # number of its motor
 
 

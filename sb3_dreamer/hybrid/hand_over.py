@@ -34,7 +34,7 @@ def to_model_free(
     algorithm: type[Algorithm],
     env: GymEnv | None = None,
     on: Literal["observations", "latents"] = "observations",
-    updates: int = 5_000,
+    updates: int = 20_000,
     critic_updates: int = 2_000,
     progress_bar: bool = False,
     **kwargs: Any,

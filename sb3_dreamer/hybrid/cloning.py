@@ -11,10 +11,11 @@ from sb3_dreamer.behavior.actor_critic import Actor
 from sb3_dreamer.dreamer import Dreamer
 from sb3_dreamer.hybrid.guide import Guide
 from sb3_dreamer.hybrid.progress import Advance, unseen
-from sb3_dreamer.types import Batch
 
 RATE = 1e-3  # learning rate of an actor that does nothing but imitate
-REHEARSALS = 500  # updates of the actor alone, at most
+REHEARSALS = 2  # minibatches of the actor alone for each update
+MINIBATCH = 512
+LESSONS = 40  # batches of the replay that they are taken from
 
 
 class Cloning:
@@ -75,21 +76,30 @@ class Cloning:
 
     def imitate(self, model: Dreamer, intensity: float) -> None:
         """One update of the actor alone, on the features of a batch, at a share of the full rate."""
-        batch = model.replay_buffer.sample(model.batch_size, env=model.get_vec_normalize_env())
-        with th.no_grad():
-            states, _ = model.policy.world_model.observe(batch)
+        self.step(*self.lessons(model, 1), intensity)
+
+    def step(self, features: th.Tensor, answers: th.Tensor, intensity: float) -> None:
+        """One update of the actor: features (n, F), what the teacher would do there (n, A); share of the full rate."""
+        if len(features) == 0:
+            return
+        loss = -self.actor(features).log_prob(answers).mean()
         self.optimizer.param_groups[0]["lr"] = RATE * intensity
         self.optimizer.zero_grad()
-        self.loss(states.features, batch).backward()
+        loss.backward()
         self.optimizer.step()
 
-    def loss(self, features: th.Tensor, batch: Batch) -> th.Tensor:
-        """Negative log-likelihood of the teacher's answers, mean over those there are: (B, T, F) -> ()."""
-        answers = self.answers.at(batch.index[:, :1], batch.index[:, 1:] + np.arange(batch.reward.shape[1]))
-        answer = th.as_tensor(answers, device=features.device)
-        asked = ~answer[..., 0].isnan()
-        error = -self.actor(features).log_prob(answer.nan_to_num())
-        return (error * asked).sum() / asked.sum().clamp(min=1)
+    @th.no_grad()
+    def lessons(self, model: Dreamer, batches: int) -> tuple[th.Tensor, th.Tensor]:
+        """Replayed entries at which the teacher was asked: features of the model as it is (n, F), answers (n, A)."""
+        parts = []
+        for _ in range(batches):
+            batch = model.replay_buffer.sample(model.batch_size, env=model.get_vec_normalize_env())
+            states, _ = model.policy.world_model.observe(batch)
+            number = batch.index[:, 1:] + np.arange(batch.reward.shape[1])
+            answer = th.as_tensor(self.answers.at(batch.index[:, :1], number), device=model.device)
+            asked = ~answer[..., 0].isnan()
+            parts.append((states.features[asked], answer[asked]))
+        return th.cat([features for features, _ in parts]), th.cat([answers for _, answers in parts])
 
 
 class Answers:
@@ -118,8 +128,15 @@ class Answers:
 
 
 def rehearse(model: Dreamer, cloning: Cloning, advance: Advance = unseen) -> None:
-    """Let the actor imitate alone, on a world model that stands still, at a rate that falls to zero."""
+    """Let the actor imitate alone, on a world model that stands still, at a rate that falls to zero.
+
+    What the model makes of the entries is computed once, so that a step takes milliseconds.
+    """
+    if cloning.rehearsed == cloning.rehearsals:
+        return
+    features, answers = cloning.lessons(model, LESSONS)
     while cloning.rehearsed < cloning.rehearsals:
-        cloning.imitate(model, 1 - cloning.rehearsed / cloning.rehearsals)
+        index = th.randperm(len(features), device=model.device)[:MINIBATCH]
+        cloning.step(features[index], answers[index], 1 - cloning.rehearsed / cloning.rehearsals)
         cloning.rehearsed += 1
         advance(1)

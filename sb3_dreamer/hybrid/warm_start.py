@@ -19,7 +19,7 @@ def warm_start(
     teacher: Any,
     n_steps: int,
     vec_normalize: VecNormalize | str | pathlib.Path | Literal[False] | None = None,
-    deterministic: bool = False,
+    deterministic: bool = True,
     updates: int | None = None,
     fade_steps: int | None = None,
     student_share: float = 0.5,
@@ -41,7 +41,8 @@ def warm_start(
     :param vec_normalize: the statistics that the teacher was trained with, or their path; False: it needs none; None:
         those of its own environment, if it has one. Off-policy ones do not always tell whether they need them, see
         :func:`~sb3_dreamer.hybrid.guide.saw_normalised`.
-    :param deterministic: whether the teacher acts without exploring.
+    :param deterministic: whether the teacher acts and answers without exploring. To learn a delicate gait from noisy
+        answers takes far more of them.
     :param updates: gradient updates; None: as many as ``train_ratio`` asks for this many steps.
     :param fade_steps: steps of ``learn()`` until nothing draws the actor to the teacher any more; None: twice
         ``n_steps``.
@@ -63,7 +64,7 @@ def warm_start(
     cloning: Cloning | None = model._cloning
     if cloning is None or cloning.asked != asked or cloning.left(model._n_updates) == 0:
         answers = Answers(model.replay_buffer.heads(), model.policy.action_spec.width)
-        fade_from, rehearsals = model._n_updates + updates, min(REHEARSALS, updates)
+        fade_from, rehearsals = model._n_updates + updates, REHEARSALS * updates
         cloning = model._cloning = Cloning(
             guide, model.policy.actor, answers, fade_from, fade, n_steps, rehearsals, asked
         )

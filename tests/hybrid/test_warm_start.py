@@ -152,22 +152,51 @@ class TestImitation:
         steps = [*range(first, first + 50), *range(first + 51, first + 61)]  # between them the end of an episode
         np.testing.assert_array_equal(np.flatnonzero(asked), steps)
 
-    def test_the_loss_is_the_likelihood_of_what_the_teacher_would_do(self):
+    @pytest.mark.parametrize("deterministic", [True, False])
+    def test_the_teacher_answers_without_its_exploration_unless_asked_to_explore(self, deterministic: bool):
+        asked = []
+
+        class Noted(Constant):
+            def predict(self, *args: Any) -> Any:
+                asked.append(args[-1])
+                return super().predict(*args)
+
+        given = {} if deterministic else {"deterministic": False}
+        fresh().warm_start(Noted(), 60, updates=0, **given)
+        assert asked == [deterministic] * 60
+
+    def test_lessons_are_the_entries_at_which_the_teacher_was_asked(self):
+        model = fresh().learn(60)
+        model.warm_start(Constant(), 60, updates=0)
+        features, answers = model._cloning.lessons(model, 3)
+        assert 0 < len(features) < 3 * 4 * 8, "entries of learn() and ends of episodes are not among them"
+        assert features.shape == (len(answers), model.policy.world_model.feature_width)
+        th.testing.assert_close(answers, th.full((len(features), 1), 0.5))
+
+    def test_a_step_raises_the_likelihood_of_the_answers_and_none_without_answers(self):
         model = fresh().warm_start(Constant(), 60, updates=0)
-        batch = model.replay_buffer.sample(4)
-        features = th.randn(4, 8, model.policy.world_model.feature_width)
-        likelihood = model.policy.actor(features).log_prob(th.full((4, 8, 1), 0.5))[~batch.is_last].mean()
-        th.testing.assert_close(model._cloning.loss(features, batch), -likelihood)
+        cloning, actor = model._cloning, model.policy.actor
+        features, answers = cloning.lessons(model, 1)
+
+        def likelihood() -> float:
+            with th.no_grad():
+                return actor(features).log_prob(answers).mean().item()
+
+        before = likelihood()
+        cloning.step(features[:0], answers[:0], 1.0)
+        assert likelihood() == before
+        cloning.step(features, answers, 1.0)
+        assert likelihood() > before
+        assert all(p.grad is None for p in model.policy.world_model.parameters())
 
     def test_a_rehearsal_moves_the_actor_and_nothing_else(self):
         model = fresh().warm_start(Constant(), 60, updates=0)
-        batch = model.replay_buffer.sample(8)
+        features, answers = model._cloning.lessons(model, 2)
         before = {name: p.clone() for name, p in model.policy.named_parameters()}
 
         def error() -> float:
             with th.no_grad():
-                states, _ = model.policy.world_model.observe(batch)
-                return model._cloning.loss(states.features, batch).item()
+                return -model.policy.actor(features).log_prob(answers).mean().item()
 
         untaught = error()
         model._cloning.rehearsals = 100
@@ -314,7 +343,7 @@ def test_progress_is_told_of_every_step_update_and_rehearsal(monkeypatch: pytest
     for module in (warm_start, experience, hand_over):
         monkeypatch.setattr(module, "progress", noted)
     model = fresh().warm_start(Constant(), 60, updates=20, progress_bar=True)
-    assert (told[0], sum(told)) == (60 + 20 + 20, 0)
+    assert (told[0], sum(told)) == (60 + 20 + 2 * 20, 0)
     told.clear()
     model.pretrain(20, progress_bar=True)
     assert told == [20, -16, -4]

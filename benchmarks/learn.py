@@ -131,7 +131,7 @@ def _heir(run: Run, env: VecEnv) -> BaseAlgorithm:
     folder = checkpoint_folder(Path(run.init or ""))
     if folder is None:
         raise SystemExit(f"--init {run.init} holds no checkpoint: give the --out of a run that was saved")
-    other = Run(**json.loads((folder / "progress.json").read_text())["run"])
+    other, _ = read_progress(folder)
     if (other.algo, other.normalize) != (run.algo, run.normalize):
         raise SystemExit(f"--init {run.init} holds {other}: give the same --algo, and --normalize as there")
     model = algorithm(run.algo).load(folder / "model.zip", env=env, **run.overrides)
@@ -166,18 +166,24 @@ def checkpoint_folder(out: Path) -> Path | None:
     return next((out / name for name in ("checkpoint", "checkpoint.old") if (out / name).exists()), None)
 
 
+def read_progress(folder: Path) -> tuple[Run, Progress]:
+    """Whose checkpoint it is, and how far that run was."""
+    stored = json.loads((folder / "progress.json").read_text())
+    return Run(**stored["run"]), Progress(**stored["progress"])
+
+
 def load_checkpoint(out: Path, run: Run, env: VecEnv) -> tuple[BaseAlgorithm, Progress] | None:
     """The agent as `save_checkpoint` left it, or None where there is no checkpoint."""
     folder = checkpoint_folder(out)
     if folder is None:
         return None
-    stored = json.loads((folder / "progress.json").read_text())
-    if Run(**stored["run"]) != Run(**json.loads(json.dumps(run._asdict()))):
-        raise SystemExit(f"{out} holds another run, {stored['run']}: choose another --out or remove the folder")
+    stored, progress = read_progress(folder)
+    if stored != Run(**json.loads(json.dumps(run._asdict()))):
+        raise SystemExit(f"{out} holds another run, {stored}: choose another --out or remove the folder")
     model = algorithm(run.algo).load(folder / "model.zip", env=env)
     if hasattr(model, "load_replay_buffer"):
         model.load_replay_buffer(folder / "replay.pkl")
-    return model, Progress(**stored["progress"])
+    return model, progress
 
 
 class Results:

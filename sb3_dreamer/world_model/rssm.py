@@ -127,7 +127,7 @@ class RSSM(nn.Module):
         """The next state, having seen an observation. Members where ``is_first`` start afresh.
 
         Without sampling the latents are their expectation; their most likely values together are no typical sample, and
-        an agent that is fed with them acts worse (``benchmarks/README.md``, "Acting without chance").
+        an agent that is fed with them acts worse (``benchmarks/STUDIES.md``, "Acting without chance").
 
         :param state: n states.
         :param embed: (n, E).

@@ -25,7 +25,7 @@ from sb3_dreamer.policies import DreamerPolicy, PolicyState
 from sb3_dreamer.replay import SequenceReplayBuffer, read_replay
 
 SelfAlgorithm = TypeVar("SelfAlgorithm", bound="SequenceAlgorithm")
-NOT_SAVED = "_online_state", "_last_obs", "_last_original_obs", "_originals", "_resets", "_cloning", "lent_env", "guard"
+NOT_SAVED = "_online_state", "_last_obs", "_last_original_obs", "_originals", "_resets", "_cloning", "lent_env"
 Observation = np.ndarray | dict[str, np.ndarray]
 FileLike = str | pathlib.Path | io.BufferedIOBase
 
@@ -53,8 +53,7 @@ class SequenceAlgorithm(OffPolicyAlgorithm):
     batch_length: int
     train_ratio: float
     _entries_owed: float  # replayed entries that the steps taken so far pay for
-    _online_state: Any  # of the training environments, what ``predict`` carries
-    guard: Any = None  # acts in place of the policy in learn(), see sb3_dreamer.hybrid.guard
+    _online_state: PolicyState | None  # of the training environments
     lent_env: VecEnv | None = None  # the environments, if another agent steps them too
     run_id: str | None = None  # whose checkpoints are whose
     _resets: tuple[Any, ...] = ()  # what the environments said when they were last reset
@@ -130,8 +129,8 @@ class SequenceAlgorithm(OffPolicyAlgorithm):
 
     def _note_resets(self) -> None:
         infos = self._reset_infos()
-        if isinstance(infos, list):
-            infos[:] = map(copy.copy, infos)  # an environment may give the same object each time
+        if isinstance(infos, list):  # of copies: an environment may give the same object each time
+            infos[:] = map(copy.copy, infos)
         self._resets = tuple(infos)
 
     def _reset_infos(self) -> Any:
@@ -176,10 +175,11 @@ class SequenceAlgorithm(OffPolicyAlgorithm):
             self.begin_episodes()
         with step_named(self.num_timesteps):
             self.replay_buffer.check(self.original_obs)
-        acting: Any = self.policy if self.guard is None or self._n_updates == 0 else self.guard
-        actions, self._online_state = acting.predict(self._last_obs, self._online_state, self._last_episode_starts)
+        last_obs: Any = self._last_obs
+        actions, self._online_state = self.policy.predict(last_obs, self._online_state, self._last_episode_starts)
         if self._exploring():
             actions = np.array([self.action_space.sample() for _ in range(n_envs)])
+            assert self._online_state is not None
             self._online_state = (self._online_state[0], self.policy.encode_action(actions))
         if self._cloning is not None:
             self._cloning.ask(self)

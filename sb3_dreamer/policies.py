@@ -151,7 +151,7 @@ class DreamerPolicy(BasePolicy):
         obs, vectorized = self.obs_to_tensor(observation)
         obs = by_key(obs)
         n = len(next(iter(obs.values())))
-        packed, prev_action = self.initial_state(n) if state is None else state[:2]  # a Guard's holds more
+        packed, prev_action = self.initial_state(n) if state is None else state
         if len(packed) != n:
             raise ValueError(
                 f"the state is of {len(packed)} environments, the observation of {n}: pass what the last call returned "

@@ -120,11 +120,14 @@ def warm_start(run: Runner) -> Row:
 
 
 def dream(run: Runner) -> Row:
-    """Comparison 4: PPO goes on in a dream, without a single new real step."""
+    """Comparison 4: PPO goes on in a dream, without a single new real step.
+
+    The world model watches PPO as it explores: without its noise it would not see what other actions lead to.
+    """
     ppo = run.new("ppo")
     ppo.learn(run.args.first)
     verdict: Row = {"ppo before": run.note("ppo", ppo, run.args.first)}
-    model = run.new("dreamer").warm_start(ppo, run.args.teacher_steps)
+    model = run.new("dreamer").warm_start(ppo, run.args.teacher_steps, deterministic=False, student_share=0.0)
     dreams = DreamVecEnv(model, n_envs=run.args.dreams, horizon=run.args.horizon)
     with tempfile.TemporaryDirectory() as folder:
         ppo.save(Path(folder) / "ppo")
@@ -155,8 +158,8 @@ def main() -> None:
     parser.add_argument("--successors", nargs="+", choices=("sac", "crossq", "ppo"), default=("sac", "crossq"))
     parser.add_argument("--teacher", choices=("ppo", "sac"), default="ppo")
     parser.add_argument("--teacher-steps", type=int, default=10_000, help="steps in which the world model watches")
-    parser.add_argument("--dreams", type=int, default=1024)
-    parser.add_argument("--horizon", type=int, default=32)
+    parser.add_argument("--dreams", type=int, default=128)
+    parser.add_argument("--horizon", type=int, default=128)
     parser.add_argument("--eval-every", type=int, default=2_500)
     parser.add_argument("--eval-episodes", type=int, default=10)
     parser.add_argument("--threads", type=int, default=1)

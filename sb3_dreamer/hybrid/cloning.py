@@ -13,7 +13,7 @@ from sb3_dreamer.hybrid.guide import Guide
 from sb3_dreamer.hybrid.progress import Advance, unseen
 
 RATE = 1e-3  # learning rate of an actor that does nothing but imitate
-REHEARSALS = 2  # minibatches of the actor alone for each update
+STEPS_PER_REHEARSAL = 4  # for each minibatch of the actor alone: with more of these it learns the answers by heart
 MINIBATCH = 512
 LESSONS = 40  # batches of the replay that they are taken from
 

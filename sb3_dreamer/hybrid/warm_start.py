@@ -8,7 +8,7 @@ from typing import Any, Literal
 from stable_baselines3.common.vec_env import VecNormalize
 
 from sb3_dreamer.dreamer import Dreamer
-from sb3_dreamer.hybrid.cloning import REHEARSALS, Answers, Cloning, rehearse
+from sb3_dreamer.hybrid.cloning import STEPS_PER_REHEARSAL, Answers, Cloning, rehearse
 from sb3_dreamer.hybrid.experience import prepare_training, require_replay, train_until
 from sb3_dreamer.hybrid.guide import Guide
 from sb3_dreamer.hybrid.progress import Advance, progress
@@ -64,7 +64,8 @@ def warm_start(
     cloning: Cloning | None = model._cloning
     if cloning is None or cloning.asked != asked or cloning.left(model._n_updates) == 0:
         answers = Answers(model.replay_buffer.heads(), model.policy.action_spec.width)
-        fade_from, rehearsals = model._n_updates + updates, REHEARSALS * updates
+        fade_from = model._n_updates + updates
+        rehearsals = n_steps // STEPS_PER_REHEARSAL if updates else 0  # none on a model that has learned nothing
         cloning = model._cloning = Cloning(
             guide, model.policy.actor, answers, fade_from, fade, n_steps, rehearsals, asked
         )

@@ -98,7 +98,7 @@ class TestExperience:
 
 class TestImitation:
     def test_the_actor_becomes_the_teacher(self):
-        model = fresh(learning_rate=3e-3, warmup_updates=0).warm_start(Constant(1.5), 100, updates=50)
+        model = fresh(learning_rate=3e-3, warmup_updates=0).warm_start(Constant(1.5), 200, updates=50)
         action, _ = model.predict(np.array([[1.0, 0.0, 0.0]], np.float32), deterministic=True)
         assert abs(action.item() - 1.5) < 0.3
 
@@ -188,6 +188,10 @@ class TestImitation:
         cloning.step(features, answers, 1.0)
         assert likelihood() > before
         assert all(p.grad is None for p in model.policy.world_model.parameters())
+
+    @pytest.mark.parametrize("updates", [2, 10])
+    def test_how_long_is_rehearsed_follows_from_the_answers_that_there_are_not_from_the_updates(self, updates: int):
+        assert fresh().warm_start(Constant(), 60, updates=updates)._cloning.rehearsed == 60 // 4
 
     def test_a_rehearsal_moves_the_actor_and_nothing_else(self):
         model = fresh().warm_start(Constant(), 60, updates=0)
@@ -343,7 +347,7 @@ def test_progress_is_told_of_every_step_update_and_rehearsal(monkeypatch: pytest
     for module in (warm_start, experience, hand_over):
         monkeypatch.setattr(module, "progress", noted)
     model = fresh().warm_start(Constant(), 60, updates=20, progress_bar=True)
-    assert (told[0], sum(told)) == (60 + 20 + 2 * 20, 0)
+    assert (told[0], sum(told)) == (60 + 20 + 60 // 4, 0)
     told.clear()
     model.pretrain(20, progress_bar=True)
     assert told == [20, -16, -4]

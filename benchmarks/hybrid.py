@@ -5,7 +5,7 @@ python benchmarks/hybrid.py warm-start --teacher sac     a teacher, then Dreamer
 python benchmarks/hybrid.py dream                        PPO, a world model of what it did, PPO in the dream
 python benchmarks/hybrid.py hand-over --envs Pendulum-v1 --seeds 0 --first 3000 --then 2000 --eval-every 500
 
-Steps are the agent's; evaluations are deterministic episodes in environments of their own.
+Steps are the agent's; evaluations are episodes in environments of their own, deterministic unless a row says sampled.
 """
 
 import argparse
@@ -56,9 +56,9 @@ class Runner:
         kwargs = parse_overrides(self.args.dreamer) if name == "dreamer" else {}
         return algorithm(name)(policy_alias(env.observation_space), env, seed=self.seed, **kwargs)
 
-    def note(self, agent: str, model: BaseAlgorithm, step: int) -> float:
+    def note(self, agent: str, model: BaseAlgorithm, step: int, deterministic: bool = True) -> float:
         """Evaluate, print and write a row."""
-        score = evaluate(model, self.env, self.args.eval_episodes, seed=10_000 + 1_000 * self.seed)
+        score = evaluate(model, self.env, self.args.eval_episodes, 10_000 + 1_000 * self.seed, deterministic)
         row = {"agent": agent, "step": step, **score, "seconds": time.perf_counter() - self.started}
         row = {key: round(float(value), 2) if isinstance(value, float) else value for key, value in row.items()}
         print(json.dumps({"env": self.env, "seed": self.seed, **row}), flush=True)
@@ -122,11 +122,13 @@ def warm_start(run: Runner) -> Row:
 def dream(run: Runner) -> Row:
     """Comparison 4: PPO goes on in a dream, without a single new real step.
 
-    The world model watches PPO as it explores: without its noise it would not see what other actions lead to.
+    The world model watches PPO as it explores: without its noise it would not see what other actions lead to. What PPO
+    improves is the return of actions as it draws them, so that is evaluated too, before and after.
     """
     ppo = run.new("ppo")
     ppo.learn(run.args.first)
     verdict: Row = {"ppo before": run.note("ppo", ppo, run.args.first)}
+    verdict["sampled before"] = run.note("ppo, sampled", ppo, run.args.first, deterministic=False)
     model = run.new("dreamer").warm_start(ppo, run.args.teacher_steps, deterministic=False, student_share=0.0)
     dreams = DreamVecEnv(model, n_envs=run.args.dreams, horizon=run.args.horizon)
     with tempfile.TemporaryDirectory() as folder:
@@ -134,7 +136,8 @@ def dream(run: Runner) -> Row:
         settings = dict(n_steps=run.args.horizon, batch_size=4096, n_epochs=4, learning_rate=1e-4)
         dreaming = PPO.load(Path(folder) / "ppo", env=dreams, custom_objects=settings)
     run.learn("ppo in the dream", dreaming, run.args.then)
-    return verdict | {"ppo after": run.returns("ppo in the dream")[-1]}
+    sampled = run.note("ppo in the dream, sampled", dreaming, run.args.then, deterministic=False)
+    return verdict | {"ppo after": run.returns("ppo in the dream")[-1], "sampled after": sampled}
 
 
 COMPARISONS: dict[str, Callable[[Runner], Row]] = {"hand-over": hand_over, "warm-start": warm_start, "dream": dream}

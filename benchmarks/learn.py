@@ -235,13 +235,13 @@ def training_env(run: Run, out: Path) -> VecEnv:
     return VecNormalize.load(str(statistics), env) if statistics.exists() else VecNormalize(env, norm_reward=False)
 
 
-def evaluate(model: BaseAlgorithm, name: str, episodes: int, seed: int) -> dict[str, Any]:
-    """Deterministic episodes side by side in environments of their own."""
+def evaluate(model: BaseAlgorithm, name: str, episodes: int, seed: int, deterministic: bool = True) -> dict[str, Any]:
+    """Episodes side by side in environments of their own."""
     env = make_vec_env(lambda: make_env(name), n_envs=min(episodes, 10), seed=seed)
     if isinstance(model.env, VecNormalize):
         env = VecNormalize(env, training=False, norm_reward=False)
         sync_envs_normalization(model.env, env)
-    returns, _ = evaluate_policy(model, env, n_eval_episodes=episodes, return_episode_rewards=True)
+    returns, _ = evaluate_policy(model, env, episodes, deterministic, return_episode_rewards=True)
     env.close()
     return {"return_mean": np.mean(returns), "return_std": np.std(returns), "n_episodes": episodes}
 

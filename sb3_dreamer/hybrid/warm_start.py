@@ -65,7 +65,7 @@ def warm_start(
     if cloning is None or cloning.asked != asked or cloning.left(model._n_updates) == 0:
         answers = Answers(model.replay_buffer.heads(), model.policy.action_spec.width)
         fade_from = model._n_updates + updates
-        rehearsals = n_steps // STEPS_PER_REHEARSAL if updates else 0  # none on a model that has learned nothing
+        rehearsals = n_steps // STEPS_PER_REHEARSAL if updates else 0  # updates=0: only the steps
         cloning = model._cloning = Cloning(
             guide, model.policy.actor, answers, fade_from, fade, n_steps, rehearsals, asked
         )

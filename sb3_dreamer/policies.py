@@ -162,7 +162,8 @@ class DreamerPolicy(BasePolicy):
             raise ValueError(f"episode_start is of {len(is_first)} environments, the observation of {n}")
         device = next(iter(obs.values())).device
         with th.inference_mode():
-            carried, before, starts = (th.as_tensor(x, device=device) for x in (packed, prev_action, is_first))
+            carried, before = (th.as_tensor(x, device=device) for x in (packed, prev_action))
+            starts = th.as_tensor(is_first, device=device) if is_first.any() else None
             encoded, packed_next = self.act(obs, carried, before, starts, deterministic)
         actions = self.decode_action(encoded.cpu().numpy())
         new_state = (packed_next.cpu().numpy(), self.encode_action(actions))  # as the replay has it: integers rounded
@@ -173,7 +174,7 @@ class DreamerPolicy(BasePolicy):
         obs: Mapping[str, th.Tensor],
         packed: th.Tensor,
         prev_action: th.Tensor,
-        is_first: th.Tensor,
+        is_first: th.Tensor | None,
         deterministic: bool = False,
     ) -> tuple[th.Tensor, th.Tensor]:
         """One step on tensors: (n, .) observations, (n, L) states, (n, A) actions -> encoded actions, packed states."""
@@ -189,7 +190,7 @@ class DreamerPolicy(BasePolicy):
         obs: Mapping[str, th.Tensor],
         packed: th.Tensor,
         prev_action: th.Tensor,
-        is_first: th.Tensor,
+        is_first: th.Tensor | None,
         sample: bool = True,
     ) -> State:
         """The n model states after seeing the observations; arguments as in :meth:`act`."""
@@ -236,7 +237,8 @@ class DreamerPolicy(BasePolicy):
         """Encoded actions (n, A) -> actions of the space (n, *shape)."""
         space = self.action_space
         if isinstance(space, spaces.Box):
-            actions = np.clip(self.unscale_action(encoded.reshape(-1, *space.shape)), *self._bounds)
+            low, high = self._bounds
+            actions = np.minimum(np.maximum(self.unscale_action(encoded.reshape(-1, *space.shape)), low), high)
             actions = actions if np.issubdtype(space.dtype, np.floating) else np.rint(actions)
             return actions.astype(space.dtype)
         if self.action_spec.kind == "discrete":

@@ -15,7 +15,7 @@ LOG_SQRT_2PI = 0.5 * math.log(2 * math.pi)
 
 def symlog(x: th.Tensor) -> th.Tensor:
     """Sign-preserving logarithm, sign(x) ln(1 + |x|)."""
-    return th.sign(x) * th.log1p(th.abs(x))
+    return th.log1p(th.abs(x)).copysign(x)
 
 
 def symexp(x: th.Tensor) -> th.Tensor:

@@ -57,7 +57,8 @@ def norm_silu(x: th.Tensor, gain: th.Tensor) -> th.Tensor:
     if th.is_grad_enabled():
         return NormSilu.apply(x, gain)
     floor, root = norm_constants(x.shape[-1], x.dtype)
-    return F.silu(unit_and_length(x, floor)[0].mul_(gain * root), inplace=True)
+    rms = th.linalg.vector_norm(x, 2, -1, True).hypot_(floor).div_(root)
+    return F.silu((x / rms).mul_(gain), inplace=True)
 
 
 def unit_and_length(x: th.Tensor, floor: th.Tensor) -> tuple[th.Tensor, th.Tensor]:
@@ -107,7 +108,8 @@ class Dense(nn.Module):
 
     def forward(self, x: th.Tensor) -> th.Tensor:
         linear, gain = self.linear, self.norm.weight  # functions, since to call two more modules takes longer
-        return norm_silu(F.linear(x, linear.weight, linear.bias).to(gain.dtype), gain)
+        y = F.linear(x, linear.weight, linear.bias)
+        return norm_silu(y if y.dtype == gain.dtype else y.to(gain.dtype), gain)
 
 
 class MLP(nn.Sequential):

@@ -67,4 +67,4 @@ class ObsNormalizer(RunningStatistics):
         }
 
     def _moments(self) -> zip[tuple[str, th.Tensor, th.Tensor]]:
-        return zip(self.specs, self.mean.split(self.widths), self.std.split(self.widths), strict=True)
+        return zip(self.specs, *(x.split_with_sizes(self.widths) for x in (self.mean, self.std)), strict=True)

@@ -122,7 +122,7 @@ class RSSM(nn.Module):
     # -- one step ------------------------------------------------------------------------------------------------------
 
     def observe_step(
-        self, state: State, embed: th.Tensor, prev_action: th.Tensor, is_first: th.Tensor, sample: bool = True
+        self, state: State, embed: th.Tensor, prev_action: th.Tensor, is_first: th.Tensor | None, sample: bool = True
     ) -> State:
         """The next state, having seen an observation. Members where ``is_first`` start afresh.
 
@@ -132,12 +132,14 @@ class RSSM(nn.Module):
         :param state: n states.
         :param embed: (n, E).
         :param prev_action: (n, A).
-        :param is_first: (n,) bool.
+        :param is_first: (n,) bool; None: nowhere.
         :param sample: sample the latents, else take their probabilities.
         """
-        keep = (~is_first).to(embed.dtype)[:, None]
-        before = State(state.features * keep, state.width, state.context.restart(is_first))
-        deter, context = self.sequence(before.deter, before.stoch, prev_action * keep, before.context)
+        if is_first is not None:
+            keep = (~is_first).to(embed.dtype)[:, None]
+            state = State(state.features * keep, state.width, state.context.restart(is_first))
+            prev_action = prev_action * keep
+        deter, context = self.sequence(state.deter, state.stoch, prev_action, state.context)
         logits = self.posterior_logits(self.posterior(th.cat([deter[:, : self.carried], embed], -1)))
         probs = self._probs(logits)
         return State.of(deter, (sample_onehot(probs, -2) if sample else probs).flatten(-2), context)

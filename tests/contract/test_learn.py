@@ -230,7 +230,7 @@ def test_the_recurrent_state_is_reset_where_an_episode_begins(monkeypatch):
     model = agent()
     seen = []
     act = model.policy.act
-    monkeypatch.setattr(model.policy, "act", lambda *args: seen.append(args[3].item()) or act(*args))
+    monkeypatch.setattr(model.policy, "act", lambda *args: seen.append(bool(args[3])) or act(*args))
     model.learn(24)
     assert np.flatnonzero(seen).tolist() == [0, 10, 20]
 

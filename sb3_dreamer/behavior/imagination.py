@@ -19,7 +19,14 @@ def draw_starts(n_states: int, n: int | None, device: th.device) -> th.Tensor:
 
 
 @th.no_grad()
-def imagine(world_model: WorldModel, actor: Actor, start: State, horizon: int) -> Dream:
+def imagine(
+    world_model: WorldModel,
+    actor: Actor,
+    start: State,
+    horizon: int,
+    first: th.Tensor | None = None,
+    sample: bool = True,
+) -> Dream:
     """Let the actor act in the world model::
 
         state    s_0  s_1  ...  s_H       (N, H+1)
@@ -30,11 +37,15 @@ def imagine(world_model: WorldModel, actor: Actor, start: State, horizon: int) -
     :param actor: the policy on its features.
     :param start: N states.
     :param horizon: number H of actions.
+    :param first: (N, A) actions to take at the start instead of the actor's.
+    :param sample: sample latents and actions, else take the expected latents and the most likely actions.
     """
-    states, actions = [start.for_products()], []
-    for _ in range(horizon):
-        actions.append(actor(states[-1].features).sample())
-        states.append(world_model.rssm.imagine_step(states[-1], actions[-1]))
+    states, actions = [start.for_products()], [] if first is None else [first]
+    for t in range(horizon):
+        if t == len(actions):
+            policy = actor(states[t].features)
+            actions.append(policy.sample() if sample else policy.mode())
+        states.append(world_model.rssm.imagine_step(states[t], actions[t], sample))
     return _dream(world_model, states, th.stack(actions, 1))
 
 

@@ -17,10 +17,10 @@ from stable_baselines3.common.vec_env import VecEnv, VecNormalize, is_vecenv_wra
 from sb3_dreamer.dreamer import Dreamer
 from sb3_dreamer.hybrid.experience import require_replay
 from sb3_dreamer.hybrid.latent_env import LatentVecEnv
-from sb3_dreamer.hybrid.lessons import latent_observations, lessons_from
+from sb3_dreamer.hybrid.lessons import latent_observations, lessons_from, verdicts_from
 from sb3_dreamer.hybrid.progress import progress
 from sb3_dreamer.hybrid.real_states import RealStates, real_states
-from sb3_dreamer.hybrid.students import student_of, teach, teach_critics
+from sb3_dreamer.hybrid.students import start_slowly, student_of, teach, teach_critics
 from sb3_dreamer.replay import Episode, read_episodes
 from sb3_dreamer.spaces import check_counted_from_zero, policy_for
 
@@ -35,7 +35,8 @@ def to_model_free(
     env: GymEnv | None = None,
     on: Literal["observations", "latents"] = "observations",
     updates: int = 20_000,
-    critic_updates: int = 2_000,
+    critic_updates: int = 6_000,
+    transitions: int = 5_000,
     progress_bar: bool = False,
     **kwargs: Any,
 ) -> Algorithm:
@@ -52,7 +53,9 @@ def to_model_free(
     :param on: what the new policy sees. "latents" are the features of Dreamer's model state, for tasks that need
         memory: the algorithm's environment then is a :class:`~sb3_dreamer.hybrid.LatentVecEnv`.
     :param updates: minibatches for the policy.
-    :param critic_updates: minibatches for off-policy critics on Dreamer's returns, and as many on the real transitions.
+    :param critic_updates: minibatches for off-policy critics, on what Dreamer thinks of actions.
+    :param transitions: entries of Dreamer's replay, the newest, that an off-policy one is given, as far as it has room.
+        Older ones are of other policies, and critics that learn from them forget what they know of this one.
     :param progress_bar: show how far it is, as in ``learn()``: minibatches of both together.
     :param kwargs: constructor arguments of the algorithm; what is given here is not chosen for it.
     :raises ValueError: for other spaces, an algorithm that cannot take over, and an empty replay; before any work.
@@ -61,7 +64,9 @@ def to_model_free(
     target: Any = _new_student(model, algorithm, env, on, kwargs)
     wanted_entropy = getattr(target, "target_entropy", None)
     off_policy = isinstance(target, OffPolicyAlgorithm)
-    with progress(updates + 2 * critic_updates * off_policy, algorithm.__name__, progress_bar) as advance:
+    if off_policy and transitions < (least := 2 * max(model.n_envs, target.n_envs)):
+        raise ValueError(f"transitions={transitions} has to be at least {least}, two entries of each environment")
+    with progress(updates + critic_updates * off_policy, algorithm.__name__, progress_bar) as advance:
         real = real_states(model, NEWEST)
         lessons = lessons_from(model, real, target.gamma, on == "latents")
         teach(target, lessons, updates, advance)
@@ -69,10 +74,12 @@ def to_model_free(
             target.target_entropy = wanted_entropy
         if off_policy:
             buffer = target.replay_buffer
-            room = 2 * buffer.buffer_size * buffer.n_envs  # in entries: an episode has one more than transitions
-            own = model.replay_buffer
-            fill_replay(buffer, _latent_episodes(model, real) if on == "latents" else read_episodes(own, room))
-            teach_critics(target, lessons, critic_updates, advance)
+            given = min(transitions, buffer.buffer_size * buffer.n_envs)
+            newest = read_episodes(model.replay_buffer, given)
+            fill_replay(buffer, _latent_episodes(model, real_states(model, given)) if on == "latents" else newest)
+            teach_critics(target, verdicts_from(model, real, target.gamma, on == "latents"), critic_updates, advance)
+            if buffer.size() > 0:
+                start_slowly(target)
     target.num_timesteps = model.num_timesteps
     if env is None:
         model.lent_env = model.env

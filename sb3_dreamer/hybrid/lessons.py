@@ -22,28 +22,21 @@ from sb3_dreamer.hybrid.real_states import (
 )
 from sb3_dreamer.nets.distributions import ActionDistribution, Bits, BoundedNormal, OneHots
 
+JUDGED = 20_000  # moments at which actions are judged
+NEAR = 0.1, 0.3  # from Dreamer's action: standard deviations of those that are judged beside it
+
 
 @dataclass
-class Lessons:
-    """N moments, real ones first. Actions are encoded as in ``sb3_dreamer.types``.
+class Moments:
+    """N moments, real or imagined.
 
     :param obs: key -> (N, *shape) what the student sees.
-    :param mean: (N, A) Dreamer's mean action, or the probability of each choice.
-    :param std: (N, A) Dreamer's standard deviation; ones for choices.
-    :param value: (N,) what Dreamer expects from there on, under the student's discount.
-    :param taken: (N, A) an action that was taken there, really or in a dream.
-    :param taken_value: (N,) what that was worth.
     """
 
     obs: dict[str, np.ndarray]
-    mean: th.Tensor
-    std: th.Tensor
-    value: th.Tensor
-    taken: th.Tensor
-    taken_value: th.Tensor
 
     def __len__(self) -> int:
-        return len(self.value)
+        return len(next(iter(self.obs.values())))
 
     def seen_by(self, policy: BasePolicy, index: np.ndarray | slice) -> Any:
         """Observations as tensors for an SB3 policy: by key, or the only one."""
@@ -55,6 +48,56 @@ class Lessons:
         """Indices (n,) of random moments, ``number`` times."""
         for _ in range(number):
             yield th.randint(len(self), (min(size, len(self)),)).numpy()
+
+
+@dataclass
+class Lessons(Moments):
+    """What Dreamer does at N moments, real ones first. Actions are encoded as in ``sb3_dreamer.types``.
+
+    :param mean: (N, A) Dreamer's mean action, or the probability of each choice.
+    :param std: (N, A) Dreamer's standard deviation; ones for choices.
+    :param value: (N,) what Dreamer expects from there on, under the student's discount.
+    """
+
+    mean: th.Tensor
+    std: th.Tensor
+    value: th.Tensor
+
+
+@dataclass
+class Verdicts(Moments):
+    """What K actions are worth at each of N real moments, if Dreamer goes on from there.
+
+    :param action: (N, K, A) in [-1, 1], Dreamer's own one first.
+    :param value: (N, K) returns under the student's discount.
+    """
+
+    action: th.Tensor
+    value: th.Tensor
+
+
+@th.no_grad()
+def verdicts_from(model: Dreamer, real: RealStates, gamma: float, on_latents: bool) -> Verdicts:
+    """Judge Dreamer's action, two near it and one anywhere, at random real moments.
+
+    The dreams know no chance, since two actions differ by a tenth of what two samples of the same dream differ by.
+
+    :param model: the judge; its actions are continuous.
+    :param real: real moments.
+    :param gamma: the student's discount.
+    :param on_latents: the student sees the model's features instead of observations.
+    """
+    moments = th.as_tensor(np.flatnonzero(~real.is_last))
+    moments = moments[th.randperm(len(moments))[:JUDGED]]
+    actions, values = [], []
+    for packed in real.packed[moments].split(CHUNK):
+        start = unpacked(model, packed)
+        own, _ = answer(model, start.features)
+        near = [(own + width * th.randn_like(own)).clamp(-1, 1) for width in NEAR]
+        tried = [own, *near, 2 * th.rand_like(own) - 1]
+        actions.append(th.stack(tried, 1))
+        values.append(th.stack([dream_returns(model, start, gamma, a, sample=False)[1][:, 0] for a in tried], 1))
+    return Verdicts(_seen(model, real, moments.numpy(), on_latents), th.cat(actions), th.cat(values))
 
 
 @th.no_grad()
@@ -74,25 +117,27 @@ def lessons_from(model: Dreamer, real: RealStates, gamma: float, on_latents: boo
         parts.append(_imagined_lessons(model, real, starts[i : i + CHUNK], gamma, on_latents))
     return Lessons(
         obs={key: np.concatenate([part.obs[key] for part in parts]) for key in parts[0].obs},
-        **{
-            name: th.cat([getattr(part, name) for part in parts])
-            for name in ("mean", "std", "value", "taken", "taken_value")
-        },
+        mean=th.cat([part.mean for part in parts]),
+        std=th.cat([part.std for part in parts]),
+        value=th.cat([part.value for part in parts]),
     )
+
+
+def _seen(model: Dreamer, real: RealStates, index: np.ndarray, on_latents: bool) -> dict[str, np.ndarray]:
+    """What the student sees at some real moments."""
+    if on_latents:
+        return latent_observations(model, real.packed[index])
+    return {key: part[index] for key, part in real.obs.items()}
 
 
 def _real_lessons(model: Dreamer, real: RealStates, alive: np.ndarray, gamma: float, on_latents: bool) -> Lessons:
     values = state_values(model, real, gamma)
     answers = [answer(model, unpacked(model, part).features) for part in real.packed[alive].split(CHUNK)]
     return Lessons(
-        obs=latent_observations(model, real.packed[alive])
-        if on_latents
-        else {k: v[alive] for k, v in real.obs.items()},
+        obs=_seen(model, real, alive, on_latents),
         mean=th.cat([mean for mean, _ in answers]),
         std=th.cat([std for _, std in answers]),
         value=values[alive],
-        taken=real.action[alive],
-        taken_value=real.reward[alive + 1] + gamma * values[alive + 1],  # a terminal entry is worth nothing
     )
 
 
@@ -105,9 +150,7 @@ def _imagined_lessons(model: Dreamer, real: RealStates, starts: np.ndarray, gamm
         obs = {"obs": features.cpu().numpy()}
     else:
         obs = imagined_observations(model, features)
-    value = returns[:, 1:].flatten()
-    taken = dream.action[:, 1:].flatten(0, 1).clamp(-1.0, 1.0)
-    return Lessons(obs, mean, std, value, taken, value)
+    return Lessons(obs, mean, std, returns[:, 1:].flatten())
 
 
 def latent_observations(model: Dreamer, packed: th.Tensor) -> dict[str, np.ndarray]:

@@ -126,7 +126,9 @@ def _imagined_observations(model: Dreamer, features: th.Tensor) -> dict[str, np.
 
 
 @th.no_grad()
-def dream_returns(model: Dreamer, start: State, gamma: float) -> tuple[Dream, th.Tensor]:
+def dream_returns(
+    model: Dreamer, start: State, gamma: float, first: th.Tensor | None = None, sample: bool = True
+) -> tuple[Dream, th.Tensor]:
     """Let Dreamer act in its dream, and see what each of its actions is worth under another discount.
 
     Behind the horizon Dreamer's own critic judges, its values scaled from its discount to ``gamma``.
@@ -134,10 +136,12 @@ def dream_returns(model: Dreamer, start: State, gamma: float) -> tuple[Dream, th
     :param model: the model.
     :param start: N states.
     :param gamma: discount of the algorithm that takes over.
+    :param first: (N, A) actions to take at the start instead of Dreamer's.
+    :param sample: sample latents and actions, else a dream without chance.
     :return: the dream; returns (N, H).
     """
     policy = model.policy
-    dream = imagine(policy.world_model, policy.actor, start, model.imagination_horizon)
+    dream = imagine(policy.world_model, policy.actor, start, model.imagination_horizon, first, sample)
     scale = (1 - model.gamma) / (1 - gamma) if max(gamma, model.gamma) < 1 else 1.0
     values = policy.critic.value(dream.features) * scale
     return dream, lambda_returns(dream.reward, dream.discount / model.gamma * gamma, values, model.gae_lambda)

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from typing import Any, Protocol
 
 import numpy as np
@@ -17,7 +16,7 @@ from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 from stable_baselines3.common.policies import ActorCriticPolicy
 
 from sb3_dreamer.hybrid.experience import prepare_training
-from sb3_dreamer.hybrid.lessons import Lessons
+from sb3_dreamer.hybrid.lessons import Lessons, Verdicts
 from sb3_dreamer.hybrid.progress import Advance, unseen
 
 BATCH = 256
@@ -25,6 +24,10 @@ LEARNING_RATE = 1e-3  # at the beginning of what is taught
 LAST_RATE = 0.02  # the share of it at the end
 MOST_SATURATED = 0.99  # a mean action nearer to the bounds than this would need a tanh of very large numbers
 LOG_STD_RANGE = (-3.0, 0.0)
+DIFFERENCES = 10.0  # weight of the differences between actions in what critics are taught
+SLOW_START = 300.0  # by how much an off-policy actor's first steps are smaller than later ones
+GRADIENTS_NOTED = 50  # minibatches that tell how large they are
+ENDLESS = 1e6  # updates after which Adam corrects its moments no more
 
 
 class Student(Protocol):
@@ -153,34 +156,60 @@ def teach(target: BaseAlgorithm, lessons: Lessons, updates: int, advance: Advanc
     student.finish(lessons)
 
 
-def teach_critics(target: Any, lessons: Lessons, updates: int, advance: Advance = unseen) -> None:
-    """Off-policy critics: first Dreamer's returns, then their own bootstrap on the real transitions, the actor fixed.
+def teach_critics(target: Any, verdicts: Verdicts, updates: int, advance: Advance = unseen) -> None:
+    """Off-policy critics learn what Dreamer thinks of actions, and foremost how they differ at one moment.
 
-    The actor follows their slope over actions from its first step on, and they have to be right about that, not only
-    about the value of a state. So both parts learn at a rate of their own, whatever the student's is, and it falls to
-    almost nothing: at a constant rate the noise of the last minibatches alone leads the actor astray.
+    The actor follows their slope over actions from its first step on, and replayed actions hardly tell them apart.
+    They learn at a rate of their own, whatever the student's is, and it falls to almost nothing: at a constant rate the
+    noise of the last minibatches alone leads the actor astray.
 
-    :param target: the student, its replay filled.
-    :param lessons: what actions were worth.
-    :param updates: minibatches for each of the two.
+    :param target: the student.
+    :param verdicts: what actions are worth.
+    :param updates: minibatches of 256 moments.
     :param advance: is told of each.
     """
 
     def loss(index: np.ndarray) -> th.Tensor:
-        predicted = target.critic(lessons.seen_by(target.policy, index), lessons.taken[index])
-        stacked = th.stack(predicted, 1) if isinstance(predicted, tuple) else predicted  # (n, critics, 1 or quantiles)
-        return (stacked - lessons.taken_value[index, None, None]).square().mean()
+        value = verdicts.value[index]
+        obs = verdicts.seen_by(target.policy, index.repeat(value.shape[1]))
+        predicted = target.critic(obs, verdicts.action[index].flatten(0, 1))
+        stacked = th.stack(predicted, 1) if isinstance(predicted, tuple) else predicted  # (., critics, 1 or quantiles)
+        error = stacked.flatten(1).unflatten(0, value.shape) - value.unsqueeze(-1)
+        return error.square().mean() + DIFFERENCES * (error - error[:, :1]).square().mean()
 
     target.policy.set_training_mode(True)
-    fit(target.critic.parameters(), loss, lessons.batches(updates, BATCH), updates, advance)
+    fit(target.critic.parameters(), loss, verdicts.batches(updates, BATCH), updates, advance)
+    target.policy.set_training_mode(False)
     if hasattr(target, "critic_target"):
         target.critic_target.load_state_dict(target.critic.state_dict())
-    with actor_fixed(target):
-        for done in range(updates):
-            target._current_progress_remaining = 1 - done / updates
-            target.train(1, target.batch_size)
-            advance(1)
-    target.policy.set_training_mode(False)
+
+
+def start_slowly(target: Any, times: float = SLOW_START) -> None:
+    """Let the actor's first steps be small, so that the critics can follow what it becomes.
+
+    Its optimiser is left as if gradients had been ``times`` as large as they are. Adam forgets that at the rate of its
+    second moments: with 300 and 0.999 steps are a hundredth of their size after 2,300 updates, and whole after 11,000.
+    Another kind of optimiser stays as it is.
+
+    :param target: the student, its critics taught and its replay filled.
+    :param times: by how much the first steps are smaller.
+    """
+    updates, schedule, actor = target._n_updates, target.lr_schedule, copy.deepcopy(target.actor.state_dict())
+    target.lr_schedule = lambda _: 0.0  # nothing moves, but the optimisers take note of the gradients
+    prepare_training(target)
+    try:
+        target.train(GRADIENTS_NOTED, target.batch_size)
+    finally:
+        target._n_updates, target.lr_schedule = updates, schedule
+        target.actor.load_state_dict(actor)  # CrossQ's batch norms take note of every batch
+        del target._logger
+    optimizer = target.actor.optimizer
+    decay = optimizer.defaults.get("betas", (None, None))[1]
+    for state in optimizer.state.values():
+        if decay is not None and "exp_avg_sq" in state:
+            square = state["exp_avg_sq"] / (1 - decay ** state["step"].item())
+            state["exp_avg_sq"].copy_(times**2 * square.clamp(min=square.mean()))  # some have seen no gradient yet
+            state["step"].fill_(ENDLESS)
 
 
 def fit(
@@ -201,25 +230,3 @@ def fit(
         schedule.step()
         advance(1)
     optimizer.zero_grad()
-
-
-@contextmanager
-def actor_fixed(target: Any) -> Iterator[None]:
-    """``train()`` moves the critics only, neither the actor nor the temperature, at a rate that falls with progress."""
-    updates, temperature = target._n_updates, getattr(target, "ent_coef_optimizer", None)
-    actor = copy.deepcopy(target.actor.state_dict())
-    schedule, target.lr_schedule = target.lr_schedule, lambda remaining: LEARNING_RATE * max(remaining, LAST_RATE)
-    target.actor.requires_grad_(False)
-    prepare_training(target)
-    if temperature is not None:
-        target.ent_coef_tensor, target.ent_coef_optimizer = target.log_ent_coef.detach().exp(), None
-    try:
-        yield
-    finally:
-        if temperature is not None:
-            del target.ent_coef_tensor
-            target.ent_coef_optimizer = temperature
-        target.actor.requires_grad_(True)
-        target.actor.load_state_dict(actor)  # CrossQ's batch norms take note of every batch
-        target._n_updates, target.lr_schedule, target._current_progress_remaining = updates, schedule, 1.0
-        del target._logger

@@ -144,10 +144,14 @@ class RSSM(nn.Module):
         probs = self._probs(logits)
         return State.of(deter, (sample_onehot(probs, -2) if sample else probs).flatten(-2), context)
 
-    def imagine_step(self, state: State, action: th.Tensor) -> State:
-        """The next state, as the model expects it: n states, actions (n, A) -> n states, sampled from the prior."""
+    def imagine_step(self, state: State, action: th.Tensor, sample: bool = True) -> State:
+        """The next state by the prior, as the model expects it: n states, actions (n, A) -> n states.
+
+        Without sampling the latents are their expectation.
+        """
         deter, context = self.sequence(state.deter, state.stoch, action, state.context)
-        stoch = sample_onehot(self.prior_probs(deter), -2).flatten(-2)
+        probs = self.prior_probs(deter)
+        stoch = (sample_onehot(probs, -2) if sample else probs).flatten(-2)
         kind = state.features.dtype
         return State.of(deter.to(kind), stoch.to(kind), context)
 

@@ -73,6 +73,21 @@ def test_a_dream_starts_at_its_start_and_given_its_own_actions_it_is_the_same_dr
     assert th.allclose(again.features[:, 1, deter], dream.features[:, 1, deter])
 
 
+def test_a_dream_without_chance_begins_with_the_given_action_and_is_always_the_same() -> None:
+    size, action_spec = SIZES["debug"], Spec("vector", (2,))
+    model = WorldModel({"obs": Spec("vector", (3,))}, action_spec, size)
+    actor = Actor(model.feature_width, action_spec, size)
+    first = th.full((5, 2), 0.5)
+    dreams = [imagine(model, actor, model.rssm.initial(5), 4, first, sample=False) for _ in range(2)]
+    assert th.equal(dreams[0].features, dreams[1].features)
+    assert th.equal(dreams[0].action[:, 0], first)
+    later = dreams[0].features[:, 1:4]
+    assert th.allclose(dreams[0].action[:, 1:], actor(later).mode(), atol=1e-6)
+    probs = later[..., size.deter :].unflatten(-1, (size.classes, size.stoch))
+    assert th.allclose(probs.sum(-2), th.ones(()), atol=1e-5)
+    assert probs.max() < 0.99, "expectations, not choices"
+
+
 @pytest.mark.parametrize("rssm_type", ["gru", "transformer"])
 def test_a_dream_in_bfloat16_takes_the_same_step_within_its_precision(rssm_type: str) -> None:
     action_spec = Spec("vector", (2,))

@@ -42,8 +42,8 @@ def to_model_free(
 ) -> Algorithm:
     """A plain SB3 algorithm that acts as Dreamer does, judges as Dreamer does, and remembers what Dreamer has seen.
 
-    What it makes of that is its own affair: PPO stays near the policy that it was given; SAC and its kin follow the
-    slope of their critics from the first step on and may leave a policy that has little room for errors, as a gait.
+    What it makes of that is its own affair: PPO stays near the policy that it was given; SAC and its kin start slowly,
+    follow the slope of their critics, and may leave a policy that has little room for errors, as a gait.
 
     :param model: a trained Dreamer with its replay.
     :param algorithm: SAC, TD3, DDPG, TQC, CrossQ, PPO, A2C, TRPO, or a class derived from one of them.

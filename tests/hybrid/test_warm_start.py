@@ -353,7 +353,7 @@ def test_progress_is_told_of_every_step_update_and_rehearsal(monkeypatch: pytest
     assert told == [20, -16, -4]
     told.clear()
     model.to_model_free(SAC, updates=3, critic_updates=2, buffer_size=100, progress_bar=True)
-    assert told == [7, *[-1] * 7]
+    assert told == [5, *[-1] * 5]
 
 
 @pytest.mark.filterwarnings("ignore::tqdm.TqdmExperimentalWarning")

@@ -57,14 +57,12 @@ def norm_silu(x: th.Tensor, gain: th.Tensor) -> th.Tensor:
     if th.is_grad_enabled():
         return NormSilu.apply(x, gain)
     floor, root = norm_constants(x.shape[-1], x.dtype)
-    rms = th.linalg.vector_norm(x, 2, -1, True).hypot_(floor).div_(root)
-    return F.silu((x / rms).mul_(gain), inplace=True)
+    return F.silu((x / floored_length(x, floor).div_(root)).mul_(gain), inplace=True)
 
 
-def unit_and_length(x: th.Tensor, floor: th.Tensor) -> tuple[th.Tensor, th.Tensor]:
-    """u = x / q and q = sqrt(|x|^2 + floor^2), over the last dimension: torch's own norm is twice as many steps."""
-    length = th.linalg.vector_norm(x, 2, -1, True).hypot_(floor)
-    return x / length, length
+def floored_length(x: th.Tensor, floor: th.Tensor) -> th.Tensor:
+    """sqrt(|x|^2 + floor^2) over the last dimension, (..., 1): torch's own norm is twice as many steps."""
+    return th.linalg.vector_norm(x, 2, -1, True).hypot_(floor)
 
 
 @cache
@@ -84,7 +82,8 @@ class NormSilu(th.autograd.Function):
     def forward(ctx: Any, x: th.Tensor, gain: th.Tensor) -> th.Tensor:
         floor, root = norm_constants(x.shape[-1], x.dtype)
         gain = gain * root
-        unit, length = unit_and_length(x, floor)
+        length = floored_length(x, floor)
+        unit = x / length
         ctx.save_for_backward(unit, length, gain)
         return F.silu(unit * gain)
 

@@ -141,8 +141,7 @@ class RSSM(nn.Module):
             prev_action = prev_action * keep
         deter, context = self.sequence(state.deter, state.stoch, prev_action, state.context)
         logits = self.posterior_logits(self.posterior(th.cat([deter[:, : self.carried], embed], -1)))
-        probs = self._probs(logits)
-        return State.of(deter, (sample_onehot(probs, -2) if sample else probs).flatten(-2), context)
+        return State.of(deter, _latents(self._probs(logits), sample), context)
 
     def imagine_step(self, state: State, action: th.Tensor, sample: bool = True) -> State:
         """The next state by the prior, as the model expects it: n states, actions (n, A) -> n states.
@@ -150,8 +149,7 @@ class RSSM(nn.Module):
         Without sampling the latents are their expectation.
         """
         deter, context = self.sequence(state.deter, state.stoch, action, state.context)
-        probs = self.prior_probs(deter)
-        stoch = (sample_onehot(probs, -2) if sample else probs).flatten(-2)
+        stoch = _latents(self.prior_probs(deter), sample)
         kind = state.features.dtype
         return State.of(deter.to(kind), stoch.to(kind), context)
 
@@ -192,6 +190,11 @@ class RSSM(nn.Module):
 
     def _probs(self, logits: th.Tensor) -> th.Tensor:
         return unimix_probs(logits.to(self.class_numbers.dtype).unflatten(-1, (self.classes, self.stoch)), -2)
+
+
+def _latents(probs: th.Tensor, sample: bool) -> th.Tensor:
+    """Probabilities (n, K, S) -> z (n, K * S), a sample or the expectation."""
+    return (sample_onehot(probs, -2) if sample else probs).flatten(-2)
 
 
 def entropy(probs: th.Tensor) -> th.Tensor:

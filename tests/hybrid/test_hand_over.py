@@ -20,7 +20,7 @@ from sb3_dreamer.hybrid import LatentVecEnv
 from sb3_dreamer.hybrid.hand_over import fill_replay
 from sb3_dreamer.hybrid.lessons import Lessons, Verdicts, lessons_from, verdicts_from
 from sb3_dreamer.hybrid.real_states import dream_returns, imagined_observations, real_states, unpacked
-from sb3_dreamer.hybrid.students import SLOW_START, start_slowly, teach, teach_critics
+from sb3_dreamer.hybrid.students import LAST_RATE, LEARNING_RATE, SLOW_START, fit, start_slowly, teach, teach_critics
 from sb3_dreamer.replay import Episode, read_episodes
 from tests.hybrid.conftest import SMALL, pendulum
 
@@ -62,9 +62,18 @@ class TestCritics:
         teach_critics(student, judged, 1000)
         obs = judged.seen_by(student.policy, slice(None))
         with th.no_grad():
-            for values in student.critic(obs, judged.action[:, 0]):
-                error = values.flatten(1).mean(1) - judged.value[:, 0] if algorithm is not TQC else None
-                assert error is None or float(error.square().mean()) < 0.05 * 3.0
+            predicted = student.critic(obs, judged.action[:, 0])
+        for values in predicted.unbind(1) if algorithm is TQC else predicted:  # (n, 1), TQC's quantiles (n, .)
+            assert float((values.mean(1) - judged.value[:, 0]).square().mean()) < 0.05 * 3.0
+
+    def test_their_rate_falls_to_almost_nothing_so_that_the_last_minibatches_do_not_decide(self):
+        weight = th.nn.Parameter(th.zeros(()))
+        path: list[float] = []
+        fit([weight], lambda _: weight, verdicts(100, 0.0).batches(200, 10), 200, lambda _: path.append(weight.item()))
+        rates = -np.diff(path, prepend=0.0)  # Adam's steps under a constant gradient
+        np.testing.assert_allclose(rates[0], LEARNING_RATE, rtol=1e-3)
+        np.testing.assert_allclose(rates[-1], LEARNING_RATE * LAST_RATE, rtol=0.5)
+        assert (np.diff(rates) < 0).all()
 
     def test_how_actions_differ_is_learned_even_where_moments_cannot_be_told_apart(self, dreamer: Dreamer):
         sac = dreamer.to_model_free(SAC, **QUICK)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch as th
 
 from sb3_dreamer.behavior.actor_critic import Actor
+from sb3_dreamer.nets.layers import fused
 from sb3_dreamer.nets.running import RunningStatistics
 from sb3_dreamer.types import Dream
 from sb3_dreamer.world_model import WorldModel
@@ -40,12 +41,13 @@ def imagine(
     :param first: (N, A) actions to take at the start instead of the actor's.
     :param sample: sample latents and actions, else take the expected latents and the most likely actions.
     """
-    states, actions = [start.for_products()], [] if first is None else [first]
+    # a transformer's memory grows with each step, and each would be compiled anew
+    move = _move if world_model.rssm.sequence.parallel else fused(start.features.device)(_move)
+    states, actions = [start.for_products()], []
     for t in range(horizon):
-        if t == len(actions):
-            policy = actor(states[t].features)
-            actions.append(policy.sample() if sample else policy.mode())
-        states.append(world_model.rssm.imagine_step(states[t], actions[t], sample))
+        action, state = move(world_model, actor, states[t], first if t == 0 else None, sample)
+        states.append(state)
+        actions.append(action)
     return _dream(world_model, states, th.stack(actions, 1))
 
 
@@ -61,6 +63,16 @@ def imagine_actions(world_model: WorldModel, start: State, action: th.Tensor) ->
     for a in action.unbind(1):
         states.append(world_model.rssm.imagine_step(states[-1], a))
     return _dream(world_model, states, action)
+
+
+def _move(
+    world_model: WorldModel, actor: Actor, state: State, action: th.Tensor | None, sample: bool
+) -> tuple[th.Tensor, State]:
+    """One step of N dreams: the action, the actor's if none is given, and the states that it leads to."""
+    if action is None:
+        policy = actor(state.features)
+        action = policy.sample() if sample else policy.mode()
+    return action, world_model.rssm.imagine_step(state, action, sample)
 
 
 def _dream(world_model: WorldModel, states: list[State], action: th.Tensor) -> Dream:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from functools import cached_property
 from typing import Protocol
 
 import torch as th
@@ -122,11 +121,15 @@ class BoundedNormal:
     def __init__(self, out: th.Tensor) -> None:
         mean, self.raw_std = out.chunk(2, -1)
         self.mean = th.tanh(mean)
+        self._std: th.Tensor | None = None
 
-    @cached_property
+    @property
     def std(self) -> th.Tensor:
-        """Computed when it is asked for: acting without chance does not."""
-        return (self.max_std - self.min_std) * th.sigmoid(self.raw_std + 2.0) + self.min_std
+        """Computed when it is first asked for: acting without chance does not. (No cached_property: its lock of Python
+        before 3.12 cannot be compiled.)"""
+        if self._std is None:
+            self._std = (self.max_std - self.min_std) * th.sigmoid(self.raw_std + 2.0) + self.min_std
+        return self._std
 
     def sample(self) -> th.Tensor:
         return self.mean + self.std * th.randn_like(self.mean)

@@ -82,8 +82,9 @@ class LaProp(th.optim.Optimizer):
         step = group["step"] = th.as_tensor(group.get("step", 0), dtype=params[0].dtype, device=params[0].device)
         step += finite
         beta1, beta2 = group["betas"]
+        bad = ~finite
         for grad in grads:
-            grad.masked_fill_(~finite, 0.0)
+            grad.masked_fill_(bad, 0.0)
         th._foreach_mul_(nu, th.where(finite, beta2, 1.0))
         th._foreach_addcmul_(nu, grads, grads, 1 - beta2)
         scale = th._foreach_div(nu, bias(beta2, step))

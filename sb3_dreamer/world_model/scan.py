@@ -16,13 +16,13 @@ once, after it. Plain autograd over ``RSSM.observe_step`` gives the same numbers
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch as th
 import torch.nn.functional as F
 
 from sb3_dreamer.nets.distributions import UNIMIX
-from sb3_dreamer.nets.layers import fast_tanh, norm_constants, silu_backward
+from sb3_dreamer.nets.layers import fast_tanh, fused, norm_constants, norm_silu_backward, norm_silu_to
 
 sigmoid_backward = th.ops.aten.sigmoid_backward.default
 
@@ -48,60 +48,40 @@ class Weights(NamedTuple):
 
 
 class Saved(NamedTuple):
-    """What the forward pass leaves for the backward pass, all (T, B, .)."""
+    """What the forward pass leaves for the backward pass, all (T, B, .); ``_u`` and ``_q`` of the norms."""
 
     before: th.Tensor  # masked [h, z]_{t-1}
+    inputs_u: th.Tensor
+    inputs_q: th.Tensor
     inputs: th.Tensor  # [x0, x1]
+    x_u: th.Tensor
+    x_q: th.Tensor
     x: th.Tensor
     reset: th.Tensor  # sig(r)
     candidate: th.Tensor  # c
     squashed: th.Tensor  # tanh(sig(r) c)
     update: th.Tensor  # sig(u-1)
     after: th.Tensor  # [h, z]_t
+    y_u: th.Tensor
+    y_q: th.Tensor
     y: th.Tensor
     logits: th.Tensor
 
 
-class NormSiluByEntry:
-    """:class:`~sb3_dreamer.nets.layers.NormSilu` entry by entry: forward in any order, then backward.
+class Gradients(NamedTuple):
+    """What the backward pass leaves for the weights: (T, B, .) at the outputs of the layers."""
 
-    With q = sqrt(|a|^2 + n eps) the norm is v = g a / q sqrt(n), and da = (du - (du . u) u) / q where u = a / q.
-
-    :param shape: (T, B, ..., n) of a.
-    :param gain: g, (..., n).
-    """
-
-    def __init__(self, shape: tuple[int, ...], gain: th.Tensor) -> None:
-        self.floor, self.root = norm_constants(shape[-1], gain.dtype)
-        self.gain = gain * self.root
-        self.unit, self.length = gain.new_empty(shape), gain.new_empty(*shape[:-1], 1)
-        self.units, self.lengths = self.unit.unbind(0), self.length.unbind(0)
-        self._gain_grad = th.zeros_like(self.units[0])
-
-    def forward(self, t: int, a: th.Tensor) -> th.Tensor:
-        """a of entry t -> SiLU(RMSNorm(a))."""
-        q = th.hypot(th.linalg.vector_norm(a, 2, -1, True), self.floor, out=self.lengths[t])
-        return F.silu(th.div(a, q, out=self.units[t]) * self.gain)
-
-    def backward(self, t: int, dy: th.Tensor, out: th.Tensor) -> th.Tensor:
-        """Gradient of the output of entry t -> gradient of a, written to ``out``."""
-        unit = self.units[t]
-        dv = silu_backward(dy, unit * self.gain)
-        self._gain_grad.addcmul_(dv, unit)
-        du = dv * self.gain
-        along = th.linalg.vecdot(du, unit).unsqueeze(-1)
-        return th.div(du.addcmul_(unit, along, value=-1), self.lengths[t], out=out)
-
-    def gain_grad(self) -> th.Tensor:
-        """Gradient of the gain, once all entries have gone backward; then another backward pass may begin."""
-        grad = self._gain_grad.sum(0) * self.root
-        self._gain_grad.zero_()
-        return grad
+    inputs: th.Tensor
+    hidden: th.Tensor
+    gates: th.Tensor
+    post: th.Tensor
+    logits: th.Tensor
 
 
 class FilterScan(th.autograd.Function):
-    """``(noise, keep, [h, z]_{-1}, drive, seen, *weights) -> ([h, z], logits)``, time first.
+    """``(kind, noise, keep, [h, z]_{-1}, drive, seen, *weights) -> ([h, z], logits)``, time first.
 
+    :param kind: type of the products in the loop.
     :param noise: (T, B, 1, S) uniform numbers in [0, 1) that pick the classes.
     :param keep: (T, B, 1) 0 where an episode starts, else 1.
     :param start: (B, D + K * S). No gradient flows to it.
@@ -112,6 +92,7 @@ class FilterScan(th.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
+        kind: th.dtype,
         noise: th.Tensor,
         keep: th.Tensor,
         start: th.Tensor,
@@ -122,93 +103,123 @@ class FilterScan(th.autograd.Function):
         w = Weights(*weights)
         (length, batch, width), hidden, z_width, blocks = drive.shape, seen.shape[-1], len(w.logits_b), len(w.own)
         joint = width + z_width
-        widths = (joint, 2 * hidden, width, width, width, width, width, joint, hidden, z_width)
+        widths = (joint, 2 * hidden, 2, 2 * hidden, width, 1, *[width] * 5, joint, hidden, 1, hidden, z_width)
         saved = Saved(*(drive.new_empty(length, batch, n) for n in widths))
-        input_n = NormSiluByEntry((length, batch, 2, hidden), th.stack([w.deter_g, w.stoch_g]))
-        hidden_n = NormSiluByEntry((length, batch, width), w.hidden_g)
-        post_n = NormSiluByEntry((length, batch, hidden), w.post_g)
-        input_w, input_b = input_layer(w), th.cat([w.deter_b, w.stoch_b])
-        post_w, logits_w = w.post_w.t().contiguous(), w.logits_w.t().contiguous()
+        input_g, hidden_g, post_g = gains(w)
+        floor, wide_floor = (norm_constants(n, drive.dtype, drive.device)[0] for n in (hidden, width))
+        input_w, input_b = input_layer(w).to(kind), th.cat([w.deter_b, w.stoch_b])
+        shared_w, own_w, gates_w = w.shared.to(kind), w.own.to(kind), w.gates_w.to(kind)
+        post_w, logits_w = (x.t().to(kind).contiguous() for x in (w.post_w, w.logits_w))
         gates_b = w.gates_b.view(blocks, 3, -1).clone()
         gates_b[:, 2] -= 1.0
         gates_b = gates_b.flatten(1)[:, None]
-        limits = class_limits(noise, z_width // noise.shape[-1])
-        state = start
-        for t, (now, keep_t, drive_t, seen_t, limit) in enumerate(
-            zip(steps(saved), keep, drive, seen, limits, strict=True)
-        ):
-            h = th.mul(state, keep_t, out=now.before)[:, :width]
-            inputs = input_n.forward(t, th.addmm(input_b, now.before, input_w).view(batch, 2, hidden))
-            now.inputs.view(batch, 2, hidden).copy_(inputs)
-            shared, own = th.addmm(drive_t, now.inputs, w.shared), th.bmm(by_block(h, blocks), w.own)
-            now.x.copy_(hidden_n.forward(t, by_block(shared, blocks).add_(own).transpose(0, 1).flatten(1)))
-            gates = th.baddbmm(gates_b, by_block(now.x, blocks), w.gates_w)
-            r, c, u = gates.view(blocks, batch, 3, -1).unbind(2)
-            reset, candidate, squashed, update, deter = (
-                by_block(x, blocks) for x in (now.reset, now.candidate, now.squashed, now.update, now.after[:, :width])
-            )
-            th.mul(th.sigmoid(r, out=reset), candidate.copy_(c), out=squashed)
-            squashed.copy_(fast_tanh(squashed))
-            th.lerp(by_block(h, blocks), squashed, th.sigmoid(u, out=update), out=deter)
-            now.y.copy_(post_n.forward(t, th.addmm(seen_t, now.after[:, :width], post_w)))
-            th.addmm(w.logits_b, now.y, logits_w, out=now.logits)
-            draw(now.logits.view_as(limit), limit, out=now.after[:, width:].unflatten(1, limit.shape[1:]))
+
+        @fused(drive.device)
+        def entry(
+            now: Saved, state: th.Tensor, keep: th.Tensor, drive: th.Tensor, seen: th.Tensor, limit: th.Tensor
+        ) -> None:
+            h = th.mul(state, keep, out=now.before)[:, :width]
+            inputs = affine(input_b, now.before, input_w).view(batch, 2, hidden)
+            now.inputs.copy_(norm_silu_to(inputs, input_g, floor, now.inputs_u, now.inputs_q).flatten(1))
+            shared, own = affine(drive, now.inputs, shared_w), product(by_block(h, blocks), own_w)
+            x = shared.view(batch, blocks, -1).add(own.transpose(0, 1)).flatten(1)
+            now.x.copy_(norm_silu_to(x, hidden_g, wide_floor, now.x_u, now.x_q))
+            gates = affine(gates_b, by_block(now.x, blocks), gates_w).view(blocks, batch, 3, -1)
+            r, c, u = (gate.transpose(0, 1).flatten(1) for gate in gates.unbind(2))
+            now.candidate.copy_(c)
+            now.squashed.copy_(fast_tanh(th.sigmoid(r, out=now.reset) * c))
+            deter = th.lerp(h, now.squashed, th.sigmoid(u, out=now.update))
+            now.y.copy_(norm_silu_to(affine(seen, deter, post_w), post_g, floor, now.y_u, now.y_q))
+            now.logits.copy_(affine(w.logits_b, now.y, logits_w))
+            now.after.copy_(th.cat([deter, draw(now.logits.view_as(limit), limit)], 1))
+
+        state, limits = start, class_limits(noise, z_width // noise.shape[-1])
+        for now, *known in zip(steps(saved), keep, drive, seen, limits, strict=True):
+            entry(now, state, *known)
             state = now.after
         ctx.save_for_backward(keep, *saved, *weights)
-        ctx.norms = input_n, hidden_n, post_n
-        ctx.stoch = noise.shape[-1]
+        ctx.kind, ctx.stoch = kind, noise.shape[-1]
         return saved.after, saved.logits
 
     @staticmethod
     def backward(ctx: Any, d_after: th.Tensor, d_logits: th.Tensor) -> tuple[th.Tensor | None, ...]:
         keep, *tensors = ctx.saved_tensors
         saved, w = Saved(*tensors[: len(Saved._fields)]), Weights(*tensors[len(Saved._fields) :])
-        input_n, hidden_n, post_n = ctx.norms
-        (length, batch, width), hidden, blocks = saved.x.shape, saved.y.shape[-1], len(w.own)
-        d_input, d_hidden, d_post, d_draw = map(th.empty_like, (saved.inputs, saved.x, saved.y, saved.logits))
-        d_gates = saved.x.new_empty(length, batch, 3 * width)
-        own_t, gates_t = (x.transpose(1, 2).contiguous() for x in (w.own, w.gates_w))
-        shared_t, input_t = w.shared.t().contiguous(), input_layer(w).t().contiguous()
-        carried = th.zeros_like(d_after[0])
-        each = zip(steps(saved), keep, d_after, d_logits, strict=True)
-        for t, (now, keep_t, d_after_t, d_logits_t) in reversed(list(enumerate(each))):
+        kind, stoch = ctx.kind, ctx.stoch
+        (_, batch, width), hidden, blocks = saved.x.shape, saved.y.shape[-1], len(w.own)
+        d = Gradients(*map(th.empty_like, (saved.inputs, saved.x, th.cat([saved.x] * 3, -1), saved.y, saved.logits)))
+        input_g, hidden_g, post_g = gains(w)
+        d_input_g, d_hidden_g, d_post_g = (th.zeros(batch, *g.shape, dtype=g.dtype, device=g.device) for g in gains(w))
+        post_w, logits_w = w.post_w.to(kind), w.logits_w.to(kind)
+        own_w, gates_w = (x.transpose(1, 2).to(kind).contiguous() for x in (w.own, w.gates_w))
+        shared_w, input_w = (x.t().to(kind).contiguous() for x in (w.shared, input_layer(w)))
+
+        @fused(d_after.device)
+        def entry(
+            now: Saved, d: Gradients, carried: th.Tensor, keep: th.Tensor, d_after: th.Tensor, d_logits: th.Tensor
+        ) -> th.Tensor:
             # z_t to logits (straight through), posterior, h_t
-            d_state = d_after_t + carried
-            dl = softmax_backward(d_state[:, width:], now.logits, ctx.stoch)
-            th.add(d_logits_t, dl, alpha=1 - UNIMIX, out=d_draw[t])
-            post_n.backward(t, th.mm(d_draw[t], w.logits_w), out=d_post[t])
-            dh = th.addmm(d_state[:, :width], d_post[t], w.post_w)
+            d_state = d_after + carried
+            dl = softmax_backward(d_state[:, width:], now.logits, stoch)
+            th.add(d_logits, dl, alpha=1 - UNIMIX, out=d.logits)
+            norm_silu_backward(product(d.logits, logits_w), post_g, now.y_u, now.y_q, d.post, d_post_g)
+            dh = affine(d_state[:, :width], d.post, post_w)
             # h_t to gates, hidden layer, h_{t-1}, z_{t-1}
-            dh = gates_backward(dh, now, blocks, out=d_gates[t])
-            dx = th.bmm(by_block(d_gates[t], blocks), gates_t).transpose(0, 1).flatten(1)
-            hidden_n.backward(t, dx, out=d_hidden[t])
-            d_inputs = th.mm(d_hidden[t], shared_t).view(batch, 2, hidden)
-            input_n.backward(t, d_inputs, out=d_input[t].view(batch, 2, hidden))
-            carried = th.mm(d_input[t], input_t)
-            d_own = th.bmm(by_block(d_hidden[t], blocks), own_t)
-            by_block(carried[:, :width], blocks).add_(d_own).add_(dh)
-            carried.mul_(keep_t)
+            d_gates, d_direct = gates_backward(dh, now, blocks)
+            d.gates.copy_(d_gates)
+            dx = product(by_block(d.gates, blocks), gates_w).transpose(0, 1).flatten(1)
+            norm_silu_backward(dx, hidden_g, now.x_u, now.x_q, d.hidden, d_hidden_g)
+            norm_silu_backward(product(d.hidden, shared_w), input_g, now.inputs_u, now.inputs_q, d.inputs, d_input_g)
+            d_own = product(by_block(d.hidden, blocks), own_w).transpose(0, 1).flatten(1)
+            d_before = product(d.inputs, input_w).to(d_after.dtype)
+            d_before[:, :width].add_(d_own).add_(d_direct)
+            return d_before.mul_(keep)
+
+        carried = th.zeros_like(d_after[0])
+        for now, d_now, *known in reversed([*zip(steps(saved), steps(d), keep, d_after, d_logits, strict=True)]):
+            carried = entry(now, d_now, carried, *known)
 
         deter, before = saved.after[..., :width], saved.before[..., :width]
-        d_input_bias, d_input_gain = d_input.sum((0, 1)), input_n.gain_grad()
-        weights = Weights(
-            deter_w=outer(d_input[..., :hidden], before),
-            deter_b=d_input_bias[:hidden],
-            deter_g=d_input_gain[0],
-            stoch_w=outer(d_input[..., hidden:], saved.before[..., width:]),
-            stoch_b=d_input_bias[hidden:],
-            stoch_g=d_input_gain[1],
-            shared=outer(saved.inputs, d_hidden),
-            own=block_outer(before, d_hidden, blocks),
-            hidden_g=hidden_n.gain_grad(),
-            gates_w=block_outer(saved.x, d_gates, blocks),
-            gates_b=d_gates.sum((0, 1)),
-            post_w=outer(d_post, deter),
-            post_g=post_n.gain_grad(),
-            logits_w=outer(d_draw, saved.y),
-            logits_b=d_draw.sum((0, 1)),
+        d_bias = d.inputs.sum((0, 1))
+        root, wide_root = (norm_constants(n, w.post_g.dtype, w.post_g.device)[1] for n in (hidden, width))
+        d_inputs_g = d_input_g.sum(0) * root
+        d_weights = Weights(
+            deter_w=outer(d.inputs[..., :hidden], before),
+            deter_b=d_bias[:hidden],
+            deter_g=d_inputs_g[0],
+            stoch_w=outer(d.inputs[..., hidden:], saved.before[..., width:]),
+            stoch_b=d_bias[hidden:],
+            stoch_g=d_inputs_g[1],
+            shared=outer(saved.inputs, d.hidden),
+            own=block_outer(before, d.hidden, blocks),
+            hidden_g=d_hidden_g.sum(0) * wide_root,
+            gates_w=block_outer(saved.x, d.gates, blocks),
+            gates_b=d.gates.sum((0, 1)),
+            post_w=outer(d.post, deter),
+            post_g=d_post_g.sum(0) * root,
+            logits_w=outer(d.logits, saved.y),
+            logits_b=d.logits.sum((0, 1)),
         )
-        return None, None, None, d_hidden, d_post, *weights
+        return None, None, None, None, d.hidden, d.post, *d_weights
+
+
+def gains(w: Weights) -> tuple[th.Tensor, th.Tensor, th.Tensor]:
+    """Scales of the norms, times the root of their width: of the input layer (2, hidden), hidden (D,), posterior."""
+    inputs = th.stack([w.deter_g, w.stoch_g])
+    scaled = (g * norm_constants(g.shape[-1], g.dtype, g.device)[1] for g in (inputs, w.hidden_g, w.post_g))
+    return tuple(scaled)  # type: ignore[return-value]
+
+
+def affine(bias: th.Tensor, x: th.Tensor, weight: th.Tensor) -> th.Tensor:
+    """``bias + x @ weight``, one matrix or one for each block, multiplied in the type of ``weight``."""
+    if x.dtype == weight.dtype:
+        return th.addmm(bias, x, weight) if x.ndim == 2 else th.baddbmm(bias, x, weight)
+    return bias + product(x, weight)
+
+
+def product(x: th.Tensor, weight: th.Tensor) -> th.Tensor:
+    """``x @ weight``, in the type of ``weight``."""
+    return x.to(weight.dtype) @ weight
 
 
 def class_limits(noise: th.Tensor, classes: int) -> th.Tensor:
@@ -225,12 +236,13 @@ def class_limits(noise: th.Tensor, classes: int) -> th.Tensor:
     return limits
 
 
-def draw(logits: th.Tensor, limit: th.Tensor, out: th.Tensor) -> None:
-    """One-hot samples of the softmax with its uniform part, by inversion: (B, K, S), (B, K, S) -> ``out``."""
+def draw(logits: th.Tensor, limit: th.Tensor) -> th.Tensor:
+    """One-hot samples of the softmax with its uniform part, by inversion: (B, K, S), (B, K, S) -> (B, K * S)."""
     reached = th.empty_like(limit)
     th.lt(limit, F.softmax(logits, -2).cumsum_(-2), out=reached)  # 0 ... 0 1 ... 1 along K
-    out.copy_(reached)
-    out[:, 1:].sub_(reached[:, :-1])
+    onehot = reached.clone()
+    onehot[:, 1:].sub_(reached[:, :-1])
+    return onehot.flatten(1)
 
 
 def softmax_backward(d_probs: th.Tensor, logits: th.Tensor, stoch: int) -> th.Tensor:
@@ -240,22 +252,19 @@ def softmax_backward(d_probs: th.Tensor, logits: th.Tensor, stoch: int) -> th.Te
     return weighted.addcmul_(probs, weighted.sum(-2, keepdim=True), value=-1).flatten(1)
 
 
-def gates_backward(dh: th.Tensor, now: Saved, blocks: int, out: th.Tensor) -> th.Tensor:
+def gates_backward(dh: th.Tensor, now: Saved, blocks: int) -> tuple[th.Tensor, th.Tensor]:
     """Through h_t = h' + sig(u-1) (tanh(sig(r) c) - h') of one entry.
 
     :param dh: (B, D) gradient of h_t.
     :param now: what was saved of the entry.
-    :param out: (B, 3 D) gradients of r, c, u, block by block, written here.
-    :return: (G, B, D/G) gradient of h' along the direct path.
+    :return: (B, 3 D) gradients of r, c, u, block by block; (B, D) gradient of h' along the direct path.
     """
-    d_reset, d_candidate, d_update = out.view(len(dh), blocks, 3, -1).unbind(2)
-    h = now.before[:, : dh.shape[1]]
     taken = dh * now.update
-    d_update.copy_(sigmoid_backward(dh * (now.squashed - h), now.update).view_as(d_update))
+    d_update = sigmoid_backward(dh * (now.squashed - now.before[:, : dh.shape[1]]), now.update)
     inner = th.addcmul(taken, taken * now.squashed, now.squashed, value=-1)  # at sig(r) c
-    d_candidate.copy_((inner * now.reset).view_as(d_candidate))
-    d_reset.copy_(sigmoid_backward(inner * now.candidate, now.reset).view_as(d_reset))
-    return by_block(dh - taken, blocks)
+    d_reset = sigmoid_backward(inner * now.candidate, now.reset)
+    gates = (d_reset, inner * now.reset, d_update)
+    return th.stack([d.unflatten(1, (blocks, -1)) for d in gates], 2).flatten(1), dh - taken
 
 
 def input_layer(w: Weights) -> th.Tensor:
@@ -263,9 +272,12 @@ def input_layer(w: Weights) -> th.Tensor:
     return th.block_diag(w.deter_w.t(), w.stoch_w.t())
 
 
-def steps(saved: Saved) -> Iterator[Saved]:
-    """What was saved, one entry after the other: views (B, .)."""
-    return map(Saved, *(x.unbind(0) for x in saved))
+Parts = TypeVar("Parts", Saved, Gradients)
+
+
+def steps(parts: Parts) -> Iterator[Parts]:
+    """One entry after the other: views (B, .)."""
+    return map(type(parts), *(x.unbind(0) for x in parts))
 
 
 def by_block(x: th.Tensor, blocks: int) -> th.Tensor:

@@ -9,7 +9,16 @@ import torch.nn.functional as F
 from torch import nn
 
 from sb3_dreamer.nets.distributions import sample_onehot, straight_through, unimix_probs
-from sb3_dreamer.nets.layers import BlockLinear, Dense, Linear, RMSNorm, fast_tanh, norm_silu, trunc_normal_
+from sb3_dreamer.nets.layers import (
+    BlockLinear,
+    Dense,
+    Linear,
+    RMSNorm,
+    fast_tanh,
+    for_products,
+    norm_silu,
+    trunc_normal_,
+)
 from sb3_dreamer.types import Size
 from sb3_dreamer.world_model.context import Cache, Context, Tape
 from sb3_dreamer.world_model.scan import FilterScan, Weights, by_block
@@ -131,8 +140,10 @@ class BlockGRU(nn.Module):
         noise = th.rand(*keep.shape, self.stoch, device=embed.device, dtype=embed.dtype)
         weights = self._scan_weights(from_deter, posterior.norm.weight, to_logits)
         drive, seen = drive.to(keep.dtype), seen.to(keep.dtype)
-        with th.autocast(embed.device.type, enabled=False):  # small products, where bfloat16 gains nothing
-            features, logits = FilterScan.apply(noise, keep, start.features, drive, seen, *weights)
+        # the loop's products are small: on a CPU bfloat16 gains nothing
+        kind = for_products(keep[:0]).dtype if embed.is_cuda else keep.dtype
+        with th.autocast(embed.device.type, enabled=False):
+            features, logits = FilterScan.apply(kind, noise, keep, start.features, drive, seen, *weights)
         return features.transpose(0, 1), logits.transpose(0, 1), start.context
 
     def _scan_weights(self, post_w: th.Tensor, post_g: th.Tensor, to_logits: Linear) -> Weights:

@@ -110,7 +110,7 @@ def lambda_returns(
     factor = discount * go_on
     future, returns = bootstrap[:, -1], []
     for t in range(reward.shape[1] - 1, 0, -1):
-        future = here[:, t] + factor[:, t] * future
+        future = th.addcmul(here[:, t], factor[:, t], future)
         returns.append(future)
     return th.stack(returns[::-1], 1)
 

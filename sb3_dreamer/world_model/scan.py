@@ -100,7 +100,7 @@ class FilterScan(th.autograd.Function):
         seen: th.Tensor,
         *weights: th.Tensor,
     ) -> tuple[th.Tensor, th.Tensor]:
-        w = Weights(*weights)
+        w, start, drive, seen = Weights(*weights), start.detach(), drive.detach(), seen.detach()
         (length, batch, width), hidden, z_width, blocks = drive.shape, seen.shape[-1], len(w.logits_b), len(w.own)
         joint = width + z_width
         widths = (joint, 2 * hidden, 2, 2 * hidden, width, 1, *[width] * 5, joint, hidden, 1, hidden, z_width)

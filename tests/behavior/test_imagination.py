@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch as th
 
+from sb3_dreamer.behavior import imagination
 from sb3_dreamer.behavior.actor_critic import Actor, weights
 from sb3_dreamer.behavior.imagination import ReturnScale, imagine, imagine_actions, lambda_returns
 from sb3_dreamer.types import SIZES, Dream, Spec
@@ -86,6 +89,20 @@ def test_a_dream_without_chance_begins_with_the_given_action_and_is_always_the_s
     probs = later[..., size.deter :].unflatten(-1, (size.classes, size.stoch))
     assert th.allclose(probs.sum(-2), th.ones(()), atol=1e-5)
     assert probs.max() < 0.99, "expectations, not choices"
+
+
+@pytest.mark.filterwarnings("ignore:Dynamo detected a call to a `functools.lru_cache`")
+def test_compiled_as_on_a_gpu_a_dream_is_the_same_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    size = SIZES["debug"]
+    model = WorldModel({"obs": Spec("vector", (3,))}, Spec("vector", (2,)), size)
+    actor = Actor(model.feature_width, Spec("vector", (2,)), size)
+    dreams = []
+    for fused in (lambda function: function, partial(th.compile, dynamic=False, fullgraph=True, backend="eager")):
+        monkeypatch.setattr(imagination, "fused", lambda device, fused=fused: fused)
+        th.manual_seed(0)
+        dreams.append(imagine(model, actor, model.rssm.initial(4), 3))
+    assert th.equal(dreams[0].features, dreams[1].features)
+    assert th.equal(dreams[0].action, dreams[1].action)
 
 
 @pytest.mark.parametrize("rssm_type", ["gru", "transformer"])

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
 import pytest
 import torch as th
 import torch.nn.functional as F
 
 from sb3_dreamer.nets.distributions import sample_onehot_with, straight_through
 from sb3_dreamer.types import SIZES
+from sb3_dreamer.world_model import scan
 from sb3_dreamer.world_model.rssm import RSSM, State
 
 B, T, EMBED, ACTION = 3, 7, 5, 2
@@ -77,6 +82,30 @@ def test_scan_and_single_steps_agree_in_values_and_in_all_gradients(rssm: RSSM) 
     assert grads.keys() == grads_scan.keys()
     for name, grad in grads.items():
         assert float((grad - grads_scan[name]).abs().max()) < 1e-10 * float(grad.abs().max() + 1), name
+
+
+@pytest.mark.filterwarnings("ignore:Dynamo detected a call to a `functools.lru_cache`")
+def test_compiled_as_on_a_gpu_each_step_is_one_graph_and_computes_the_same(
+    rssm: RSSM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    embed, action, first, start = inputs()
+    results, graphs = [], []
+
+    def count(graph: th.fx.GraphModule, _: list[th.Tensor]) -> Callable[..., Any]:
+        graphs.append(graph)
+        return graph.forward
+
+    compiled = partial(th.compile, dynamic=False, fullgraph=True, backend=count)
+    for fused in (lambda function: function, compiled):
+        monkeypatch.setattr(scan, "fused", lambda device, fused=fused: fused)
+        rssm.zero_grad()
+        th.manual_seed(1)
+        states, post = rssm.observe(embed, action, first, start)
+        (states.features.square().sum() + (post.log() ** 2).sum()).backward()
+        results.append([states.features, post, *(p.grad.clone() for p in rssm.parameters() if p.grad is not None)])
+    assert len(graphs) == 2  # forward and backward, whatever T is
+    for one, other in zip(*results, strict=True):
+        assert th.allclose(one, other, atol=1e-12)
 
 
 def test_nothing_before_an_episode_start_reaches_the_states_after_it(rssm: RSSM) -> None:

@@ -100,7 +100,8 @@ class FilterScan(th.autograd.Function):
         seen: th.Tensor,
         *weights: th.Tensor,
     ) -> tuple[th.Tensor, th.Tensor]:
-        w, start, drive, seen = Weights(*weights), start.detach(), drive.detach(), seen.detach()
+        start, drive, seen, *weights = (x.detach() for x in (start, drive, seen, *weights))  # type: ignore[assignment]
+        w = Weights(*weights)
         (length, batch, width), hidden, z_width, blocks = drive.shape, seen.shape[-1], len(w.logits_b), len(w.own)
         joint = width + z_width
         widths = (joint, 2 * hidden, 2, 2 * hidden, width, 1, *[width] * 5, joint, hidden, 1, hidden, z_width)
@@ -143,7 +144,7 @@ class FilterScan(th.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, d_after: th.Tensor, d_logits: th.Tensor) -> tuple[th.Tensor | None, ...]:
-        keep, *tensors = ctx.saved_tensors
+        keep, *tensors = (x.detach() for x in ctx.saved_tensors)
         saved, w = Saved(*tensors[: len(Saved._fields)]), Weights(*tensors[len(Saved._fields) :])
         kind, stoch = ctx.kind, ctx.stoch
         (_, batch, width), hidden, blocks = saved.x.shape, saved.y.shape[-1], len(w.own)

@@ -63,11 +63,11 @@ def test_scan_and_single_steps_agree_in_values_and_in_all_gradients(rssm: RSSM) 
     noise = th.rand(T, B, 1, SIZE.stoch, dtype=th.float64)
     weight = [th.randn(B, T, n, dtype=th.float64) for n in (SIZE.deter, SIZE.stoch * SIZE.classes)]
     results = []
-    for scan in (False, True):
+    for by_hand in (False, True):
         rssm.zero_grad()
         embed.grad = None
         th.manual_seed(1)  # observe draws the same noise
-        if scan:
+        if by_hand:
             states, post = rssm.observe(embed, action, first, start)
         else:
             states, post = observe_step_by_step(rssm, embed, action, first, start, noise)

@@ -3,7 +3,8 @@
 The loop over time is the one part of training that no batching can avoid, and with a batch of 16 it costs kernel
 launches and memory traffic, not arithmetic. So its backward pass is written by hand: in the loop only the gradients of
 activations flow, on arrays small enough for the processor's cache; weight gradients are computed for all entries at
-once, after it. Plain autograd over ``RSSM.observe_step`` gives the same numbers; the tests hold it to that::
+once, after it. On a GPU what happens to one entry is compiled. Plain autograd over ``RSSM.observe_step`` gives the same
+numbers; the tests hold it to that::
 
     forward, t = 0 .. T-1                                   backward, t = T-1 .. 0
     s       = keep * [h, z]_{t-1}                           dz -> logits -> dy -> posterior -> dh
@@ -147,10 +148,11 @@ class FilterScan(th.autograd.Function):
         keep, *tensors = (x.detach() for x in ctx.saved_tensors)
         saved, w = Saved(*tensors[: len(Saved._fields)]), Weights(*tensors[len(Saved._fields) :])
         kind, stoch = ctx.kind, ctx.stoch
-        (_, batch, width), hidden, blocks = saved.x.shape, saved.y.shape[-1], len(w.own)
-        d = Gradients(*map(th.empty_like, (saved.inputs, saved.x, th.cat([saved.x] * 3, -1), saved.y, saved.logits)))
+        (length, batch, width), hidden, blocks = saved.x.shape, saved.y.shape[-1], len(w.own)
+        widths = (2 * hidden, width, 3 * width, hidden, len(w.logits_b))
+        d = Gradients(*(saved.x.new_empty(length, batch, n) for n in widths))
         input_g, hidden_g, post_g = gains(w)
-        d_input_g, d_hidden_g, d_post_g = (th.zeros(batch, *g.shape, dtype=g.dtype, device=g.device) for g in gains(w))
+        d_input_g, d_hidden_g, d_post_g = (g.new_zeros(batch, *g.shape) for g in (input_g, hidden_g, post_g))
         post_w, logits_w = w.post_w.to(kind), w.logits_w.to(kind)
         own_w, gates_w = (x.transpose(1, 2).to(kind).contiguous() for x in (w.own, w.gates_w))
         shared_w, input_w = (x.t().to(kind).contiguous() for x in (w.shared, input_layer(w)))

@@ -41,22 +41,26 @@ class CapturedUpdate:
     :param record: turns work without arguments into a replay of it; None: always call ``update``.
     """
 
-    calls_before = 3  # torch sets itself up in the first ones, which a graph must not contain
+    calls_before = 3  # with each shape of batches: torch sets itself up and compiles, which a graph must not contain
 
     def __init__(self, update: Update, record: Record | None) -> None:
         self.update, self.record = update, record
         self.calls = 0
-        self._batch: Batch | None = None
+        self._like: Batch | None = None  # the first batch of these shapes
+        self._batch: Batch | None = None  # the graph's own
         self._results: Results
         self._replay: Callable[[], None]
 
     def __call__(self, batch: Batch) -> Results:
-        self.calls += 1
         if self.record is None:
+            self.calls += 1
             return self.update(batch)
+        if self._like is None or not same_shapes(self._like, batch):
+            self._like, self._batch, self.calls = batch, None, 0
+        self.calls += 1
         if self.calls <= self.calls_before:
             return self._on_the_side(batch)
-        if self._batch is None or not same_shapes(self._batch, batch):
+        if self._batch is None:
             self._batch = map_tensors(th.clone, batch)
             self._replay = self.record(self._run)
         else:

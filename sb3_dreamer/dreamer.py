@@ -223,7 +223,8 @@ class Dreamer(SequenceAlgorithm):
 
             # Dream on from there, and see what it was worth.
             starts = draw_starts(batch.reward.numel(), self.imagination_starts, self.device)
-            dream = imagine(world_model, actor, states.detach().flatten()[starts], self.imagination_horizon)
+            start = states.detach().flatten()[starts]
+            dream = imagine(world_model, actor, start, self.imagination_horizon, compiled=True)
             logits = critic(dream.features)
             values = critic.fast.mean(logits.detach())
             returns = lambda_returns(dream.reward, dream.discount, values, self.gae_lambda)

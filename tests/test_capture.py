@@ -89,13 +89,15 @@ def test_a_replayed_update_learns_the_same_from_each_batch(kind: str) -> None:
         assert th.equal(value, replayed[name]), name
 
 
-def test_a_batch_of_another_shape_is_recorded_anew() -> None:
+def test_a_batch_of_another_shape_is_run_as_it_is_three_times_and_then_recorded_anew() -> None:
     model = filled()
     update = CapturedUpdate(model.update, stand_in(recorded := []))
-    for size in (2, 2, 2, 2, 3, 3):
+    recordings = []
+    for size in (2, 2, 2, 2, 3, 3, 3, 3, 3):
         latents, _ = update(model.replay_buffer.sample(size))
         assert len(latents) == size
-    assert len(recorded) == 2
+        recordings.append(len(recorded))
+    assert recordings == [0, 0, 0, 1, 1, 1, 1, 2, 2]
 
 
 def test_the_graph_keeps_a_batch_of_its_own() -> None:

@@ -27,6 +27,7 @@ def imagine(
     horizon: int,
     first: th.Tensor | None = None,
     sample: bool = True,
+    compiled: bool = False,
 ) -> Dream:
     """Let the actor act in the world model::
 
@@ -40,9 +41,11 @@ def imagine(
     :param horizon: number H of actions.
     :param first: (N, A) actions to take at the start instead of the actor's.
     :param sample: sample latents and actions, else take the expected latents and the most likely actions.
+    :param compiled: on a GPU, compile a step first: for many dreams of one size.
     """
     # a transformer's memory grows with each step, and each would be compiled anew
-    move = _move if world_model.rssm.sequence.parallel else fused(start.features.device)(_move)
+    compiled = compiled and not world_model.rssm.sequence.parallel
+    move = fused(start.features.device)(_move) if compiled else _move
     states, actions = [start.for_products()], []
     for t in range(horizon):
         action, state = move(world_model, actor, states[t], first if t == 0 else None, sample)

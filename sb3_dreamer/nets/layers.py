@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-import os
-import shutil
+import warnings
 from collections.abc import Callable
 from functools import cache, partial
 from typing import Any, TypeVar
@@ -12,7 +11,6 @@ from typing import Any, TypeVar
 import torch as th
 import torch.nn.functional as F
 from torch import nn
-from torch.utils._triton import has_triton
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 silu_backward = th.ops.aten.silu_backward.default
@@ -121,7 +119,10 @@ def norm_silu_to(a: th.Tensor, gain: th.Tensor, floor: th.Tensor, unit: th.Tenso
 def norm_silu_backward(
     dy: th.Tensor, gain: th.Tensor, unit: th.Tensor, length: th.Tensor, out: th.Tensor, d_gain: th.Tensor
 ) -> None:
-    """Gradient of the output of :func:`norm_silu_to` -> gradient of a, to ``out``; that of g / sqrt(n) is added up."""
+    """Gradient of the output of :func:`norm_silu_to` -> gradient of a, to ``out``.
+
+    :param d_gain: (B, ..., n), the gradient of ``gain`` is added to it, member by member; all take its shape.
+    """
     unit, length = unit.view_as(d_gain), length.view(*d_gain.shape[:-1], 1)
     dv = silu_backward(dy.view_as(d_gain).to(unit.dtype), unit * gain)
     d_gain.addcmul_(dv, unit)
@@ -202,8 +203,17 @@ def fast_tanh(x: th.Tensor) -> th.Tensor:
 
 @cache
 def can_compile() -> bool:
-    """Whether torch.compile works for the GPU: Triton is there, and the C compiler that it calls."""
-    return has_triton() and any(map(shutil.which, (os.environ.get("CC", "cc"), "gcc", "clang")))
+    """Whether torch.compile works for the GPU of this machine: tried once, on a single number.
+
+    Older versions than 2.8 compile what writes into rows that are not aligned to 16 bytes wrongly.
+    """
+    if th.__version__ < "2.8":
+        return False
+    try:
+        return bool(th.compile(lambda x: x + 1)(th.zeros(1, device="cuda")) == 1)
+    except Exception as error:  # a missing Triton, compiler, header, folder: each raises something of its own
+        warnings.warn(f"torch.compile does not work here, so updates take about twice as long: {error}", stacklevel=2)
+        return False
 
 
 def fused(device: th.device) -> Callable[[Function], Function]:

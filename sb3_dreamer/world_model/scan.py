@@ -21,6 +21,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import torch as th
 import torch.nn.functional as F
+from torch.autograd.function import once_differentiable
 
 from sb3_dreamer.nets.distributions import UNIMIX
 from sb3_dreamer.nets.layers import fast_tanh, fused, norm_constants, norm_silu_backward, norm_silu_to
@@ -116,7 +117,6 @@ class FilterScan(th.autograd.Function):
         gates_b[:, 2] -= 1.0
         gates_b = gates_b.flatten(1)[:, None]
 
-        @fused(drive.device)
         def entry(
             now: Saved, state: th.Tensor, keep: th.Tensor, drive: th.Tensor, seen: th.Tensor, limit: th.Tensor
         ) -> None:
@@ -135,6 +135,8 @@ class FilterScan(th.autograd.Function):
             now.logits.copy_(affine(w.logits_b, now.y, logits_w))
             now.after.copy_(th.cat([deter, draw(now.logits.view_as(limit), limit)], 1))
 
+        if any(ctx.needs_input_grad):  # training; a few sequences of another size are not worth it
+            entry = fused(drive.device)(entry)
         state, limits = start, class_limits(noise, z_width // noise.shape[-1])
         for now, *known in zip(steps(saved), keep, drive, seen, limits, strict=True):
             entry(now, state, *known)
@@ -144,6 +146,7 @@ class FilterScan(th.autograd.Function):
         return saved.after, saved.logits
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, d_after: th.Tensor, d_logits: th.Tensor) -> tuple[th.Tensor | None, ...]:
         keep, *tensors = (x.detach() for x in ctx.saved_tensors)
         saved, w = Saved(*tensors[: len(Saved._fields)]), Weights(*tensors[len(Saved._fields) :])

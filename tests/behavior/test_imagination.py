@@ -100,7 +100,7 @@ def test_compiled_as_on_a_gpu_a_dream_is_the_same_one(monkeypatch: pytest.Monkey
     for fused in (lambda function: function, partial(th.compile, dynamic=False, fullgraph=True, backend="eager")):
         monkeypatch.setattr(imagination, "fused", lambda device, fused=fused: fused)
         th.manual_seed(0)
-        dreams.append(imagine(model, actor, model.rssm.initial(4), 3))
+        dreams.append(imagine(model, actor, model.rssm.initial(4), 3, compiled=True))
     assert th.equal(dreams[0].features, dreams[1].features)
     assert th.equal(dreams[0].action, dreams[1].action)
 

@@ -6,6 +6,7 @@ import pytest
 import torch as th
 import torch.nn.functional as F
 
+from sb3_dreamer.nets import layers
 from sb3_dreamer.nets.layers import (
     BlockLinear,
     Dense,
@@ -93,3 +94,17 @@ def test_the_norm_of_zeros_is_zero_and_its_gradient_finite() -> None:
     y.sum().backward()
     assert th.equal(y, th.zeros(1, 4))
     assert th.allclose(x.grad, th.full((1, 4), 0.5 / RMSNorm.eps**0.5))
+
+
+def test_where_torch_cannot_compile_for_the_gpu_it_is_said_once_and_nothing_is_compiled(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def no_compiler(*args: object, **kwargs: object) -> None:
+        raise RuntimeError("no C compiler")
+
+    monkeypatch.setattr(th, "compile", no_compiler)
+    layers.can_compile.cache_clear()
+    with pytest.warns(UserWarning, match="does not work here.*no C compiler"):
+        assert layers.fused(th.device("cuda"))(abs) is abs
+    assert layers.fused(th.device("cuda"))(abs) is abs
+    layers.can_compile.cache_clear()

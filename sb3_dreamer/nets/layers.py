@@ -101,9 +101,7 @@ class NormSilu(th.autograd.Function):
 
 
 def norm_silu_to(a: th.Tensor, gain: th.Tensor, floor: th.Tensor, unit: th.Tensor, length: th.Tensor) -> th.Tensor:
-    """:class:`NormSilu` by hand: writes down what :func:`norm_silu_backward` needs.
-
-    With q = sqrt(|a|^2 + n eps) the norm is v = g a / q sqrt(n), and da = (du - (du . u) u) / q where u = a / q.
+    """:class:`NormSilu` by hand, into arrays that are there already: what :func:`norm_silu_backward` needs.
 
     :param a: (B, ..., n).
     :param gain: g sqrt(n).

@@ -84,7 +84,6 @@ def test_scan_and_single_steps_agree_in_values_and_in_all_gradients(rssm: RSSM) 
         assert float((grad - grads_scan[name]).abs().max()) < 1e-10 * float(grad.abs().max() + 1), name
 
 
-@pytest.mark.filterwarnings("ignore:Dynamo detected a call to a `functools.lru_cache`")
 def test_compiled_as_on_a_gpu_each_step_is_one_graph_and_computes_the_same(
     rssm: RSSM, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -12,7 +12,14 @@ from stable_baselines3.common.utils import configure_logger
 
 from sb3_dreamer.dreamer import Dreamer
 from sb3_dreamer.hybrid.progress import Advance, progress
-from sb3_dreamer.replay import Episode, SequenceReplayBuffer, encoded_episode, read_episodes, write_episode
+from sb3_dreamer.replay import (
+    Episode,
+    SequenceReplayBuffer,
+    encoded_episode,
+    read_episodes,
+    split_transitions,
+    write_episode,
+)
 from sb3_dreamer.spaces import by_key
 
 CHUNK = 16  # updates between two looks at how far it is
@@ -157,15 +164,9 @@ def _replay_episodes(buffer: ReplayBuffer, time_limit: int | None) -> Iterator[E
         rows = rows[1:] if buffer.full else rows  # the oldest row holds the newest next observation already
     for env in range(buffer.n_envs if len(rows) > 0 else 0):
         obs, next_obs = _observations(buffer, rows, env)
-        done = buffer.dones[rows, env] > 0
-        follows = np.ones(len(rows), bool)
-        for key, part in obs.items():
-            same = (next_obs[key][:-1] == part[1:]).reshape(len(rows) - 1, -1).all(-1)
-            follows[:-1] &= same
-        for part in np.split(np.arange(len(rows)), np.flatnonzero(done | ~follows) + 1):
-            if len(part) > 0:
-                beheaded = buffer.full and part[0] == 0  # its true length is not known any more
-                yield from _one_episode(buffer, rows[part], env, time_limit, beheaded)
+        for part in split_transitions(obs, next_obs, buffer.dones[rows, env] > 0):
+            beheaded = buffer.full and part[0] == 0  # its true length is not known any more
+            yield from _one_episode(buffer, rows[part], env, time_limit, beheaded)
 
 
 def _observations(buffer: ReplayBuffer, rows: np.ndarray, env: int) -> tuple[dict[str, np.ndarray], ...]:

@@ -68,6 +68,20 @@ def _episode(buffer: SequenceReplayBuffer, arrays: dict[str, np.ndarray], rows: 
     )
 
 
+def split_transitions(
+    obs: dict[str, np.ndarray], next_obs: dict[str, np.ndarray], done: np.ndarray
+) -> list[np.ndarray]:
+    """Which transitions are of one episode: indices, cut where one is done or the next does not follow.
+
+    :param obs: key -> (n, *shape), in the order of time, all of one environment.
+    :param next_obs: key -> (n, *shape).
+    :param done: (n,) bool, whether an episode ended with this transition.
+    """
+    same = [next_obs[key][:-1] == part[1:] for key, part in obs.items()]
+    follows = [part.all(tuple(range(1, part.ndim))) for part in same]
+    return np.split(np.arange(len(done)), np.flatnonzero(done[:-1] | ~np.all(follows, 0)) + 1)
+
+
 def encoded_episode(
     buffer: SequenceReplayBuffer, episode: Episode
 ) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:

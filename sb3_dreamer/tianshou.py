@@ -1,0 +1,187 @@
+"""The door to Tianshou: Dreamer in its collectors, its experience and its policies in Dreamer, and the way back.
+
+    from sb3_dreamer.tianshou import TianshouPolicy, TianshouTeacher, add_experience, fill_buffer
+
+    Collector(TianshouPolicy(model), envs).collect(n_episode=10, reset_before_collect=True)  # Dreamer acts
+    add_experience(model, buffer, algorithm.policy)                    # Dreamer learns from what they collected
+    model.warm_start(TianshouTeacher(algorithm.policy, env.observation_space), n_steps=10_000)
+    fill_buffer(model, VectorReplayBuffer(100_000, 4))                 # they learn from what Dreamer has seen
+
+Needs Tianshou 2, which takes some seconds to import.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch as th
+from gymnasium import spaces
+from tianshou.algorithm.algorithm_base import Policy
+from tianshou.data import Batch, ReplayBuffer, ReplayBufferManager
+from tianshou.utils.torch_utils import torch_train_mode
+
+from sb3_dreamer import Dreamer
+from sb3_dreamer.replay import Episode, read_episodes, split_transitions
+from sb3_dreamer.spaces import by_key
+
+
+class TianshouPolicy(Policy):
+    """A trained Dreamer as a policy for Tianshou's collectors: recurrent, in the units of the environment.
+
+    The state that it carries says by ``running`` whether an episode is under way, since Tianshou marks a new one by
+    zeros. Collectors write states into their buffer; ``on_step_hook=lambda action, rollout: setattr(rollout, "policy",
+    Batch())`` keeps them out, 2.6 kB a step at size1m.
+
+    :param model: Dreamer; observations come as its environment gives them, a VecNormalize is applied here.
+    :param deterministic: act without chance.
+    """
+
+    def __init__(self, model: Dreamer, deterministic: bool = True) -> None:
+        super().__init__(model.action_space, model.observation_space, action_bound_method=None)
+        self.model, self.deterministic = model, deterministic
+
+    def forward(self, batch: Batch, state: Batch | None = None, **kwargs: Any) -> Batch:
+        """Actions (n, *shape) for observations of n environments.
+
+        :param batch: with ``obs``.
+        :param state: what the last call returned; None: all environments begin an episode.
+        :return: ``act`` and ``state``.
+        """
+        obs: Any = plain_observations(self.model.observation_space, batch.obs)
+        if (normalize := self.model.get_vec_normalize_env()) is not None:
+            obs = normalize.normalize_obs(obs)
+        before = None if state is None else (np.asarray(state.packed), np.asarray(state.action))
+        starts = None if state is None else np.asarray(state.running) == 0
+        action, after = self.model.predict(obs, before, starts, self.deterministic)
+        assert after is not None
+        running = np.ones(len(action), np.float32)
+        return Batch(act=action, state=Batch(running=running, packed=after[0], action=after[1]))
+
+
+class TianshouTeacher:
+    """A Tianshou policy with SB3's ``predict``, as a teacher for :meth:`~sb3_dreamer.Dreamer.warm_start`.
+
+    :param policy: of any Tianshou algorithm.
+    :param observation_space: what it sees, where the policy does not say.
+    :raises ValueError: if neither says what it sees.
+    """
+
+    def __init__(self, policy: Policy, observation_space: spaces.Space | None = None) -> None:
+        seen = observation_space or policy.observation_space
+        if seen is None:
+            raise ValueError(f"{type(policy).__name__} does not say what it observes: give observation_space=")
+        self.policy: Any = policy
+        self.observation_space, self.action_space = seen, policy.action_space
+
+    @th.no_grad()
+    def predict(
+        self,
+        observation: np.ndarray | dict[str, np.ndarray],
+        state: Any = None,
+        episode_start: np.ndarray | None = None,
+        deterministic: bool = False,
+    ) -> tuple[np.ndarray, Any]:
+        """Actions (n, *shape) in the units of the environment, and the state of a recurrent policy; as SB3's policies.
+
+        :param observation: of n environments.
+        :param state: what the last call returned.
+        :param episode_start: (n,) true where an episode begins.
+        :param deterministic: for policies that have ``deterministic_eval``; others act as they always do.
+        """
+        if state is not None and episode_start is not None:
+            state = Batch.empty(Batch(of=state), np.asarray(episode_start, bool)).of
+        usual = getattr(self.policy, "deterministic_eval", None)
+        if usual is not None:
+            self.policy.deterministic_eval = deterministic
+        try:
+            with torch_train_mode(self.policy, False):
+                answer = self.policy(Batch(obs=observation, info=Batch()), state)
+        finally:
+            if usual is not None:
+                self.policy.deterministic_eval = usual
+        return self.policy.map_action(answer.act), answer.get("state", None)
+
+
+def add_experience(model: Dreamer, buffer: ReplayBuffer, policy: Policy | None = None) -> None:
+    """Put what a Tianshou collector has collected into the model's replay; as ``model.add_experience``.
+
+    :param model: whose replay.
+    :param buffer: any of Tianshou's, with ``obs_next``.
+    :param policy: whose actions these are, if it maps them on their way to the environment (``action_scaling``);
+        None: the buffer holds them in the units of the environment.
+    :raises ValueError: for other spaces, an empty buffer, and one without ``obs_next``; nothing is added then.
+    """
+    if len(buffer) > 0 and not hasattr(buffer, "obs_next"):
+        raise ValueError("a buffer with ignore_obs_next=True has lost how its episodes end: collect with obs_next")
+    model.add_experience(list(_episodes(model, buffer, policy)))
+
+
+def _episodes(model: Dreamer, buffer: ReplayBuffer, policy: Policy | None) -> Iterator[Episode]:
+    """One environment after the other, the oldest transition first."""
+    several = isinstance(buffer, ReplayBufferManager)
+    parts = zip(buffer.buffers, buffer.subbuffer_edges[:-1]) if several else [(buffer, 0)]
+    for part, offset in parts:
+        if len(part) == 0:
+            continue
+        rows: Any = buffer[part.sample_indices(0) + offset]
+        seen = (rows.obs, rows.obs_next)
+        obs, next_obs = (by_key(plain_observations(model.observation_space, part)) for part in seen)
+        action = rows.act if policy is None else policy.map_action(rows.act)
+        for run in split_transitions(obs, next_obs, rows.terminated | rows.truncated):
+            yield Episode(
+                obs={key: np.concatenate([values[run], next_obs[key][run[-1:]]]) for key, values in obs.items()},
+                action=np.asarray(model.policy.replay_action(action[run])),
+                reward=np.asarray(rows.rew[run]),
+                terminal=bool(rows.terminated[run[-1]]),
+            )
+
+
+def fill_buffer(model: Dreamer, buffer: ReplayBuffer) -> None:
+    """Put the model's real transitions into a Tianshou buffer, for its off-policy or offline algorithms.
+
+    Actions of a Box are scaled to [-1, 1], as policies with ``action_scaling=True`` hand them in. What is not the end
+    of a task ends with ``truncated``, so that no transition follows what it does not belong to.
+
+    :param model: a Dreamer with its replay.
+    :param buffer: any of Tianshou's; each episode goes to the environment that holds least.
+    :raises ValueError: if the model's replay holds no transition.
+    """
+    several, is_dict = isinstance(buffer, ReplayBufferManager), isinstance(model.observation_space, spaces.Dict)
+    filled = np.zeros(buffer.buffer_num if several else 1, int)
+    for episode in read_episodes(model.replay_buffer):
+        env = int(filled.argmin())
+        for row in _rows(episode, is_dict):
+            buffer.add(Batch([row]), buffer_ids=[env]) if several else buffer.add(row)
+        filled[env] += len(episode)
+    if filled.sum() == 0:
+        raise ValueError("the model's replay holds no transition: call learn() or load_replay_buffer() first")
+
+
+def _rows(episode: Episode, is_dict: bool) -> Iterator[Batch]:
+    """One transition after the other, as Tianshou's buffers take them."""
+    for t in range(len(episode)):
+        obs, obs_next = ({key: values[i] for key, values in episode.obs.items()} for i in (t, t + 1))
+        last = t == len(episode) - 1
+        yield Batch(
+            obs=obs if is_dict else obs["obs"],
+            act=episode.action[t],
+            rew=episode.reward[t],
+            terminated=last and episode.terminal,
+            truncated=last and not episode.terminal,
+            obs_next=obs_next if is_dict else obs_next["obs"],
+            info={},
+        )
+
+
+def plain_observations(space: spaces.Space, obs: Any) -> np.ndarray | dict[str, np.ndarray]:
+    """Tianshou's observations (n, *shape), a Batch where the space is a Dict, as SB3 knows them.
+
+    :raises ValueError: for other keys than the space's.
+    """
+    wanted = list(space.spaces) if isinstance(space, spaces.Dict) else []
+    given = sorted(obs.get_keys()) if isinstance(obs, Batch) else []
+    if given != sorted(wanted):
+        raise ValueError(f"observations have the keys {given}, the model's {wanted}: use the same environment")
+    return {key: np.asarray(obs[key]) for key in wanted} if wanted else np.asarray(obs)

@@ -20,7 +20,7 @@ from sb3_dreamer.hybrid.latent_env import LatentVecEnv
 from sb3_dreamer.hybrid.lessons import latent_observations, lessons_from, verdicts_from
 from sb3_dreamer.hybrid.progress import progress
 from sb3_dreamer.hybrid.real_states import RealStates, real_states
-from sb3_dreamer.hybrid.students import start_slowly, student_of, teach, teach_critics
+from sb3_dreamer.hybrid.students import normed_relu, start_slowly, student_of, teach, teach_critics
 from sb3_dreamer.replay import Episode, read_episodes
 from sb3_dreamer.spaces import check_counted_from_zero, policy_for
 
@@ -42,8 +42,9 @@ def to_model_free(
 ) -> Algorithm:
     """A plain SB3 algorithm that acts as Dreamer does, judges as Dreamer does, and remembers what Dreamer has seen.
 
-    What it makes of that is its own affair: PPO stays near the policy that it was given; SAC and its kin start slowly,
-    follow the slope of their critics, and may leave a policy that has little room for errors, as a gait.
+    What it makes of that is its own affair. PPO stays near the policy that it was given. SAC, TD3, DDPG and TQC follow
+    the slope of their critics: they start slowly, and their networks are layer-normalised, which keeps the errors of
+    critics within bounds; ``policy_kwargs=dict(activation_fn=torch.nn.ReLU)`` is SB3's own.
 
     :param model: a trained Dreamer with its replay.
     :param algorithm: SAC, TD3, DDPG, TQC, CrossQ, PPO, A2C, TRPO, or a class derived from one of them.
@@ -104,6 +105,8 @@ def _new_student(
     if "target_entropy" in known:
         settings["ent_coef"] = f"auto_{max(model.ent_coef * model.policy.return_scale.scale.item(), 1e-6):.6g}"
     settings.update(copy.deepcopy(kwargs))
+    if "tau" in known:  # CrossQ has neither target networks nor need of this: it has norms of its own
+        settings["policy_kwargs"] = {"activation_fn": normed_relu(), **(settings.get("policy_kwargs") or {})}
     if settings.get("use_sde") or settings.get("optimize_memory_usage"):
         raise ValueError("use_sde and optimize_memory_usage cannot be handed over to: leave them False")
     wrapped = model._wrap_env(env, model.verbose) if env is not None else model.env

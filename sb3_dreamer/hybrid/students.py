@@ -25,7 +25,7 @@ LAST_RATE = 0.02  # the share of it at the end
 MOST_SATURATED = 0.99  # a mean action nearer to the bounds than this would need a tanh of very large numbers
 LOG_STD_RANGE = (-3.0, 0.0)
 DIFFERENCES = 10.0  # weight of the differences between actions in what critics are taught
-SLOW_START = 1e5  # by how much an off-policy actor's first steps are smaller than later ones
+SLOW_START = 1e3  # by how much an off-policy actor's first steps are smaller than later ones
 GRADIENTS_NOTED = 50  # minibatches that tell how large they are
 ENDLESS = 1e6  # updates after which Adam corrects its moments no more
 
@@ -184,12 +184,27 @@ def teach_critics(target: Any, verdicts: Verdicts, updates: int, advance: Advanc
         target.critic_target.load_state_dict(target.critic.state_dict())
 
 
+def normed_relu() -> type[th.nn.Module]:
+    """An activation for networks of any width: layer normalisation without weights, then ReLU.
+
+    It bounds what critics make of actions that they have not seen (Ball et al. 2023, RLPD); without it the actor
+    follows their errors out of any gait. The class is made here instead of being imported, so that a file carries it
+    whole and SB3 alone can load it.
+    """
+
+    class NormedReLU(th.nn.Module):
+        def forward(self, x: th.Tensor) -> th.Tensor:
+            return th.relu(th.nn.functional.layer_norm(x, x.shape[-1:]))
+
+    return NormedReLU
+
+
 def start_slowly(target: Any, times: float = SLOW_START) -> None:
     """Let the actor's first steps be small, so that the critics can follow what it becomes.
 
     Its optimiser is left as if gradients had been ``times`` as large as they are. Adam forgets that at the rate of its
-    second moments: with 100,000 and 0.999 steps are a hundredth of their size after 13,800 updates, and whole after
-    23,000. Another kind of optimiser stays as it is.
+    second moments: with 1,000 and 0.999 steps are a hundredth of their size after 4,600 updates, and whole after
+    13,800. Another kind of optimiser stays as it is.
 
     :param target: the student, its critics taught and its replay filled.
     :param times: by how much the first steps are smaller.

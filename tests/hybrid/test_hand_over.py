@@ -59,7 +59,7 @@ class TestCritics:
     def test_they_learn_what_actions_are_worth_whatever_the_rate_of_the_student(self, dreamer: Dreamer, algorithm: Any):
         student = dreamer.to_model_free(algorithm, **QUICK, learning_rate=1e-9)
         judged = verdicts(2000, spread=0.0)
-        teach_critics(student, judged, 1000)
+        teach_critics(student, judged, 2000)
         obs = judged.seen_by(student.policy, slice(None))
         with th.no_grad():
             predicted = student.critic(obs, judged.action[:, 0])

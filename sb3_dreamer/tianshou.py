@@ -1,11 +1,9 @@
 """The door to Tianshou: Dreamer in its collectors, its experience and its policies in Dreamer, and the way back.
 
-    from sb3_dreamer.tianshou import TianshouPolicy, TianshouTeacher, add_experience, fill_buffer
-
-    Collector(TianshouPolicy(model), envs).collect(n_episode=10, reset_before_collect=True)  # Dreamer acts
-    add_experience(model, buffer, algorithm.policy)                    # Dreamer learns from what they collected
+    Collector(TianshouPolicy(model), envs).collect(n_episode=10, reset_before_collect=True)    # Dreamer acts
+    fill_buffer(model, VectorReplayBuffer(100_000, 4))       # for their algorithms: what Dreamer has seen
+    add_experience(model, buffer, algorithm.policy)          # for Dreamer: what theirs has collected, and its policy
     model.warm_start(TianshouTeacher(algorithm.policy, env.observation_space), n_steps=10_000)
-    fill_buffer(model, VectorReplayBuffer(100_000, 4))                 # they learn from what Dreamer has seen
 
 Needs Tianshou 2, which takes some seconds to import.
 """
@@ -18,13 +16,19 @@ from typing import Any
 import numpy as np
 import torch as th
 from gymnasium import spaces
-from tianshou.algorithm.algorithm_base import Policy
-from tianshou.data import Batch, ReplayBuffer, ReplayBufferManager
-from tianshou.utils.torch_utils import torch_train_mode
 
 from sb3_dreamer import Dreamer
 from sb3_dreamer.replay import Episode, read_episodes, split_transitions
 from sb3_dreamer.spaces import by_key
+
+try:
+    from tianshou.algorithm.algorithm_base import Policy
+    from tianshou.data import Batch, ReplayBuffer, ReplayBufferManager
+    from tianshou.utils.torch_utils import torch_train_mode
+except ImportError as error:
+    raise ImportError(
+        'sb3_dreamer.tianshou needs Tianshou 2 and Python 3.11: pip install "sb3-dreamer[tianshou]"'
+    ) from error
 
 
 class TianshouPolicy(Policy):

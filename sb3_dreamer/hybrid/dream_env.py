@@ -15,6 +15,7 @@ from sb3_dreamer.dreamer import Dreamer
 from sb3_dreamer.hybrid.experience import require_replay
 from sb3_dreamer.hybrid.real_states import imagined_observations, real_states, unpacked
 from sb3_dreamer.nets.layers import fast_bfloat16
+from sb3_dreamer.policies import PolicyState
 
 STARTS_PER_ENV = 16
 LEAST_CONTEXT = 64  # entries of each real environment that are filtered to get there
@@ -28,31 +29,49 @@ class DreamVecEnv(VecEnv):
     normalised, if its environment is a VecNormalize. The model is used as it is at each step; ``reset()`` draws new
     moments to start from out of what the replay holds by then.
 
-    :param model: a trained Dreamer with its replay.
+    With ``start`` they all begin at one moment instead, the present one of a robot: what a policy, or a row of actions,
+    would come to from there can be looked at before the robot tries it.
+
+    :param model: a trained Dreamer; with its replay, unless ``start`` is given.
     :param n_envs: dreams side by side.
     :param horizon: steps of a dream.
-    :raises ValueError: for a replay with nothing to start from, and senseless numbers.
+    :param start: the state that ``model.predict`` returned for the newest observation; of several environments, dreams
+        begin at each of them by chance. Their first observation is what the model decodes.
+    :raises ValueError: for a replay with nothing to start from, a state of another model, and senseless numbers.
     """
 
-    def __init__(self, model: Dreamer, n_envs: int = 1024, horizon: int = 64) -> None:
+    def __init__(self, model: Dreamer, n_envs: int = 1024, horizon: int = 64, start: PolicyState | None = None) -> None:
         if n_envs < 1 or horizon < 1:
             raise ValueError(f"n_envs={n_envs} and horizon={horizon} have to be at least 1")
-        require_replay(model, "DreamVecEnv")
-        self.model, self.horizon = model, horizon
+        if start is None:
+            require_replay(model, "DreamVecEnv")
+        elif (shape := np.shape(start[0]))[1:] != (width := model.policy.world_model.rssm.packed_width,):
+            raise ValueError(
+                f"start is of shape {shape}, this model's states are (n, {width}): give what predict() returned"
+            )
+        self.model, self.horizon, self.start = model, horizon, start
         super().__init__(n_envs, model.observation_space, model.action_space)
         self._age = np.zeros(n_envs, int)
         self._actions = np.zeros(0)
 
     def reset(self) -> VecEnvObs:
         """Begin all dreams anew."""
-        real = real_states(self.model, max(STARTS_PER_ENV * self.num_envs, LEAST_CONTEXT * self.model.n_envs))
-        alive = np.flatnonzero(~real.is_last)
-        self._start_obs = {key: part[alive] for key, part in real.obs.items()}
-        self._starts = real.packed[alive]
+        self._starts, self._start_obs = self._replayed() if self.start is None else self._decoded(self.start)
         drawn = self._draw(self.num_envs)
         self._state = unpacked(self.model, self._starts[drawn])
         self._age[:] = 0
         return self._as_observation({key: part[drawn] for key, part in self._start_obs.items()})
+
+    def _replayed(self) -> tuple[th.Tensor, dict[str, np.ndarray]]:
+        """Moments of the replay: packed states (n, L), observations (n, *shape) by key."""
+        real = real_states(self.model, max(STARTS_PER_ENV * self.num_envs, LEAST_CONTEXT * self.model.n_envs))
+        alive = np.flatnonzero(~real.is_last)
+        return real.packed[alive], {key: part[alive] for key, part in real.obs.items()}
+
+    def _decoded(self, start: PolicyState) -> tuple[th.Tensor, dict[str, np.ndarray]]:
+        """The same of given moments."""
+        packed = th.as_tensor(start[0], device=self.model.device)
+        return packed, imagined_observations(self.model, unpacked(self.model, packed).features)
 
     def step_async(self, actions: np.ndarray) -> None:
         """Keep the actions, in the units of the action space."""

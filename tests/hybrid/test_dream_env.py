@@ -91,3 +91,36 @@ def test_an_empty_replay_is_refused():
 def test_no_real_environment_is_behind_it(dreamer: Dreamer):
     with pytest.raises(AttributeError, match="only the real environment has"):
         DreamVecEnv(dreamer, 2).env_method("close_door")
+
+
+class TestFromTheRobotsPresentMoment:
+    def test_all_dreams_begin_where_the_robot_is(self, dreamer: Dreamer):
+        obs = np.array([[0.6, -0.8, 1.0]], np.float32)
+        _, state = dreamer.predict(obs, deterministic=True)
+        env = DreamVecEnv(dreamer, 4, start=state)
+        seen = env.reset()
+        decoded = dreamer.policy.world_model.rssm.unpack(th.as_tensor(state[0])).features
+        with th.no_grad():
+            expected = dreamer.policy.world_model.predict_obs(decoded)["obs"].numpy()
+        np.testing.assert_allclose(seen, np.repeat(expected, 4, 0).clip(*pendulum_bounds(env)), atol=1e-5)
+
+    def test_they_begin_there_again_when_they_have_ended(self, dreamer: Dreamer):
+        _, state = dreamer.predict(np.array([[0.6, -0.8, 1.0]], np.float32), deterministic=True)
+        env = DreamVecEnv(dreamer, 4, horizon=1, start=state)
+        first = env.reset()
+        again, _, dones, _ = env.step(push(env))
+        assert dones.all()
+        np.testing.assert_array_equal(again, first)
+
+    def test_no_replay_is_needed(self):
+        model = Dreamer("MlpPolicy", pendulum(), **SMALL)
+        _, state = model.predict(np.array([[0.6, -0.8, 1.0]], np.float32))
+        DreamVecEnv(model, 2, start=state).reset()
+
+    def test_a_state_of_another_model_is_refused(self, dreamer: Dreamer):
+        with pytest.raises(ValueError, match=r"start is of shape \(2, 5\)"):
+            DreamVecEnv(dreamer, 2, start=(np.zeros((2, 5), np.float32), np.zeros((2, 1), np.float32)))
+
+
+def pendulum_bounds(env: DreamVecEnv) -> tuple[np.ndarray, np.ndarray]:
+    return env.observation_space.low, env.observation_space.high

@@ -218,6 +218,21 @@ class TestSettings:
         assert model.num_timesteps == dreamer.num_timesteps + 6
         assert model.replay_buffer.pos == before + 3
 
+    @pytest.mark.parametrize("algorithm", [SAC, TD3, TQC])
+    def test_networks_are_layer_normalised(self, dreamer: Dreamer, algorithm: Any):
+        student = dreamer.to_model_free(algorithm, **QUICK)
+        critic = student.critic.qf0 if algorithm is TQC else student.critic.q_networks[0]
+        x = 7 * th.randn(5, 32) + 3
+        for network in (critic, student.actor.mu if algorithm is TD3 else student.actor.latent_pi):
+            normed = network[1](x)
+            mean, std = x.mean(1, keepdim=True), x.std(1, keepdim=True, correction=0)
+            np.testing.assert_allclose(normed, ((x - mean) / std).clamp(min=0), atol=1e-4)
+
+    def test_they_are_not_where_the_algorithm_has_norms_of_its_own_or_the_caller_says_otherwise(self, dreamer: Dreamer):
+        kwargs = {**QUICK, "policy_kwargs": dict(NET, activation_fn=th.nn.Tanh)}
+        assert isinstance(dreamer.to_model_free(SAC, **kwargs).critic.q_networks[0][1], th.nn.Tanh)
+        assert dreamer.to_model_free(CrossQ, **QUICK).policy.activation_fn is th.nn.ReLU
+
     def test_dreamer_goes_on_after_it_lent_its_environments(self):
         model = Dreamer("MlpPolicy", pendulum(), **SMALL).learn(60)
         model.to_model_free(SAC, **QUICK).learn(5)

@@ -16,14 +16,16 @@ from typing import Any
 import numpy as np
 import torch as th
 from gymnasium import spaces
+from stable_baselines3.common.preprocessing import maybe_transpose
 
 from sb3_dreamer import Dreamer
 from sb3_dreamer.replay import Episode, read_episodes, split_transitions
 from sb3_dreamer.spaces import by_key
 
 try:
-    from tianshou.algorithm.algorithm_base import Policy
-    from tianshou.data import Batch, ReplayBuffer, ReplayBufferManager
+    from tianshou.algorithm.algorithm_base import Algorithm, Policy
+    from tianshou.data import Batch, CachedReplayBuffer, HERReplayBuffer, ReplayBuffer, ReplayBufferManager
+    from tianshou.data.buffer.manager import HERReplayBufferManager
     from tianshou.utils.torch_utils import torch_train_mode
 except ImportError as error:
     raise ImportError(
@@ -35,8 +37,8 @@ class TianshouPolicy(Policy):
     """A trained Dreamer as a policy for Tianshou's collectors: recurrent, in the units of the environment.
 
     The state that it carries says by ``running`` whether an episode is under way, since Tianshou marks a new one by
-    zeros. Collectors write states into their buffer; ``on_step_hook=lambda action, rollout: setattr(rollout, "policy",
-    Batch())`` keeps them out, 2.6 kB a step at size1m.
+    zeros. Collectors write states into their buffer, at size1m 2.6 kB a step of the GRU and 132 kB of the transformer;
+    give them ``on_step_hook=drop_states``.
 
     :param model: Dreamer; observations come as its environment gives them, a VecNormalize is applied here.
     :param deterministic: act without chance.
@@ -64,15 +66,21 @@ class TianshouPolicy(Policy):
         return Batch(act=action, state=Batch(running=running, packed=after[0], action=after[1]))
 
 
+def drop_states(action: Batch, rollout: Batch) -> None:
+    """For ``Collector(on_step_hook=...)``: keep the states of a recurrent policy out of the buffer."""
+    rollout.policy = Batch()
+
+
 class TianshouTeacher:
     """A Tianshou policy with SB3's ``predict``, as a teacher for :meth:`~sb3_dreamer.Dreamer.warm_start`.
 
-    :param policy: of any Tianshou algorithm.
-    :param observation_space: what it sees, where the policy does not say.
+    :param policy: of any Tianshou algorithm, or the algorithm.
+    :param observation_space: of one environment; None: what the policy says.
     :raises ValueError: if neither says what it sees.
     """
 
-    def __init__(self, policy: Policy, observation_space: spaces.Space | None = None) -> None:
+    def __init__(self, policy: Policy | Algorithm, observation_space: spaces.Space | None = None) -> None:
+        policy = policy_of(policy)
         seen = observation_space or policy.observation_space
         if seen is None:
             raise ValueError(f"{type(policy).__name__} does not say what it observes: give observation_space=")
@@ -108,17 +116,22 @@ class TianshouTeacher:
         return self.policy.map_action(answer.act), answer.get("state", None)
 
 
-def add_experience(model: Dreamer, buffer: ReplayBuffer, policy: Policy | None = None) -> None:
+def add_experience(model: Dreamer, buffer: ReplayBuffer, policy: Policy | Algorithm | None = None) -> None:
     """Put what a Tianshou collector has collected into the model's replay; as ``model.add_experience``.
 
     :param model: whose replay.
-    :param buffer: any of Tianshou's, with ``obs_next``.
-    :param policy: whose actions these are, if it maps them on their way to the environment (``action_scaling``);
-        None: the buffer holds them in the units of the environment.
+    :param buffer: a ReplayBuffer or VectorReplayBuffer, prioritised or not, with ``obs_next``.
+    :param policy: whose actions these are, if it maps them on their way to the environment (``action_scaling``), or its
+        algorithm; None: the buffer holds them in the units of the environment.
     :raises ValueError: for other spaces, an empty buffer, and one without ``obs_next``; nothing is added then.
+    :raises TypeError: for a buffer that does not hold what happened in the order of time.
     """
+    _check_kind(buffer)
     if len(buffer) > 0 and not hasattr(buffer, "obs_next"):
         raise ValueError("a buffer with ignore_obs_next=True has lost how its episodes end: collect with obs_next")
+    policy = None if policy is None else policy_of(policy)
+    if policy is not None and policy.action_space != model.action_space:
+        raise ValueError(f"the policy's actions are {policy.action_space}, the model's {model.action_space}")
     model.add_experience(list(_episodes(model, buffer, policy)))
 
 
@@ -132,7 +145,7 @@ def _episodes(model: Dreamer, buffer: ReplayBuffer, policy: Policy | None) -> It
         rows: Any = buffer[part.sample_indices(0) + offset]
         seen = (rows.obs, rows.obs_next)
         obs, next_obs = (by_key(plain_observations(model.observation_space, part)) for part in seen)
-        action = rows.act if policy is None else policy.map_action(rows.act)
+        action = _checked(model.action_space, rows.act if policy is None else policy.map_action(rows.act))
         for run in split_transitions(obs, next_obs, rows.terminated | rows.truncated):
             yield Episode(
                 obs={key: np.concatenate([values[run], next_obs[key][run[-1:]]]) for key, values in obs.items()},
@@ -145,22 +158,54 @@ def _episodes(model: Dreamer, buffer: ReplayBuffer, policy: Policy | None) -> It
 def fill_buffer(model: Dreamer, buffer: ReplayBuffer) -> None:
     """Put the model's real transitions into a Tianshou buffer, for its off-policy or offline algorithms.
 
-    Actions of a Box are scaled to [-1, 1], as policies with ``action_scaling=True`` hand them in. What is not the end
-    of a task ends with ``truncated``, so that no transition follows what it does not belong to.
+    The newest that it has room for, a quarter of a millisecond each. Actions of a Box are scaled to [-1, 1], as
+    policies with ``action_scaling=True`` hand them in; images come as the model sees them, channels first. What is not
+    the end of a task ends with ``truncated``, so that no transition follows what it does not belong to.
 
     :param model: a Dreamer with its replay.
-    :param buffer: any of Tianshou's; each episode goes to the environment that holds least.
-    :raises ValueError: if the model's replay holds no transition.
+    :param buffer: a ReplayBuffer or VectorReplayBuffer, prioritised or not; each episode goes to the environment that
+        is least full.
+    :raises ValueError: if the model's replay holds no transition, or the buffer an episode that has not ended.
+    :raises TypeError: for a buffer that does not hold what happened in the order of time.
     """
+    _check_kind(buffer)
+    if len(buffer) > 0 and len(buffer.unfinished_index()) > 0:
+        raise ValueError(
+            "the buffer holds an episode that has not ended, and what is added would follow it: reset it first"
+        )
+    episodes = list(read_episodes(model.replay_buffer, buffer.maxsize))
+    if not episodes:
+        raise ValueError("the model's replay holds no transition: call learn() or load_replay_buffer() first")
     several, is_dict = isinstance(buffer, ReplayBufferManager), isinstance(model.observation_space, spaces.Dict)
-    filled = np.zeros(buffer.buffer_num if several else 1, int)
-    for episode in read_episodes(model.replay_buffer):
-        env = int(filled.argmin())
+    parts = list(buffer.buffers) if several else [buffer]
+    filled, sizes = (np.array([measure(part) for part in parts]) for measure in (len, lambda part: part.maxsize))
+    for episode in episodes:
+        env = int((filled / sizes).argmin())
         for row in _rows(episode, is_dict):
             buffer.add(Batch([row]), buffer_ids=[env]) if several else buffer.add(row)
         filled[env] += len(episode)
-    if filled.sum() == 0:
-        raise ValueError("the model's replay holds no transition: call learn() or load_replay_buffer() first")
+
+
+def _check_kind(buffer: ReplayBuffer) -> None:
+    """Refuse buffers that invent goals, or keep episodes elsewhere until they have ended."""
+    if isinstance(buffer, CachedReplayBuffer | HERReplayBuffer | HERReplayBufferManager):
+        raise TypeError(f"{type(buffer).__name__} is not understood: use a ReplayBuffer or VectorReplayBuffer")
+
+
+def _checked(space: spaces.Space, action: np.ndarray) -> np.ndarray:
+    """Actions (n, *shape) of the space; scaling would stretch others to its shape.
+
+    :raises ValueError: for another shape, and for fractions in place of choices.
+    """
+    if action.shape[1:] != space.shape or (not isinstance(space, spaces.Box) and action.dtype.kind not in "iub"):
+        given = f"{action.dtype} of shape {action.shape[1:]}"
+        raise ValueError(f"actions are {given}, the model's {space}: use experience of the same environment")
+    return action
+
+
+def policy_of(policy: Policy | Algorithm) -> Any:
+    """The policy itself, where its algorithm was given, as collectors take both."""
+    return policy.policy if isinstance(policy, Algorithm) else policy
 
 
 def _rows(episode: Episode, is_dict: bool) -> Iterator[Batch]:
@@ -180,7 +225,7 @@ def _rows(episode: Episode, is_dict: bool) -> Iterator[Batch]:
 
 
 def plain_observations(space: spaces.Space, obs: Any) -> np.ndarray | dict[str, np.ndarray]:
-    """Tianshou's observations (n, *shape), a Batch where the space is a Dict, as SB3 knows them.
+    """Tianshou's observations (n, *shape), a Batch where the space is a Dict, as SB3 knows them: images channels first.
 
     :raises ValueError: for other keys than the space's.
     """
@@ -188,4 +233,6 @@ def plain_observations(space: spaces.Space, obs: Any) -> np.ndarray | dict[str, 
     given = sorted(obs.get_keys()) if isinstance(obs, Batch) else []
     if given != sorted(wanted):
         raise ValueError(f"observations have the keys {given}, the model's {wanted}: use the same environment")
-    return {key: np.asarray(obs[key]) for key in wanted} if wanted else np.asarray(obs)
+    if isinstance(space, spaces.Dict):
+        return {key: maybe_transpose(np.asarray(obs[key]), part) for key, part in space.spaces.items()}
+    return maybe_transpose(np.asarray(obs), space)

@@ -10,14 +10,29 @@ from gymnasium import spaces
 from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
 from tianshou.algorithm.algorithm_base import Policy
 from tianshou.algorithm.modelfree.sac import SACPolicy
-from tianshou.data import Batch, Collector, ReplayBuffer, VectorReplayBuffer
+from tianshou.data import (
+    Batch,
+    CachedReplayBuffer,
+    Collector,
+    HERVectorReplayBuffer,
+    ReplayBuffer,
+    ReplayBufferManager,
+    VectorReplayBuffer,
+)
 from tianshou.env import DummyVectorEnv
 from tianshou.utils.net.common import Net
 from tianshou.utils.net.continuous import ContinuousActorProbabilistic
 
 from sb3_dreamer import Dreamer
 from sb3_dreamer.replay import read_episodes
-from sb3_dreamer.tianshou import TianshouPolicy, TianshouTeacher, add_experience, fill_buffer
+from sb3_dreamer.tianshou import (
+    TianshouPolicy,
+    TianshouTeacher,
+    add_experience,
+    drop_states,
+    fill_buffer,
+    plain_observations,
+)
 
 SMALL = dict(
     model_size="debug",
@@ -131,9 +146,7 @@ def test_whole_episodes_can_be_collected(dreamer: Dreamer):
 def test_a_hook_keeps_states_out_of_the_buffer(dreamer: Dreamer):
     buffer = VectorReplayBuffer(60, 2)
     envs = DummyVectorEnv([Clock] * 2)
-    collector = Collector(
-        TianshouPolicy(dreamer), envs, buffer, on_step_hook=lambda a, r: setattr(r, "policy", Batch())
-    )
+    collector = Collector(TianshouPolicy(dreamer), envs, buffer, on_step_hook=drop_states)
     collector.collect(n_step=20, reset_before_collect=True)
     assert "hidden_state" not in buffer[:10].policy.get_keys()
 
@@ -149,9 +162,37 @@ def test_observations_are_normalised_as_in_training():
 
 def test_dict_observations_are_understood():
     model = small(DictClock).learn(60)
-    collector = Collector(TianshouPolicy(model), DummyVectorEnv([DictClock] * 2))
-    stats = collector.collect(n_episode=2, reset_before_collect=True)
-    assert list(stats.lens) == [5, 5]
+    seen = {"obs": np.array([[3.0], [1.0]], np.float32), "episode": np.array([[1.0], [2.0]], np.float32)}
+    answer = TianshouPolicy(model)(Batch(obs=Batch(seen), info=Batch()))
+    np.testing.assert_array_equal(answer.act, model.predict(seen, deterministic=True)[0])
+
+
+class Choices(Clock):
+    """Two choices at once; the reward is the second one."""
+
+    action_space = spaces.MultiDiscrete([3, 4])
+
+    def step(self, action: Any) -> Any:
+        obs, _, *rest = super().step([0.0])
+        return obs, float(action[1]), *rest
+
+
+def test_choices_are_understood_there_and_back():
+    model, buffer = small(Choices).learn(60), VectorReplayBuffer(40, 2)
+    Collector(TianshouPolicy(model), DummyVectorEnv([Choices] * 2), buffer).collect(
+        n_step=20, reset_before_collect=True
+    )
+    pupil, again = small(Choices), VectorReplayBuffer(40, 2)
+    add_experience(pupil, buffer)
+    fill_buffer(pupil, again)
+    assert len(again) == 20
+    np.testing.assert_array_equal(again.rew[again.sample_indices(0)], again.act[again.sample_indices(0)][:, 1])
+
+
+def test_images_are_turned_as_sb3_turns_them():
+    space = spaces.Box(0, 255, (3, 8, 6), np.uint8)
+    image = np.random.default_rng(0).integers(0, 255, (2, 8, 6, 3), np.uint8)
+    np.testing.assert_array_equal(plain_observations(space, image), image.transpose(0, 3, 1, 2))
 
 
 # -- their experience --------------------------------------------------------------------------------------------------
@@ -210,6 +251,30 @@ def test_what_does_not_fit_is_refused_and_nothing_is_added(env: type[Clock], buf
     with pytest.raises(ValueError, match=error):
         add_experience(model, buffer())
     assert model.replay_buffer.size() == 0
+
+
+class WideClock(Clock):
+    action_space = spaces.Box(-2.0, 2.0, (3,), np.float32)
+
+
+@pytest.mark.parametrize("env", [WideClock, Choices])
+def test_actions_of_another_space_are_refused(env: type[Clock]):
+    model = small(env)
+    with pytest.raises(ValueError, match="the policy's actions are"):
+        add_experience(model, collected(Clock, 1, 20, 10), Times())
+    with pytest.raises(ValueError, match=r"actions are float32 of shape .1,., the model's"):
+        add_experience(model, collected(Clock, 1, 20, 10))
+    assert model.replay_buffer.size() == 0
+
+
+def test_buffers_that_do_not_hold_what_happened_are_refused(dreamer: Dreamer):
+    cached = CachedReplayBuffer(ReplayBuffer(20), cached_buffer_num=2, max_episode_length=10)
+    goals = HERVectorReplayBuffer(20, 2, compute_reward_fn=lambda *_: np.zeros(1), horizon=5)
+    for buffer in (cached, goals):
+        with pytest.raises(TypeError, match="use a ReplayBuffer or VectorReplayBuffer"):
+            add_experience(dreamer, buffer)
+        with pytest.raises(TypeError, match="use a ReplayBuffer or VectorReplayBuffer"):
+            fill_buffer(dreamer, buffer)
 
 
 def test_a_buffer_without_the_next_observations_is_refused():
@@ -287,6 +352,31 @@ def test_what_came_in_goes_out_again():
         np.testing.assert_allclose(
             after[after.sample_indices(0)][key], before[before.sample_indices(0)][key], atol=1e-6
         )
+
+
+def test_parts_of_a_buffer_are_filled_alike_beside_what_they_hold(dreamer: Dreamer):
+    buffer = ReplayBufferManager([ReplayBuffer(60), ReplayBuffer(200)])
+    for _ in range(30):
+        row = dict(obs=np.zeros(2, np.float32), obs_next=np.ones(2, np.float32), act=np.zeros(1, np.float32), info={})
+        buffer.add(Batch([Batch(row, rew=0.0, terminated=True, truncated=False)]), buffer_ids=[0])
+    fill_buffer(dreamer, buffer)
+    shares = [len(part) / part.maxsize for part in buffer.buffers]
+    assert shares[0] == pytest.approx(shares[1], abs=0.12)
+    assert len(buffer) == 30 + sum(map(len, read_episodes(dreamer.replay_buffer)))
+
+
+def test_a_small_buffer_is_given_the_newest_of_each_environment(dreamer: Dreamer):
+    buffer = VectorReplayBuffer(20, 2)
+    fill_buffer(dreamer, buffer)
+    newest = np.concatenate([episode.obs["obs"][:-1, 1] for episode in read_episodes(dreamer.replay_buffer, 20)])
+    assert {*buffer.obs[buffer.sample_indices(0)][:, 1]} == {*newest}
+
+
+def test_nothing_is_added_behind_an_episode_that_has_not_ended(dreamer: Dreamer):
+    buffer = collected(Clock, n_envs=2, size=100, steps=6)
+    with pytest.raises(ValueError, match="has not ended"):
+        fill_buffer(dreamer, buffer)
+    assert len(buffer) == 6
 
 
 def test_an_empty_replay_fills_no_buffer():

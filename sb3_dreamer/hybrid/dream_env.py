@@ -45,10 +45,12 @@ class DreamVecEnv(VecEnv):
             raise ValueError(f"n_envs={n_envs} and horizon={horizon} have to be at least 1")
         if start is None:
             require_replay(model, "DreamVecEnv")
-        elif (shape := np.shape(start[0]))[1:] != (width := model.policy.world_model.rssm.packed_width,):
-            raise ValueError(
-                f"start is of shape {shape}, this model's states are (n, {width}): give what predict() returned"
-            )
+        else:
+            shape, width = np.shape(start[0]), model.policy.world_model.rssm.packed_width
+            if len(shape) != 2 or 0 in shape or shape[1] != width:
+                raise ValueError(
+                    f"start is of shape {shape}, not (n, {width}): give what predict() of this model returned"
+                )
         self.model, self.horizon, self.start = model, horizon, start
         super().__init__(n_envs, model.observation_space, model.action_space)
         self._age = np.zeros(n_envs, int)
@@ -70,7 +72,7 @@ class DreamVecEnv(VecEnv):
 
     def _decoded(self, start: PolicyState) -> tuple[th.Tensor, dict[str, np.ndarray]]:
         """The same of given moments."""
-        packed = th.as_tensor(start[0], device=self.model.device)
+        packed = th.tensor(np.asarray(start[0], np.float32), device=self.model.device)
         return packed, imagined_observations(self.model, unpacked(self.model, packed).features)
 
     def step_async(self, actions: np.ndarray) -> None:

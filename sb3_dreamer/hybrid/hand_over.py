@@ -20,7 +20,7 @@ from sb3_dreamer.hybrid.latent_env import LatentVecEnv
 from sb3_dreamer.hybrid.lessons import latent_observations, lessons_from, verdicts_from
 from sb3_dreamer.hybrid.progress import progress
 from sb3_dreamer.hybrid.real_states import RealStates, real_states
-from sb3_dreamer.hybrid.students import normed_relu, start_slowly, student_of, teach, teach_critics
+from sb3_dreamer.hybrid.students import NORMED_RELU, start_slowly, student_of, teach, teach_critics
 from sb3_dreamer.replay import Episode, read_episodes
 from sb3_dreamer.spaces import check_counted_from_zero, policy_for
 
@@ -106,7 +106,7 @@ def _new_student(
         settings["ent_coef"] = f"auto_{max(model.ent_coef * model.policy.return_scale.scale.item(), 1e-6):.6g}"
     settings.update(copy.deepcopy(kwargs))
     if "tau" in known:  # CrossQ has neither target networks nor need of this: it has norms of its own
-        settings["policy_kwargs"] = {"activation_fn": normed_relu(), **(settings.get("policy_kwargs") or {})}
+        settings["policy_kwargs"] = {"activation_fn": NORMED_RELU, **(settings.get("policy_kwargs") or {})}
     if settings.get("use_sde") or settings.get("optimize_memory_usage"):
         raise ValueError("use_sde and optimize_memory_usage cannot be handed over to: leave them False")
     wrapped = model._wrap_env(env, model.verbose) if env is not None else model.env

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable, Iterable
 from typing import Any, Protocol
 
@@ -28,6 +29,11 @@ DIFFERENCES = 10.0  # weight of the differences between actions in what critics 
 SLOW_START = 1e3  # by how much an off-policy actor's first steps are smaller than later ones
 GRADIENTS_NOTED = 50  # minibatches that tell how large they are
 ENDLESS = 1e6  # updates after which Adam corrects its moments no more
+
+# Layer normalisation without weights, then ReLU, for any width: all features are one group. It bounds what critics make
+# of actions that they have not seen (Ball et al. 2023, RLPD); without it the actor follows their errors out of a gait.
+# Made of torch's own parts, so that SB3 alone can load what has it.
+NORMED_RELU = functools.partial(th.nn.Sequential, th.nn.GroupNorm(1, 1, affine=False), th.nn.ReLU())
 
 
 class Student(Protocol):
@@ -182,21 +188,6 @@ def teach_critics(target: Any, verdicts: Verdicts, updates: int, advance: Advanc
     target.policy.set_training_mode(False)
     if hasattr(target, "critic_target"):
         target.critic_target.load_state_dict(target.critic.state_dict())
-
-
-def normed_relu() -> type[th.nn.Module]:
-    """An activation for networks of any width: layer normalisation without weights, then ReLU.
-
-    It bounds what critics make of actions that they have not seen (Ball et al. 2023, RLPD); without it the actor
-    follows their errors out of any gait. The class is made here instead of being imported, so that a file carries it
-    whole and SB3 alone can load it.
-    """
-
-    class NormedReLU(th.nn.Module):
-        def forward(self, x: th.Tensor) -> th.Tensor:
-            return th.relu(th.nn.functional.layer_norm(x, x.shape[-1:]))
-
-    return NormedReLU
 
 
 def start_slowly(target: Any, times: float = SLOW_START) -> None:

@@ -117,9 +117,23 @@ class TestFromTheRobotsPresentMoment:
         _, state = model.predict(np.array([[0.6, -0.8, 1.0]], np.float32))
         DreamVecEnv(model, 2, start=state).reset()
 
-    def test_a_state_of_another_model_is_refused(self, dreamer: Dreamer):
-        with pytest.raises(ValueError, match=r"start is of shape \(2, 5\)"):
-            DreamVecEnv(dreamer, 2, start=(np.zeros((2, 5), np.float32), np.zeros((2, 1), np.float32)))
+    @pytest.mark.parametrize("shape", [(2, 5), (5,)])
+    def test_a_state_of_another_model_is_refused(self, dreamer: Dreamer, shape: tuple[int, ...]):
+        with pytest.raises(ValueError, match="give what predict"):
+            DreamVecEnv(dreamer, 2, start=(np.zeros(shape, np.float32), np.zeros((2, 1), np.float32)))
+
+    def test_an_empty_state_is_refused(self, dreamer: Dreamer):
+        packed, action = dreamer.policy.initial_state(0)
+        with pytest.raises(ValueError, match="give what predict"):
+            DreamVecEnv(dreamer, 2, start=(packed, action))
+
+    def test_a_state_that_its_owner_changes_later_changes_no_dream(self, dreamer: Dreamer):
+        _, state = dreamer.predict(np.array([[0.6, -0.8, 1.0]], np.float32), deterministic=True)
+        env = DreamVecEnv(dreamer, 4, start=state)
+        first = env.reset()
+        state[0][:] = 9.0
+        env._begin_again(np.arange(4), np.ones(4, bool), {"obs": first.copy()}, [{} for _ in range(4)])
+        assert env._state.features.abs().max() < 9.0
 
 
 def pendulum_bounds(env: DreamVecEnv) -> tuple[np.ndarray, np.ndarray]:

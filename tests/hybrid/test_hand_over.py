@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch as th
 from sb3_contrib import TQC, CrossQ, RecurrentPPO
-from stable_baselines3 import DQN, PPO, SAC, TD3
+from stable_baselines3 import DDPG, DQN, PPO, SAC, TD3
 from stable_baselines3.common.buffers import NStepReplayBuffer, ReplayBuffer
 from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
 
@@ -218,12 +218,12 @@ class TestSettings:
         assert model.num_timesteps == dreamer.num_timesteps + 6
         assert model.replay_buffer.pos == before + 3
 
-    @pytest.mark.parametrize("algorithm", [SAC, TD3, TQC])
+    @pytest.mark.parametrize("algorithm", [SAC, TD3, DDPG, TQC])
     def test_networks_are_layer_normalised(self, dreamer: Dreamer, algorithm: Any):
         student = dreamer.to_model_free(algorithm, **QUICK)
         critic = student.critic.qf0 if algorithm is TQC else student.critic.q_networks[0]
         x = 7 * th.randn(5, 32) + 3
-        for network in (critic, student.actor.mu if algorithm is TD3 else student.actor.latent_pi):
+        for network in (critic, student.actor.mu if algorithm in (TD3, DDPG) else student.actor.latent_pi):
             normed = network[1](x)
             mean, std = x.mean(1, keepdim=True), x.std(1, keepdim=True, correction=0)
             np.testing.assert_allclose(normed, ((x - mean) / std).clamp(min=0), atol=1e-4)
@@ -371,6 +371,15 @@ class TestFiles:
         np.testing.assert_allclose(
             np.array(actions, float), sac.predict(obs, deterministic=True)[0].flatten(), atol=1e-5
         )
+
+    def test_its_policy_alone_can_be_saved_too(self, dreamer: Dreamer, tmp_path: Path):
+        sac = dreamer.to_model_free(SAC, **QUICK)
+        sac.policy.save(tmp_path / "policy.pth")
+        obs = sac.replay_buffer.observations[0]
+        actions = (
+            policy.predict(obs, deterministic=True)[0] for policy in (sac.policy.load(tmp_path / "policy.pth"), sac)
+        )
+        np.testing.assert_allclose(*actions, atol=1e-6)
 
 
 class TestRefused:

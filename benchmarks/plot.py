@@ -36,8 +36,9 @@ def task_of(env: str) -> str:
 
 
 def read_results(paths: list[Path]) -> pd.DataFrame:
-    """Rows of `benchmarks/learn.py`, with the task and what stands in the legend."""
-    rows = pd.concat([pd.read_csv(path).assign(file=path.stem) for path in paths], ignore_index=True)
+    """Rows of `benchmarks/learn.py` or `benchmarks/hybrid.py`, with the task and what stands in the legend."""
+    files = [pd.read_csv(path).rename(columns={"agent": "algo"}).assign(file=path.stem) for path in paths]
+    rows = pd.concat(files, ignore_index=True)
     rows["task"] = rows["env"].map(task_of)
     rows["curve"] = [_curve_name(algo, settings) for algo, settings in zip(rows["algo"], rows["settings"])]
     # The same settings in several files, of different versions for example, are curves of their own.
@@ -49,7 +50,7 @@ def read_results(paths: list[Path]) -> pd.DataFrame:
 def _curve_name(algo: str, settings: str) -> str:
     known = json.loads(settings)
     normalized = ["normalized"] * known.get("normalize", False)
-    return ", ".join([algo, *normalized, *(f"{key}={value}" for key, value in known["overrides"].items())])
+    return ", ".join([algo, *normalized, *(f"{key}={value}" for key, value in known.get("overrides", {}).items())])
 
 
 def read_references(paths: list[Path], algorithms: list[str] | None) -> pd.DataFrame:
@@ -132,7 +133,7 @@ def draw(results: pd.DataFrame, reference: pd.DataFrame, column: str) -> Figure:
 def main() -> None:
     """Read the command line, draw, write the picture."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("results", type=Path, nargs="+", help="CSV files written by benchmarks/learn.py")
+    parser.add_argument("results", type=Path, nargs="+", help="CSV files written by benchmarks/learn.py or hybrid.py")
     parser.add_argument("--reference", type=Path, nargs="+", default=[], help="CSV files of published results")
     parser.add_argument("--algorithms", nargs="+", help="which of the reference's algorithms; all if not given")
     parser.add_argument("--column", choices=("return_mean", "train_return"), default="return_mean")

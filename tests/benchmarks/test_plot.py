@@ -70,3 +70,9 @@ def test_published_points_reach_to_the_end_of_the_runs_or_the_next_one(
     axes = draw(results, read_references([path], None), "return_mean").axes[0]
     line = next(line for line in axes.lines if str(line.get_label()).startswith("published"))
     assert list(line.get_xdata()) == shown
+
+
+def test_rows_of_hybrid_runs_are_drawn_by_agent(tmp_path: Path):
+    rows = {"env": ["Hopper-v4"] * 2, "agent": ["dreamer", "dreamer-then-sac"], "seed": 0, "step": [10, 20]}
+    pd.DataFrame({**rows, "return_mean": [1.0, 2.0], "settings": json.dumps({"first": 10})}).to_csv(tmp_path / "h.csv")
+    assert list(read_results([tmp_path / "h.csv"])["curve"]) == ["dreamer", "dreamer-then-sac"]

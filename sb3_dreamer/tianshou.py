@@ -178,7 +178,7 @@ def fill_buffer(model: Dreamer, buffer: ReplayBuffer) -> None:
         raise ValueError("the model's replay holds no transition: call learn() or load_replay_buffer() first")
     several, is_dict = isinstance(buffer, ReplayBufferManager), isinstance(model.observation_space, spaces.Dict)
     parts = list(buffer.buffers) if several else [buffer]
-    filled, sizes = (np.array([measure(part) for part in parts]) for measure in (len, lambda part: part.maxsize))
+    filled, sizes = np.array([len(part) for part in parts]), np.array([part.maxsize for part in parts])
     for episode in episodes:
         env = int((filled / sizes).argmin())
         for row in _rows(episode, is_dict):

@@ -112,6 +112,11 @@ class TestReplayOfSB3:
         expected = [([1.0, 2.0, 3.0], True), ([10.0, 11.0], False), ([20.0, 21.0], False)]
         assert told(episodes_of(small(), buffer)) == expected
 
+    def test_a_single_transition_is_an_episode(self):
+        buffer = sb3_replay()
+        put(buffer, 1, 2)
+        assert told(episodes_of(small(), buffer)) == [([1.0, 2.0], False)]
+
     def test_rows_that_do_not_follow_each_other_are_cut(self):
         buffer = sb3_replay()
         put(buffer, 1, 2)

@@ -132,7 +132,7 @@ def add_experience(model: Dreamer, buffer: ReplayBuffer, policy: Policy | Algori
     policy = None if policy is None else policy_of(policy)
     if policy is not None and policy.action_space != model.action_space:
         raise ValueError(f"the policy's actions are {policy.action_space}, the model's {model.action_space}")
-    model.add_experience(list(_episodes(model, buffer, policy)))
+    model.add_experience(_episodes(model, buffer, policy))
 
 
 def _episodes(model: Dreamer, buffer: ReplayBuffer, policy: Policy | None) -> Iterator[Episode]:
@@ -210,13 +210,11 @@ def policy_of(policy: Policy | Algorithm) -> Any:
 
 def _rows(episode: Episode, is_dict: bool) -> Iterator[Batch]:
     """One transition after the other, as Tianshou's buffers take them."""
-    for t in range(len(episode)):
-        obs, obs_next = ({key: values[i] for key, values in episode.obs.items()} for i in (t, t + 1))
-        last = t == len(episode) - 1
+    for obs, obs_next, action, reward, last in episode.transitions():
         yield Batch(
             obs=obs if is_dict else obs["obs"],
-            act=episode.action[t],
-            rew=episode.reward[t],
+            act=action,
+            rew=reward,
             terminated=last and episode.terminal,
             truncated=last and not episode.terminal,
             obs_next=obs_next if is_dict else obs_next["obs"],

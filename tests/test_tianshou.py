@@ -33,19 +33,7 @@ from sb3_dreamer.tianshou import (
     fill_buffer,
     plain_observations,
 )
-
-SMALL = dict(
-    model_size="debug",
-    buffer_size=600,
-    batch_size=4,
-    batch_length=8,
-    learning_starts=50,
-    train_ratio=3.2,
-    imagination_starts=8,
-    imagination_horizon=5,
-    seed=0,
-    device="cpu",
-)
+from tests.hybrid.conftest import SMALL
 
 
 class Clock(gym.Env):

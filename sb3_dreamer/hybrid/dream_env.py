@@ -51,14 +51,15 @@ class DreamVecEnv(VecEnv):
                 raise ValueError(
                     f"start is of shape {shape}, not (n, {width}): give what predict() of this model returned"
                 )
-        self.model, self.horizon, self.start = model, horizon, start
+        self.model, self.horizon = model, horizon
+        self._given = None if start is None else th.tensor(np.asarray(start[0], np.float32), device=model.device)
         super().__init__(n_envs, model.observation_space, model.action_space)
         self._age = np.zeros(n_envs, int)
         self._actions = np.zeros(0)
 
     def reset(self) -> VecEnvObs:
         """Begin all dreams anew."""
-        self._starts, self._start_obs = self._replayed() if self.start is None else self._decoded(self.start)
+        self._starts, self._start_obs = self._replayed() if self._given is None else self._decoded(self._given)
         drawn = self._draw(self.num_envs)
         self._state = unpacked(self.model, self._starts[drawn])
         self._age[:] = 0
@@ -70,9 +71,8 @@ class DreamVecEnv(VecEnv):
         alive = np.flatnonzero(~real.is_last)
         return real.packed[alive], {key: part[alive] for key, part in real.obs.items()}
 
-    def _decoded(self, start: PolicyState) -> tuple[th.Tensor, dict[str, np.ndarray]]:
+    def _decoded(self, packed: th.Tensor) -> tuple[th.Tensor, dict[str, np.ndarray]]:
         """The same of given moments."""
-        packed = th.tensor(np.asarray(start[0], np.float32), device=self.model.device)
         return packed, imagined_observations(self.model, unpacked(self.model, packed).features)
 
     def step_async(self, actions: np.ndarray) -> None:

@@ -178,11 +178,8 @@ def _columns(episodes: list[Episode], number: int) -> list[list[Episode]]:
 def _transitions(episodes: list[Episode]) -> Iterator[tuple[Any, ...]]:
     """Of one column: (obs, next obs, action, reward, done, info)."""
     for episode in episodes:
-        for t in range(len(episode)):
-            done = t == len(episode) - 1
-            now, then = ({key: part[i] for key, part in episode.obs.items()} for i in (t, t + 1))
-            info = {"TimeLimit.truncated": done and not episode.terminal}
-            yield now, then, episode.action[t], episode.reward[t], done, info
+        for *transition, done in episode.transitions():
+            yield *transition, done, {"TimeLimit.truncated": done and not episode.terminal}
 
 
 def _together(rows: tuple[dict[str, np.ndarray], ...], is_dict: bool) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -28,6 +29,12 @@ class Episode:
 
     def __len__(self) -> int:
         return len(self.reward)
+
+    def transitions(self) -> Iterator[tuple[dict[str, np.ndarray], dict[str, np.ndarray], Any, Any, bool]]:
+        """One after the other: observation and the next one by key, action, reward, and whether it is the last."""
+        for t in range(len(self)):
+            now, then = ({key: values[i] for key, values in self.obs.items()} for i in (t, t + 1))
+            yield now, then, self.action[t], self.reward[t], t == len(self) - 1
 
     def part(self, begin: int, end: int) -> Episode:
         """Actions ``begin`` to ``end``, the latter not included; cut, unless it reaches the end."""

@@ -3,6 +3,7 @@
 python benchmarks/hybrid.py hand-over                    Dreamer, then SAC, CrossQ or PPO, beside each of them alone
 python benchmarks/hybrid.py warm-start --teacher sac     a teacher, then Dreamer
 python benchmarks/hybrid.py dream                        PPO, a world model of what it did, PPO in the dream
+python benchmarks/hybrid.py guard --envs Hopper-v4       how often Dreamer falls, alone and with a fallback at its side
 python benchmarks/hybrid.py hand-over --envs Pendulum-v1 --seeds 0 --first 3000 --then 2000 --eval-every 500
 
 Steps are the agent's; evaluations are episodes in environments of their own, deterministic unless a row says sampled.
@@ -22,11 +23,12 @@ import torch as th
 from stable_baselines3 import PPO
 from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.env_util import make_vec_env
+from stable_baselines3.common.evaluation import evaluate_policy
 
 from benchmarks.envs import make_env
 from benchmarks.learn import algorithm, commit, evaluate, machine, parse_overrides, policy_alias
 from sb3_dreamer import Dreamer
-from sb3_dreamer.hybrid import DreamVecEnv
+from sb3_dreamer.hybrid import DreamVecEnv, Guard
 
 ENVS = ("Hopper-v4", "HalfCheetah-v4", "dmc/walker-walk")
 COLUMNS = ("comparison", "env", "seed", "agent", "step", "return_mean", "return_std", "n_episodes", "seconds", "commit",
@@ -81,6 +83,12 @@ class Runner:
         while (done := model.num_timesteps - before) < steps:
             model.learn(min(self.args.eval_every, steps - done), reset_num_timesteps=False)
             self.note(agent, model, already + model.num_timesteps - before)
+
+    def falls(self, policy: Any) -> float:
+        """How often an episode ends before its time limit, in 1,000 steps; actions as the policy draws them."""
+        env = make_vec_env(lambda: make_env(self.env), n_envs=5, seed=10_000 + 1_000 * self.seed)
+        lengths = np.array(evaluate_policy(policy, env, self.args.eval_episodes, False, return_episode_rewards=True)[1])
+        return 1_000 * float((lengths < env.get_attr("spec")[0].max_episode_steps).sum() / lengths.sum())
 
     def returns(self, agent: str) -> list[float]:
         """Of all evaluations of an agent, in order."""
@@ -140,7 +148,20 @@ def dream(run: Runner) -> Row:
     return verdict | {"ppo after": run.returns("ppo in the dream")[-1], "sampled after": sampled}
 
 
-COMPARISONS: dict[str, Callable[[Runner], Row]] = {"hand-over": hand_over, "warm-start": warm_start, "dream": dream}
+def guard(run: Runner) -> Row:
+    """Falls in 1,000 steps: of a fallback, of Dreamer, and of Dreamer which that fallback takes over from in time."""
+    fallback = run.new(run.args.teacher)
+    fallback.learn(run.args.first)
+    model: Dreamer = run.new("dreamer")
+    run.learn("dreamer", model, run.args.then)
+    guarded = Guard(model, fallback)
+    verdict = {f"falls of {name}": run.falls(agent) for name, agent in (
+        ("the fallback", fallback), ("dreamer", model), ("dreamer with the fallback", guarded))}  # fmt: skip
+    return verdict | {"share of steps by the fallback": guarded.taken_over / guarded.decisions}
+
+
+COMPARISONS: dict[str, Callable[[Runner], Row]] = {
+    "hand-over": hand_over, "warm-start": warm_start, "dream": dream, "guard": guard}  # fmt: skip
 
 
 def runs(args: argparse.Namespace) -> Iterator[Runner]:

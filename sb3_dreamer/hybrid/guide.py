@@ -25,6 +25,7 @@ class Guide:
     :param teacher: this and the others as in :func:`~sb3_dreamer.hybrid.warm_start.warm_start`.
     :param vec_normalize: its statistics.
     :param deterministic: whether it acts without exploring.
+    :param role: what messages call it.
     :raises ValueError: if it cannot act there.
     """
 
@@ -34,6 +35,7 @@ class Guide:
         teacher: Any,
         vec_normalize: VecNormalize | str | pathlib.Path | Literal[False] | None,
         deterministic: bool,
+        role: str = "teacher",
     ) -> None:
         env = raw_env(model)
         normalised = isinstance(teacher, BaseAlgorithm) and saw_normalised(vars(teacher))
@@ -44,7 +46,7 @@ class Guide:
             vec_normalize = teacher.get_vec_normalize_env()
         if vec_normalize is None and normalised:
             raise ValueError(
-                "the teacher was trained with VecNormalize and cannot act without its statistics: "
+                f"the {role} was trained with VecNormalize and cannot act without its statistics: "
                 "give vec_normalize=, the VecNormalize or the path that its save() wrote to; False, if this is wrong"
             )
         if isinstance(vec_normalize, str | pathlib.Path):
@@ -59,16 +61,19 @@ class Guide:
         ):
             if given != own:
                 raise ValueError(
-                    f"the teacher's {name} are {own}, here they are {given}: "
+                    f"the {role}'s {name} are {own}, here they are {given}: "
                     "use the environment and the wrappers that it was trained with"
                 )
 
     def answer(self, model: Dreamer) -> np.ndarray:
         """What the teacher would do now, in each of the model's environments: (n_envs, *shape) actions."""
-        obs = model.original_obs if self.normalize is None else self.normalize.normalize_obs(model.original_obs)
-        starts = model._last_episode_starts
-        actions, self.memory = self.teacher.predict(obs, self.memory, starts, self.deterministic)
+        actions, self.memory = self.act(model.original_obs, self.memory, model._last_episode_starts)
         return actions
+
+    def act(self, obs: Any, memory: Any, starts: np.ndarray | None) -> tuple[np.ndarray, Any]:
+        """What the teacher would do: original observations (n, .) -> actions (n, *shape), its memory of them."""
+        shown = obs if self.normalize is None else self.normalize.normalize_obs(obs)
+        return self.teacher.predict(shown, memory, starts, self.deterministic)
 
 
 def raw_env(model: Dreamer) -> VecEnv:

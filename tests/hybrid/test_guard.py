@@ -1,0 +1,187 @@
+"""The guard: risk as the share of dreams that end badly, and who acts then."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import pytest
+import torch as th
+from sb3_contrib import RecurrentPPO
+from stable_baselines3 import PPO, SAC
+from stable_baselines3.common.evaluation import evaluate_policy
+from stable_baselines3.common.vec_env import VecMonitor, VecNormalize
+
+from sb3_dreamer import Dreamer
+from sb3_dreamer.hybrid import Guard
+from tests.hybrid.conftest import SMALL, pendulum
+
+
+class Constant:
+    """A fallback that always does the same."""
+
+    def __init__(self, dreamer: Dreamer, action: float = 2.0) -> None:
+        self.observation_space, self.action_space = dreamer.observation_space, dreamer.action_space
+        self.action = action
+        self.seen: list[Any] = []
+
+    def predict(self, obs, state=None, episode_start=None, deterministic=False):
+        self.seen.append(obs)
+        return np.full((*np.shape(obs)[:-1], 1), self.action, np.float32), state
+
+
+@contextmanager
+def continues_with(dreamer: Dreamer, probability: float) -> Iterator[None]:
+    """The model says at every step that the episode goes on with this probability."""
+    out = dreamer.policy.world_model.continue_head[-1]
+    before = out.weight.clone(), out.bias.clone()
+    goal = th.tensor(probability * dreamer.gamma)
+    with th.no_grad():
+        out.weight.zero_()
+        out.bias.fill_(th.logit(goal, eps=1e-7).item())
+    try:
+        yield
+    finally:
+        with th.no_grad():
+            out.weight.copy_(before[0])
+            out.bias.copy_(before[1])
+
+
+def observe(n: int = 1) -> np.ndarray:
+    return np.tile(np.float32([1.0, 0.0, 0.1]), (n, 1))
+
+
+def test_the_risk_is_the_chance_that_an_episode_ends_within_the_horizon(dreamer: Dreamer):
+    guard = Guard(dreamer, Constant(dreamer), horizon=7, n_dreams=3)
+    packed, _ = dreamer.policy.initial_state(2)
+    for p in (1.0, 0.9, 0.5, 0.0):
+        with continues_with(dreamer, p):
+            np.testing.assert_allclose(guard.risk(packed), [1 - p**7] * 2, atol=0.02)
+
+
+def test_dreamer_acts_where_the_risk_is_small(dreamer: Dreamer):
+    fallback = Constant(dreamer)
+    guard = Guard(dreamer, fallback, horizon=5)
+    with continues_with(dreamer, 1.0):
+        action, state = guard.predict(observe(2), deterministic=True)
+    own, (packed, encoded) = dreamer.predict(observe(2), deterministic=True)
+    np.testing.assert_array_equal(action, own)
+    np.testing.assert_array_equal(state.packed, packed)
+    np.testing.assert_array_equal(state.action, encoded)
+    assert (guard.decisions, guard.taken_over) == (2, 0)
+
+
+def test_the_fallback_acts_where_it_is_not_and_the_model_is_told_what_was_really_done(dreamer: Dreamer):
+    guard = Guard(dreamer, Constant(dreamer), horizon=5)
+    with continues_with(dreamer, 0.0):
+        action, state = guard.predict(observe(2))
+    np.testing.assert_array_equal(action, [[2.0], [2.0]])
+    np.testing.assert_array_equal(state.action, [[1.0], [1.0]])  # encoded: of the bounds -2 and 2
+    assert (guard.decisions, guard.taken_over) == (2, 2)
+
+
+@pytest.mark.parametrize("acts", [0.0, 1.0])
+def test_one_observation_alone_gives_one_action(dreamer: Dreamer, acts: float):
+    with continues_with(dreamer, acts):
+        action, state = Guard(dreamer, Constant(dreamer), horizon=2).predict(observe()[0])
+    assert action.shape == (1,)
+    assert action.dtype == np.float32
+    assert len(state.packed) == 1
+
+
+def test_a_test_holds_until_the_next_one_and_the_fallback_until_the_next_episode(dreamer: Dreamer):
+    guard = Guard(dreamer, Constant(dreamer), horizon=5, every=3)
+    with continues_with(dreamer, 1.0):
+        _, state = guard.predict(observe(2), None, np.array([True, True]))
+    seen = []
+    with continues_with(dreamer, 0.0):
+        for starts in ([False, False], [False, True], [False, False]):
+            _, state = guard.predict(observe(2), state, np.array(starts))
+            seen.append(state.taken_over.tolist())
+    assert seen == [[False, False], [False, True], [True, True]]
+    with continues_with(dreamer, 1.0):
+        for starts in ([False, False], [False, False], [False, False], [True, False]):
+            _, state = guard.predict(observe(2), state, np.array(starts))
+            seen.append(state.taken_over.tolist())
+    assert seen[3:] == [[True, True]] * 3 + [[False, True]]
+
+
+def test_dreams_that_make_no_sense_are_risky(dreamer: Dreamer):
+    guard = Guard(dreamer, Constant(dreamer), horizon=2, max_risk=1.0)
+    with continues_with(dreamer, 1.0):
+        dreamer.policy.world_model.continue_head[-1].bias.data.fill_(float("nan"))
+        _, state = guard.predict(observe())
+    assert state.taken_over.tolist() == [True]
+
+
+def test_what_must_not_happen_is_risky_though_no_episode_ends_with_it(dreamer: Dreamer):
+    asked = []
+
+    def unsafe(obs: np.ndarray) -> np.ndarray:
+        asked.append(obs)
+        return np.arange(len(obs)) < 6  # both states of the first three dreams, of eight
+
+    guard = Guard(dreamer, Constant(dreamer), horizon=2, n_dreams=4, unsafe=unsafe)
+    packed, _ = dreamer.policy.initial_state(2)
+    with continues_with(dreamer, 1.0):
+        np.testing.assert_allclose(guard.risk(packed), [0.75, 0.0], atol=0.01)
+    assert asked[0].shape == (16, 3)
+    assert np.abs(asked[0][:, :2]).max() <= 1.0  # in the bounds of the space
+
+
+def test_a_predicate_that_gives_no_bool_for_each_observation_is_refused(dreamer: Dreamer):
+    guard = Guard(dreamer, Constant(dreamer), horizon=2, n_dreams=4, unsafe=lambda obs: obs[:, 2])
+    with pytest.raises(ValueError, match=r"unsafe\(\) gave float32 of shape \(8,\) for 8 observations"):
+        guard.predict(observe())
+
+
+def test_a_recurrent_fallback_remembers_what_it_saw_while_dreamer_acted(dreamer: Dreamer):
+    teacher = RecurrentPPO("MlpLstmPolicy", pendulum(), n_steps=16, batch_size=16, seed=0, device="cpu")
+    guard = Guard(dreamer, teacher, horizon=2, every=1)
+    state, memory = None, None
+    for probability in (1.0, 1.0, 0.0):
+        obs = observe() * (1 + probability)
+        with continues_with(dreamer, probability):
+            action, state = guard.predict(obs, state, np.array([state is None]))
+        expected, memory = teacher.predict(obs, memory, np.array([memory is None]), deterministic=True)
+    np.testing.assert_allclose(action, expected)
+
+
+def test_each_sees_the_units_that_it_was_trained_with():
+    env = VecNormalize(pendulum())
+    dreamer = Dreamer("MlpPolicy", env, **SMALL).learn(60)
+    seen: list[np.ndarray] = []
+
+    def unsafe(obs: np.ndarray) -> np.ndarray:
+        seen.append(obs)
+        return np.zeros(len(obs), bool)
+
+    fallback = Constant(dreamer)
+    env.training = False
+    guard = Guard(dreamer, fallback, vec_normalize=False, horizon=2, unsafe=unsafe)
+    raw = observe()
+    guard.predict(env.normalize_obs(raw))
+    np.testing.assert_allclose(fallback.seen[0], raw, atol=1e-5)
+    decoded = env.unnormalize_obs(np.full((1, 3), 10.0))  # VecNormalize's own limit
+    assert (np.abs(seen[0]) <= np.abs(decoded) + np.abs(env.obs_rms.mean)).all()
+
+
+def test_it_can_be_evaluated_as_any_policy(dreamer: Dreamer):
+    guard = Guard(dreamer, PPO("MlpPolicy", pendulum(), device="cpu"), horizon=2)
+    mean, _ = evaluate_policy(guard, VecMonitor(pendulum(2)), n_eval_episodes=2)
+    assert -500 < mean < 0
+    assert guard.decisions == 100
+
+
+def test_what_cannot_work_is_refused(dreamer: Dreamer, tmp_path):
+    fallback = Constant(dreamer)
+    for wrong in (dict(horizon=0), dict(n_dreams=0), dict(every=0)):
+        with pytest.raises(ValueError, match="have to be at least 1"):
+            Guard(dreamer, fallback, **wrong)
+    with pytest.raises(ValueError, match=r"max_risk=1.5 has to be from 0 to 1"):
+        Guard(dreamer, fallback, max_risk=1.5)
+    with pytest.raises(ValueError, match="the fallback's observations are"):
+        Guard(dreamer, SAC("MlpPolicy", "MountainCarContinuous-v0", buffer_size=10, device="cpu"))
+    dreamer.save(tmp_path / "alone")
+    with pytest.raises(ValueError, match="needs a model with an environment"):
+        Guard(Dreamer.load(tmp_path / "alone", device="cpu"), fallback)

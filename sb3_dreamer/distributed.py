@@ -7,15 +7,16 @@
     Dreamer("MlpPolicy", env).learn(1_000_000)        # or any other algorithm of SB3
 
 The agent acts for all environments at once and learns where it runs; only observations and actions travel. Without a
-cluster Ray starts one on this machine. Ray gives its workers the lowest priority; where they share the machine of the
-agent, set ``RAY_worker_niceness=0`` before Ray starts, or the simulators wait for the learning.
+cluster Ray starts one on this machine. Ray gives its workers a low priority; where they share the machine of the agent,
+set ``RAY_worker_niceness=0`` before Ray starts, or the simulators wait for the learning.
 """
 
 from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from typing import Any
 
 import gymnasium as gym
@@ -37,7 +38,11 @@ class Worker(DummyVecEnv):
         self._seeds, self._options = seeds, options
         return self.reset(), self.reset_infos
 
-    def of_one(self, index: int, method: str, *args: Any, **kwargs: Any) -> Any:
+    def move(self, actions: np.ndarray) -> tuple[VecEnvStepReturn, list[dict[str, Any]]]:
+        """One step of all, and the infos of their last resets."""
+        return self.step(actions), self.reset_infos
+
+    def of_one(self, index: int, method: str, /, *args: Any, **kwargs: Any) -> Any:
         """What ``get_attr``, ``set_attr``, ``env_method`` or ``env_is_wrapped`` says for one environment."""
         answer = getattr(self, method)(*args, indices=index, **kwargs)
         return None if answer is None else answer[0]
@@ -51,6 +56,7 @@ class RayVecEnv(VecEnv):
     :param num_cpus: that a worker asks Ray for; a fraction, where workers mostly wait. If the cluster has fewer left,
         this warns and waits, since a cluster may grow.
     :raises ValueError: without environments, and for less than one in a worker.
+    :raises RuntimeError: if an environment cannot be made where its worker is.
     """
 
     def __init__(self, env_fns: Sequence[Callable[[], gym.Env]], envs_per_worker: int = 1, num_cpus: float = 1) -> None:
@@ -67,8 +73,13 @@ class RayVecEnv(VecEnv):
         self._places = [(w, i) for w, share in enumerate(shares) for i in range(len(share))]
         self._cuts = np.cumsum([len(share) for share in shares])[:-1]
         self._pending: list[Any] = []
-        spaces = (self._ask(0, "get_attr", name) for name in ("observation_space", "action_space"))
-        super().__init__(len(env_fns), *spaces)
+        try:
+            spaces = [self._ask([0], "get_attr", name)[0] for name in ("observation_space", "action_space")]
+            super().__init__(len(env_fns), *spaces)
+        except RuntimeError as error:
+            raise RuntimeError(
+                f"an environment could not be made: {error.__cause__}. Each machine of the cluster needs its packages"
+            ) from error
 
     def reset(self) -> VecEnvObs:
         """Reset all, with the seeds and options that were set."""
@@ -85,51 +96,57 @@ class RayVecEnv(VecEnv):
     def step_async(self, actions: np.ndarray) -> None:
         """Send each worker its actions."""
         parts = np.split(np.asarray(actions), self._cuts)
-        self._pending = [worker.step.remote(part) for worker, part in zip(self.workers, parts, strict=True)]
+        self._pending = [worker.move.remote(part) for worker, part in zip(self.workers, parts, strict=True)]
 
     def step_wait(self) -> VecEnvStepReturn:
         """What all came to; environments that are done have been reset, as in any VecEnv."""
-        obs, rewards, dones, infos = zip(*self._wait(self._pending), strict=True)
+        steps, reset_infos = zip(*self._wait(self._pending), strict=True)
+        obs, rewards, dones, infos = zip(*steps, strict=True)
         joined = [info for part in infos for info in part]
+        latest = [info for part in reset_infos for info in part]
+        self.reset_infos = [new if done else old for new, old, done in zip(
+            latest, self.reset_infos, np.concatenate(dones), strict=True)]  # fmt: skip
         return _joined(obs), np.concatenate(rewards), np.concatenate(dones), joined
 
     def close(self) -> None:
         """Close the environments and end their workers; the cluster stays."""
         for worker in self.workers:
-            try:
+            with suppress(ray.exceptions.RayError):  # dead already, or cannot close: it ends all the same
                 ray.get(worker.close.remote())
-            except ray.exceptions.RayActorError:
-                continue  # it has died already
             ray.kill(worker)
         self.workers = []
 
+    def has_attr(self, attr_name: str) -> bool:
+        """Whether all environments have an attribute. Only the answer travels, not the attribute."""
+        return all(self._wait([worker.has_attr.remote(attr_name) for worker in self.workers]))
+
     def get_attr(self, attr_name: str, indices: VecEnvIndices = None) -> list[Any]:
         """An attribute of each environment."""
-        return [self._ask(env, "get_attr", attr_name) for env in self._get_indices(indices)]
+        return self._ask(self._get_indices(indices), "get_attr", attr_name)
 
     def set_attr(self, attr_name: str, value: Any, indices: VecEnvIndices = None) -> None:
         """Set an attribute of each environment."""
-        for env in self._get_indices(indices):
-            self._ask(env, "set_attr", attr_name, value)
+        self._ask(self._get_indices(indices), "set_attr", attr_name, value)
 
     def env_method(self, method_name: str, *args: Any, indices: VecEnvIndices = None, **kwargs: Any) -> list[Any]:
         """What a method of each environment returns."""
-        return [self._ask(env, "env_method", method_name, *args, **kwargs) for env in self._get_indices(indices)]
+        return self._ask(self._get_indices(indices), "env_method", method_name, *args, **kwargs)
 
     def env_is_wrapped(self, wrapper_class: type[gym.Wrapper], indices: VecEnvIndices = None) -> list[bool]:
         """Whether each environment has such a wrapper."""
-        return [self._ask(env, "env_is_wrapped", wrapper_class) for env in self._get_indices(indices)]
+        return self._ask(self._get_indices(indices), "env_is_wrapped", wrapper_class)
 
     def get_images(self) -> Sequence[np.ndarray | None]:
         """Pictures of all environments."""
         return [image for part in self._wait([worker.get_images.remote() for worker in self.workers]) for image in part]
 
-    def _ask(self, env: int, method: str, *args: Any, **kwargs: Any) -> Any:
-        worker, index = self._places[env]
-        return self._wait([self.workers[worker].of_one.remote(index, method, *args, **kwargs)])[0]
+    def _ask(self, envs: Iterable[int], method: str, /, *args: Any, **kwargs: Any) -> list[Any]:
+        """Each of some environments, all at the same time."""
+        places = [self._places[env] for env in envs]
+        return self._wait([self.workers[w].of_one.remote(index, method, *args, **kwargs) for w, index in places])
 
     def _wait(self, calls: list[Any]) -> list[Any]:
-        """Results of all workers.
+        """What the workers answer.
 
         :raises RuntimeError: if one has died. Errors of environments come as they are.
         """
@@ -137,10 +154,10 @@ class RayVecEnv(VecEnv):
             return ray.get(calls)
         except ray.exceptions.RayTaskError as error:
             raise error.cause from error
-        except ray.exceptions.RayActorError as error:
+        except ray.exceptions.RayError as error:
             raise RuntimeError(
                 f"a worker of environments died: {error}. What was collected is kept: save() and save_replay_buffer() "
-                "work, and set_env() with a new RayVecEnv goes on"
+                "work, and set_env() with a new RayVecEnv of as many environments goes on"
             ) from error
 
 

@@ -1,5 +1,6 @@
 """Environments in a Ray cluster: one more VecEnv, step by step what SB3's own one does."""
 
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -8,7 +9,7 @@ import numpy as np
 import pytest
 import ray
 from gymnasium import spaces
-from gymnasium.wrappers import TimeLimit
+from gymnasium.wrappers import FlattenObservation, TimeLimit
 from stable_baselines3 import PPO
 from stable_baselines3.common.vec_env import DummyVecEnv
 
@@ -39,17 +40,17 @@ def dict_env() -> gym.Env:
         action_space = spaces.Box(-1, 1, (1,))
 
         def reset(self, **kwargs: Any) -> Any:
-            self.count = 0
+            self.lock, self.count = threading.Lock(), 0  # cannot be pickled
             return {"a": np.zeros(2, np.float32), "b": 0}, {"options": kwargs.get("options")}
 
         def step(self, action: Any) -> Any:
             if action[0] == 1:
                 raise ZeroDivisionError("the simulator went through the floor")
-            self.count += 1
+            self.count, self.last = self.count + 1, float(action[0])
             return {"a": np.repeat(action, 2), "b": self.count}, 1.0, self.count == 4, False, {}
 
-        def tell(self, what: str) -> str:
-            return f"{what} {self.count}"
+        def tell(self, what: str, index: int) -> str:
+            return f"{what} {index} {self.last:.1f}"
 
     return Two()
 
@@ -57,7 +58,7 @@ def dict_env() -> gym.Env:
 @pytest.fixture(scope="module")
 def three(cluster: None) -> Iterator[RayVecEnv]:
     """Of two workers: a process takes seconds to start."""
-    env = RayVecEnv([pendulum()] * 3, envs_per_worker=2, num_cpus=0.5)
+    env = RayVecEnv([pendulum(render_mode="rgb_array")] * 3, envs_per_worker=2, num_cpus=0.5)
     yield env
     env.close()
 
@@ -92,10 +93,21 @@ def test_dict_observations_options_methods_and_an_error_that_comes_as_what_it_is
     obs = env.step(np.array([[0.1], [0.2], [0.3]], np.float32))[0]
     np.testing.assert_allclose(obs["a"][:, 1], [0.1, 0.2, 0.3], rtol=1e-6)
     assert obs["b"].tolist() == [1, 1, 1]
-    assert env.env_method("tell", "at", indices=[2, 0]) == ["at 1", "at 1"]
+    assert env.env_method("tell", "at", index=7, indices=[2, 0]) == ["at 7 0.3", "at 7 0.1"]
+    assert env.has_attr("lock")
+    assert not env.has_attr("key")
     with pytest.raises(ZeroDivisionError, match="through the floor"):
         env.step(np.array([[0.0], [1.0], [0.0]], np.float32))
     env.close()
+
+
+def test_infos_of_resets_are_those_of_the_newest_episode(three: RayVecEnv):
+    three.reset()
+    first = list(three.reset_infos)
+    for step in range(20):
+        assert all(info is old for info, old in zip(three.reset_infos, first, strict=True)), step
+        three.step(np.zeros((3, 1), np.float32))
+    assert not any(info is old for info, old in zip(three.reset_infos, first, strict=True))
 
 
 def test_attributes_are_those_of_the_environments_asked_for(three: RayVecEnv):
@@ -103,6 +115,8 @@ def test_attributes_are_those_of_the_environments_asked_for(three: RayVecEnv):
     assert three.get_attr("g") == [3.0, 10.0, 3.0]
     three.set_attr("g", 10.0)
     assert three.env_is_wrapped(TimeLimit, indices=2) == [True]
+    assert three.env_is_wrapped(FlattenObservation) == [False] * 3
+    assert [image.shape[-1] for image in three.get_images()] == [3, 3, 3]
 
 
 def test_dreamer_learns_in_it_what_it_learns_in_sb3s_own(three: RayVecEnv):
@@ -125,6 +139,11 @@ def test_a_worker_that_dies_is_named_and_the_agent_goes_on_with_others():
     env.close()
     model.set_env(DummyVecEnv([pendulum()] * 2))
     assert model.learn(40, reset_num_timesteps=False).num_timesteps >= 80
+
+
+def test_an_environment_that_cannot_be_made_is_named():
+    with pytest.raises(RuntimeError, match=r"(?s)could not be made.*Pendulun.*needs its packages"):
+        RayVecEnv([lambda: gym.make("Pendulun-v1")], num_cpus=0.5)
 
 
 @pytest.mark.parametrize(("number", "share"), [(0, 1), (2, 0)])

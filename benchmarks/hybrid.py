@@ -31,8 +31,8 @@ from sb3_dreamer import Dreamer
 from sb3_dreamer.hybrid import DreamVecEnv, Guard
 
 ENVS = ("Hopper-v4", "HalfCheetah-v4", "dmc/walker-walk")
-COLUMNS = ("comparison", "env", "seed", "agent", "step", "return_mean", "return_std", "n_episodes", "seconds", "commit",
-           "machine", "settings")  # fmt: skip
+COLUMNS = ("comparison", "env", "seed", "agent", "step", "return_mean", "return_std", "n_episodes", "falls", "seconds",
+           "commit", "machine", "settings")  # fmt: skip
 Row = dict[str, Any]
 
 
@@ -59,8 +59,12 @@ class Runner:
         return algorithm(name)(policy_alias(env.observation_space), env, seed=self.seed, **kwargs)
 
     def note(self, agent: str, model: BaseAlgorithm, step: int, deterministic: bool = True) -> float:
-        """Evaluate, print and write a row."""
+        """Evaluate, and write a row."""
         score = evaluate(model, self.env, self.args.eval_episodes, 10_000 + 1_000 * self.seed, deterministic)
+        return self.write(agent, step, score)
+
+    def write(self, agent: str, step: int, score: dict[str, Any]) -> float:
+        """Print and write a row."""
         row = {"agent": agent, "step": step, **score, "seconds": time.perf_counter() - self.started}
         row = {key: round(float(value), 2) if isinstance(value, float) else value for key, value in row.items()}
         print(json.dumps({"env": self.env, "seed": self.seed, **row}), flush=True)
@@ -84,11 +88,21 @@ class Runner:
             model.learn(min(self.args.eval_every, steps - done), reset_num_timesteps=False)
             self.note(agent, model, already + model.num_timesteps - before)
 
-    def falls(self, policy: Any) -> float:
-        """How often an episode ends before its time limit, in 1,000 steps; actions as the policy draws them."""
-        env = make_vec_env(lambda: make_env(self.env), n_envs=5, seed=10_000 + 1_000 * self.seed)
-        lengths = np.array(evaluate_policy(policy, env, self.args.eval_episodes, False, return_episode_rewards=True)[1])
-        return 1_000 * float((lengths < env.get_attr("spec")[0].max_episode_steps).sum() / lengths.sum())
+    def falls(self, agent: str, policy: Any, deterministic: bool = False) -> float:
+        """A row for how often an episode ends before its time limit, in 1,000 steps of one environment."""
+        env = make_vec_env(lambda: make_env(self.env), seed=10_000 + 1_000 * self.seed)
+        fell: list[bool] = []
+
+        def note(variables: dict[str, Any], _: dict[str, Any]) -> None:
+            fell.append(variables["done"] and not variables["info"]["TimeLimit.truncated"])
+
+        n = self.args.eval_episodes
+        told: Any = evaluate_policy(policy, env, n, deterministic, callback=note, return_episode_rewards=True)
+        returns, lengths = told
+        falls = 1_000 * sum(fell) / sum(lengths)
+        score = {"return_mean": np.mean(returns), "return_std": np.std(returns), "n_episodes": len(returns)}
+        self.write(agent, self.args.then, {**score, "falls": falls})
+        return falls
 
     def returns(self, agent: str) -> list[float]:
         """Of all evaluations of an agent, in order."""
@@ -155,9 +169,10 @@ def guard(run: Runner) -> Row:
     model: Dreamer = run.new("dreamer")
     run.learn("dreamer", model, run.args.then)
     guarded = Guard(model, fallback)
-    verdict = {f"falls of {name}": run.falls(agent) for name, agent in (
-        ("the fallback", fallback), ("dreamer", model), ("dreamer with the fallback", guarded))}  # fmt: skip
-    return verdict | {"share of steps by the fallback": guarded.taken_over / guarded.decisions}
+    verdict = {"falls of the fallback": run.falls("fallback", fallback, deterministic=True)}
+    verdict["falls of dreamer"] = run.falls("dreamer, sampled", model)
+    verdict["falls with the fallback"] = run.falls("dreamer with the fallback, sampled", guarded)
+    return verdict | {"percent of steps by the fallback": 100 * guarded.taken_over / guarded.decisions}
 
 
 COMPARISONS: dict[str, Callable[[Runner], Row]] = {

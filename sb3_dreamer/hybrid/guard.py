@@ -42,7 +42,8 @@ class Guard:
         risk <= max_risk           Dreamer goes on acting
         risk >  max_risk           the fallback acts, until `episode_start` says that a new episode begins
 
-    The risk is the share of dreams that end (by the predicted continue) or come to a state that is ``unsafe``. This is
+    The risk is the share of dreams that end (a state where the model calls that the likelier) or come to one that is
+    ``unsafe``. Dreams take actions as the policy draws them, ``deterministic`` or not: the cautious way. This is
     shielding by prediction, as in Li and Bastani 2020 ("Robust model predictive shielding for safe reinforcement
     learning"), with a learned model and so without their guarantee: a dream is as good as the model, which knows only
     what it has seen. The horizon has to reach back to where the fallback can still help. It is for robots that fall
@@ -51,7 +52,8 @@ class Guard:
     Use it where a policy is used, in ``evaluate_policy`` for one.
 
     :param model: a trained Dreamer with an environment.
-    :param fallback: a model of SB3 or sb3-contrib, anything with their ``predict``, or the path of a saved one.
+    :param fallback: a model of SB3 or sb3-contrib, the path of a saved one, or anything with their ``predict``; it acts
+        deterministically, and its spaces, if it tells them, have to be those of the environment.
     :param vec_normalize: the statistics of the fallback, as in :func:`~sb3_dreamer.hybrid.warm_start.warm_start`.
     :param horizon: steps to dream ahead.
     :param n_dreams: dreams for each environment.
@@ -69,7 +71,7 @@ class Guard:
         vec_normalize: VecNormalize | str | pathlib.Path | Literal[False] | None = None,
         horizon: int = 80,
         n_dreams: int = 16,
-        max_risk: float = 0.05,
+        max_risk: float = 0.1,
         every: int = 10,
         unsafe: Callable[[Any], np.ndarray] | None = None,
     ) -> None:
@@ -103,7 +105,7 @@ class Guard:
         taken_over = taken_over & ~starts
         due = ~taken_over & (starts | (holds == 0))
         if due.any():
-            taken_over[due] = ~(self.risk(packed[due]) <= self.max_risk)  # also where the dreams make no sense
+            taken_over[due] = self.risk(packed[due]) > self.max_risk
         original = observation if normalize is None else normalize.unnormalize_obs(observation)
         instead, memory = self.fallback.act(original, None if state is None else state.memory, starts)
         if taken_over.any():
@@ -122,10 +124,10 @@ class Guard:
         start = th.as_tensor(packed, device=model.device).repeat_interleave(self.n_dreams, 0)
         with th.autocast(model.device.type, th.bfloat16, enabled=fast_bfloat16(model.device)):
             dream = imagine(policy.world_model, policy.actor, unpacked(model, start), self.horizon)
-        goes_on = (dream.discount[:, 1:].float() / model.gamma).prod(1).clamp(max=1.0)
+        goes_on = (dream.discount[:, 1:].float() >= 0.5 * model.gamma).all(1).cpu().numpy()
         if self.unsafe is not None:
-            goes_on = goes_on * th.as_tensor(~self._unsafe(dream.features[:, 1:].float()), device=model.device)
-        return 1.0 - goes_on.view(-1, self.n_dreams).mean(1).cpu().numpy()
+            goes_on &= ~self._unsafe(dream.features[:, 1:].float())
+        return 1.0 - goes_on.reshape(-1, self.n_dreams).mean(1)
 
     def _unsafe(self, features: th.Tensor) -> np.ndarray:
         """Which dreams (N, H, F) come to an unsafe state: (N,)."""

@@ -56,8 +56,8 @@ class Guide:
         self.memory: Any = None  # of a recurrent teacher
         shown = self.normalize.observation_space if self.normalize else env.observation_space
         for name, given, own in (
-            ("observations", shown, teacher.observation_space),
-            ("actions", env.action_space, teacher.action_space),
+            ("observations", shown, getattr(teacher, "observation_space", shown)),
+            ("actions", env.action_space, getattr(teacher, "action_space", env.action_space)),
         ):
             if given != own:
                 raise ValueError(

@@ -17,6 +17,7 @@ import math
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
+from itertools import chain
 from typing import Any
 
 import gymnasium as gym
@@ -38,9 +39,10 @@ class Worker(DummyVecEnv):
         self._seeds, self._options = seeds, options
         return self.reset(), self.reset_infos
 
-    def move(self, actions: np.ndarray) -> tuple[VecEnvStepReturn, list[dict[str, Any]]]:
-        """One step of all, and the infos of their last resets."""
-        return self.step(actions), self.reset_infos
+    def move(self, actions: np.ndarray) -> tuple[VecEnvStepReturn, list[dict[str, Any] | None]]:
+        """One step of all, and the infos of the resets that it brought."""
+        step = self.step(actions)
+        return step, [info if done else None for info, done in zip(self.reset_infos, step[2], strict=True)]
 
     def of_one(self, index: int, method: str, /, *args: Any, **kwargs: Any) -> Any:
         """What ``get_attr``, ``set_attr``, ``env_method`` or ``env_is_wrapped`` says for one environment."""
@@ -88,7 +90,7 @@ class RayVecEnv(VecEnv):
             mine = [env for env, (place, _) in enumerate(self._places) if place == w]
             calls.append(worker.begin.remote([self._seeds[i] for i in mine], [self._options[i] for i in mine]))
         obs, infos = zip(*self._wait(calls), strict=True)
-        self.reset_infos = [info for part in infos for info in part]
+        self.reset_infos = list(chain.from_iterable(infos))
         self._reset_seeds()
         self._reset_options()
         return _joined(obs)
@@ -102,11 +104,9 @@ class RayVecEnv(VecEnv):
         """What all came to; environments that are done have been reset, as in any VecEnv."""
         steps, reset_infos = zip(*self._wait(self._pending), strict=True)
         obs, rewards, dones, infos = zip(*steps, strict=True)
-        joined = [info for part in infos for info in part]
-        latest = [info for part in reset_infos for info in part]
-        self.reset_infos = [new if done else old for new, old, done in zip(
-            latest, self.reset_infos, np.concatenate(dones), strict=True)]  # fmt: skip
-        return _joined(obs), np.concatenate(rewards), np.concatenate(dones), joined
+        newest = zip(self.reset_infos, chain.from_iterable(reset_infos), strict=True)
+        self.reset_infos = [old if new is None else new for old, new in newest]
+        return _joined(obs), np.concatenate(rewards), np.concatenate(dones), list(chain.from_iterable(infos))
 
     def close(self) -> None:
         """Close the environments and end their workers; the cluster stays."""
@@ -138,7 +138,7 @@ class RayVecEnv(VecEnv):
 
     def get_images(self) -> Sequence[np.ndarray | None]:
         """Pictures of all environments."""
-        return [image for part in self._wait([worker.get_images.remote() for worker in self.workers]) for image in part]
+        return list(chain.from_iterable(self._wait([worker.get_images.remote() for worker in self.workers])))
 
     def _ask(self, envs: Iterable[int], method: str, /, *args: Any, **kwargs: Any) -> list[Any]:
         """Each of some environments, all at the same time."""

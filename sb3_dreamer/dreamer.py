@@ -18,7 +18,7 @@ from sb3_dreamer.capture import CapturedUpdate, Update, record_cuda_graph
 from sb3_dreamer.files import describe
 from sb3_dreamer.knobs import check_knobs
 from sb3_dreamer.metrics import Metrics
-from sb3_dreamer.nets.layers import fast_bfloat16
+from sb3_dreamer.nets.layers import fast_bfloat16, frozen
 from sb3_dreamer.policies import CnnPolicy, DreamerPolicy, MlpPolicy, MultiInputPolicy
 from sb3_dreamer.replay import SequenceReplayBuffer
 from sb3_dreamer.types import Batch
@@ -26,20 +26,11 @@ from sb3_dreamer.types import Batch
 SelfDreamer = TypeVar("SelfDreamer", bound="Dreamer")
 Algorithm = TypeVar("Algorithm", bound=BaseAlgorithm)
 
-LOSS_SCALES = {
-    "reconstruction": 1.0,
-    "reward": 1.0,
-    "continue": 1.0,
-    "dyn": 1.0,
-    "rep": 0.1,
-    "actor": 1.0,
-    "critic": 1.0,
-    "replay_critic": 0.3,
-}
+LOSS_SCALES = {"rep": 0.1, "replay_critic": 0.3}  # all others 1
 
 READ_BY_UPDATE = (
     *("imagination_starts", "imagination_horizon", "gamma", "gae_lambda"),
-    *("ent_coef", "center_advantage", "critic_ema_decay"),
+    *("ent_coef", "actor_grad", "center_advantage", "critic_ema_decay"),
 )
 
 
@@ -63,6 +54,8 @@ class Dreamer(SequenceAlgorithm):
     :param gamma: discount.
     :param gae_lambda: lambda of the returns.
     :param ent_coef: weight of the actor's entropy.
+    :param actor_grad: "dynamics", by the gradient of the return through the dream, for a Box of actions; "reinforce",
+        as in the paper; None: the first where it can be.
     :param center_advantage: subtract the mean advantage of the dreams, see
         :func:`~sb3_dreamer.behavior.actor_critic.advantages`.
     :param rssm_type: sequence model, "gru" or "transformer".
@@ -103,6 +96,7 @@ class Dreamer(SequenceAlgorithm):
         gamma: float = 0.99,
         gae_lambda: float = 0.95,
         ent_coef: float = 3e-4,
+        actor_grad: str | None = None,
         center_advantage: bool = True,
         rssm_type: str = "gru",
         model_size: str = "size1m",
@@ -146,6 +140,7 @@ class Dreamer(SequenceAlgorithm):
         self.imagination_horizon = imagination_horizon
         self.gae_lambda = gae_lambda
         self.ent_coef = ent_coef
+        self.actor_grad = actor_grad
         self.center_advantage = center_advantage
         self.rssm_type = rssm_type
         self.model_size = model_size
@@ -157,6 +152,7 @@ class Dreamer(SequenceAlgorithm):
             self._setup_model()
 
     def _setup_model(self) -> None:
+        self.actor_grad = self.actor_grad or ("dynamics" if isinstance(self.action_space, spaces.Box) else "reinforce")
         check_knobs(self.__dict__)
         self._setup_lr_schedule()
         self.set_random_seed(self.seed)
@@ -222,18 +218,22 @@ class Dreamer(SequenceAlgorithm):
             losses, states, info = world_model.loss(batch)
 
             # Dream on from there, and see what it was worth.
+            through, decay = self.actor_grad == "dynamics", self.gamma * self.gae_lambda
             starts = draw_starts(batch.reward.numel(), self.imagination_starts, self.device)
             start = states.detach().flatten()[starts]
-            dream = imagine(world_model, actor, start, self.imagination_horizon, compiled=True)
-            logits = critic(dream.features)
-            values = critic.fast.mean(logits.detach())
-            returns = lambda_returns(dream.reward, dream.discount, values, self.gae_lambda)
+            with frozen(world_model, critic):
+                dream = imagine(
+                    world_model, actor, start, self.imagination_horizon, differentiable=through, compiled=True
+                )
+                values = critic.value(dream.features)
+                returns = lambda_returns(dream.reward, dream.discount, values, self.gae_lambda)
             scale = self.policy.return_scale.update(returns)
 
             # Learn what to do, and what it is worth.
             advantage = advantages(dream, returns, values, scale, self.center_advantage)
-            losses["actor"], actor_info = actor_loss(actor, dream, advantage, self.ent_coef)
-            losses["critic"] = critic_loss(critic, dream, logits, returns)
+            losses["actor"], actor_info = actor_loss(actor, dream, advantage, self.ent_coef, decay)
+            dream, returns, values = dream.detach(), returns.detach(), values.detach()
+            losses["critic"] = critic_loss(critic, dream, returns)
 
             # What really happened counts too; its bootstrap is what the dreams returned.
             features = states.features
@@ -245,7 +245,7 @@ class Dreamer(SequenceAlgorithm):
             )
             losses["replay_critic"] = replay_critic_loss(critic, features, logits, replay_returns, batch.is_last)
 
-        loss = th.stack([LOSS_SCALES[key] * value.mean() for key, value in losses.items()]).sum()
+        loss = th.stack([LOSS_SCALES.get(key, 1.0) * value.mean() for key, value in losses.items()]).sum()
         self.policy.optimizer.zero_grad()
         loss.backward()
         learned = self.policy.optimizer.step(loss)

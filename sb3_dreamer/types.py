@@ -114,7 +114,7 @@ class Batch:
 
 @dataclass
 class Dream:
-    """``N`` imagined trajectories of ``H`` actions; all without gradient.
+    """``N`` imagined trajectories of ``H`` actions; without gradient, if it is not asked for.
 
     :param features: (N, H+1, F) features of the start state and the H states after it.
     :param action: (N, H, A) the action taken at each state but the last.
@@ -126,3 +126,7 @@ class Dream:
     action: th.Tensor
     reward: th.Tensor
     discount: th.Tensor
+
+    def detach(self) -> Dream:
+        """The same values without gradient."""
+        return Dream(self.features.detach(), self.action.detach(), self.reward.detach(), self.discount.detach())

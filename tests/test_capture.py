@@ -150,7 +150,7 @@ def test_a_recorded_step_follows_the_learning_rate(monkeypatch: pytest.MonkeyPat
 
 
 def test_new_settings_and_new_parameters_are_recorded_anew() -> None:
-    model = filled(learning_starts=10)
+    model = filled(learning_starts=10, train_ratio=16)
     used = model._captured
     assert used is not None
     assert used[1].calls > 0

@@ -67,12 +67,11 @@ class Critic(nn.Module):
         th._foreach_add_(slow, th._foreach_mul(th._foreach_sub(fast, slow), (1 - decay) * learned))
 
 
-@th.no_grad()
 def advantages(dream: Dream, returns: th.Tensor, values: th.Tensor, scale: th.Tensor, center: bool) -> th.Tensor:
     """How much more an action returned than the critic expected, in units of the return scale.
 
     A critic that still moves shifts all advantages alike, by much more than actions differ in: noise to the actor.
-    Centred, the weighted mean over the trajectories is zero at each step.
+    Centred, the weighted mean over the trajectories is zero at each step; the gradient of a dream stays as it is.
 
     :param dream: N trajectories of H actions.
     :param returns: (N, H) lambda-returns.
@@ -85,37 +84,45 @@ def advantages(dream: Dream, returns: th.Tensor, values: th.Tensor, scale: th.Te
     if not center:
         return advantage
     weight = weights(dream)[:, :-1]
-    return advantage - (weight * advantage).sum(0) / weight.sum(0).clamp(min=1e-8)
+    return advantage - (weight * advantage.detach()).sum(0) / weight.sum(0).clamp(min=1e-8)
 
 
-def actor_loss(actor: Actor, dream: Dream, advantage: th.Tensor, ent_coef: float) -> tuple[th.Tensor, Info]:
-    """REINFORCE with an entropy bonus (paper, Eq. 6).
+def actor_loss(
+    actor: Actor, dream: Dream, advantage: th.Tensor, ent_coef: float, decay: float
+) -> tuple[th.Tensor, Info]:
+    """What the actor is to gain, with an entropy bonus: by REINFORCE (paper, Eq. 6), or, where the dream carries a
+    gradient, by that of the advantage itself through model and actions (DreamerV2, Eq. 6).
+
+    By the second an action counts in the return of each state before it, the last one in all of the dream. The gain is
+    divided by how much that is, so that the entropy weighs the same in both.
 
     :param actor: the policy.
     :param dream: N trajectories of H actions.
     :param advantage: (N, H).
     :param ent_coef: weight of the entropy.
+    :param decay: share of a return in the one before it, discount times lambda.
     :return: mean loss (); info.
     """
-    policy = actor(dream.features)
-    entropy = policy.entropy()
-    gain = policy.log_prob(F.pad(dream.action, (0, 0, 0, 1))) * F.pad(advantage, (0, 1)) + ent_coef * entropy
-    return -(gain * weights(dream)).sum() / advantage.numel(), {
-        "entropy": entropy.detach().mean(),
-        "advantage_magnitude": advantage.abs().mean(),
-    }
+    policy = actor(dream.features.detach())
+    entropy, gain = policy.entropy(), F.pad(advantage, (0, 1))
+    if advantage.requires_grad:
+        gain = gain / sum(decay**t for t in range(advantage.shape[1]))
+    else:
+        gain = gain * policy.log_prob(F.pad(dream.action, (0, 0, 0, 1)))
+    gain = gain + ent_coef * entropy
+    info = {"entropy": entropy.detach().mean(), "advantage_magnitude": advantage.detach().abs().mean()}
+    return -(gain * weights(dream)).sum() / advantage.numel(), info
 
 
-def critic_loss(critic: Critic, dream: Dream, logits: th.Tensor, returns: th.Tensor) -> th.Tensor:
+def critic_loss(critic: Critic, dream: Dream, returns: th.Tensor) -> th.Tensor:
     """Critic regression on imagined returns.
 
     :param critic: the critic.
-    :param dream: N trajectories.
-    :param logits: (N, H+1, bins) of the critic at the states of the dream.
-    :param returns: (N, H).
+    :param dream: N trajectories, without gradient.
+    :param returns: (N, H), without gradient.
     :return: mean loss ().
     """
-    loss = critic.loss(logits, dream.features, F.pad(returns.detach(), (0, 1)))
+    loss = critic.loss(critic(dream.features), dream.features, F.pad(returns, (0, 1)))
     return (loss * weights(dream)).sum() / returns.numel()
 
 
@@ -136,9 +143,10 @@ def replay_critic_loss(
 
 def weights(dream: Dream) -> th.Tensor:
     """(N, H+1) probability times discount that the dream is still going on; 0 at its last state, which has no action.
+    No gradient.
 
     Losses are computed at all states and weighted: cheaper than to cut the last one off large arrays.
     """
-    going_on = dream.discount.cumprod(1)
+    going_on = dream.discount.detach().cumprod(1)
     going_on[:, -1].zero_()
     return going_on

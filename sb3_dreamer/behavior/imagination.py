@@ -19,7 +19,6 @@ def draw_starts(n_states: int, n: int | None, device: th.device) -> th.Tensor:
     return th.rand(n_states, device=device).argsort()[:n]
 
 
-@th.no_grad()
 def imagine(
     world_model: WorldModel,
     actor: Actor,
@@ -27,6 +26,7 @@ def imagine(
     horizon: int,
     first: th.Tensor | None = None,
     sample: bool = True,
+    differentiable: bool = False,
     compiled: bool = False,
 ) -> Dream:
     """Let the actor act in the world model::
@@ -41,17 +41,20 @@ def imagine(
     :param horizon: number H of actions.
     :param first: (N, A) actions to take at the start instead of the actor's.
     :param sample: sample latents and actions, else take the expected latents and the most likely actions.
+    :param differentiable: keep the gradient to the actor, through model and actions (vectors); sampled latents pass it
+        on straight through, what the actor sees has none.
     :param compiled: on a GPU, compile a step first: for many dreams of one size.
     """
     # a transformer's memory grows with each step, and each would be compiled anew
     compiled = compiled and not world_model.rssm.sequence.parallel
     move = fused(start.features.device)(_move) if compiled else _move
     states, actions = [start.for_products()], []
-    for t in range(horizon):
-        action, state = move(world_model, actor, states[t], first if t == 0 else None, sample)
-        states.append(state)
-        actions.append(action)
-    return _dream(world_model, states, th.stack(actions, 1))
+    with th.set_grad_enabled(differentiable):
+        for t in range(horizon):
+            action, state = move(world_model, actor, states[t], first if t == 0 else None, sample)
+            states.append(state)
+            actions.append(action)
+        return _dream(world_model, states, th.stack(actions, 1))
 
 
 @th.no_grad()
@@ -73,7 +76,7 @@ def _move(
 ) -> tuple[th.Tensor, State]:
     """One step of N dreams: the action, the actor's if none is given, and the states that it leads to."""
     if action is None:
-        policy = actor(state.features)
+        policy = actor(state.features.detach())
         action = policy.sample() if sample else policy.mode()
     return action, world_model.rssm.imagine_step(state, action, sample)
 

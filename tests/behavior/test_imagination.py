@@ -10,6 +10,7 @@ import torch as th
 from sb3_dreamer.behavior import imagination
 from sb3_dreamer.behavior.actor_critic import Actor, weights
 from sb3_dreamer.behavior.imagination import ReturnScale, imagine, imagine_actions, lambda_returns
+from sb3_dreamer.nets.layers import frozen
 from sb3_dreamer.types import SIZES, Dream, Spec
 from sb3_dreamer.world_model import WorldModel
 
@@ -103,6 +104,50 @@ def test_compiled_as_on_a_gpu_a_dream_is_the_same_one(monkeypatch: pytest.Monkey
         dreams.append(imagine(model, actor, model.rssm.initial(4), 3, compiled=True))
     assert th.equal(dreams[0].features, dreams[1].features)
     assert th.equal(dreams[0].action, dreams[1].action)
+
+
+@pytest.mark.parametrize("rssm_type", ["gru", "transformer"])
+def test_the_gradient_of_a_dream_is_how_the_return_changes_with_the_policy(rssm_type: str) -> None:
+    size, action_spec = SIZES["debug"], Spec("vector", (2,))
+    th.manual_seed(0)
+    model = WorldModel({"obs": Spec("vector", (3,))}, action_spec, size, rssm_type).double()
+    actor = Actor(model.feature_width, action_spec, size).double()
+    for weight in (model.reward_head.out.weight, actor.out.bias):
+        th.nn.init.normal_(weight, std=0.5)
+    th.nn.init.zeros_(actor.out.weight)  # always the same action: what the actor sees has no gradient
+    start = model.rssm.restore(th.zeros(5, model.rssm.latent_width, dtype=th.float64))
+
+    def reward(differentiable: bool = False) -> th.Tensor:
+        return imagine(model, actor, start, 4, sample=False, differentiable=differentiable).reward.mean()
+
+    with frozen(model):
+        reward(differentiable=True).backward()
+    assert all(weight.grad is None for weight in model.parameters())
+    assert actor.out.bias.grad is not None
+    for i, gradient in enumerate(actor.out.bias.grad[:2].tolist()):  # of the mean; the deviation is not asked
+        ends = []
+        for step in (1e-5, -1e-5):
+            with th.no_grad():
+                actor.out.bias[i] += step
+                ends.append(reward().item())
+                actor.out.bias[i] -= step
+        assert gradient == pytest.approx((ends[0] - ends[1]) / 2e-5, rel=1e-4)
+        assert abs(gradient) > 1e-6
+
+
+def test_a_sampled_dream_passes_the_gradient_straight_through() -> None:
+    size, action_spec = SIZES["debug"], Spec("vector", (2,))
+    model = WorldModel({"obs": Spec("vector", (3,))}, action_spec, size)
+    actor = Actor(model.feature_width, action_spec, size)
+    dreams = []
+    for differentiable in (True, False):
+        th.manual_seed(0)
+        dreams.append(imagine(model, actor, model.rssm.initial(5), 3, differentiable=differentiable))
+    assert (dreams[0].features.requires_grad, dreams[1].features.requires_grad) == (True, False)
+    assert th.allclose(dreams[0].features, dreams[1].features, atol=1e-6)
+    dreams[0].features[..., size.deter :].square().sum().backward()  # of the latents alone
+    assert actor.out.bias.grad is not None
+    assert actor.out.bias.grad.abs().min() > 0
 
 
 @pytest.mark.parametrize("rssm_type", ["gru", "transformer"])

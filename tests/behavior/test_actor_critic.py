@@ -75,7 +75,9 @@ class Walk(nn.Module):
         return th.full_like(features.squeeze(-1), 0.9)
 
 
-def walked(differentiable: bool, ent_coef: float = 0.0, horizon: int = 1) -> tuple[Actor, th.Tensor, Dream]:
+def walked(
+    differentiable: bool, ent_coef: float = 0.0, horizon: int = 1, center: bool = True
+) -> tuple[Actor, th.Tensor, Dream]:
     """An actor after the backward pass of its loss on dreams from the places 1 to 4; values are all zero."""
     walk: Any = Walk()
     th.manual_seed(0)

@@ -21,7 +21,7 @@ import torch as th
 from sb3_dreamer import Dreamer
 from sb3_dreamer.behavior.actor_critic import actor_loss, advantages, critic_loss
 from sb3_dreamer.behavior.imagination import draw_starts, imagine, lambda_returns
-from sb3_dreamer.nets.layers import fast_bfloat16, frozen
+from sb3_dreamer.nets.layers import fast_bfloat16
 from sb3_dreamer.types import Batch, Dream
 
 
@@ -98,10 +98,9 @@ def time_parts(model: Dreamer, repeats: int) -> dict[str, float]:
 
     def learn_behavior() -> None:
         with precision():
-            with frozen(world_model, policy.critic):
-                dreamt = dream()
-                values = policy.critic.value(dreamt.features)
-                returns = lambda_returns(dreamt.reward, dreamt.discount, values, model.gae_lambda)
+            dreamt = dream()
+            values = policy.critic.value(dreamt.features)
+            returns = lambda_returns(dreamt.reward, dreamt.discount, values, model.gae_lambda)
             advantage = advantages(dreamt, returns, values, policy.return_scale.scale, model.center_advantage)
             loss, _ = actor_loss(policy.actor, dreamt, advantage, model.ent_coef, model.gamma * model.gae_lambda)
             loss = loss + critic_loss(policy.critic, dreamt.detach(), returns.detach())

@@ -18,7 +18,7 @@ from sb3_dreamer.capture import CapturedUpdate, Update, record_cuda_graph
 from sb3_dreamer.files import describe
 from sb3_dreamer.knobs import check_knobs
 from sb3_dreamer.metrics import Metrics
-from sb3_dreamer.nets.layers import fast_bfloat16, frozen
+from sb3_dreamer.nets.layers import fast_bfloat16
 from sb3_dreamer.policies import CnnPolicy, DreamerPolicy, MlpPolicy, MultiInputPolicy
 from sb3_dreamer.replay import SequenceReplayBuffer
 from sb3_dreamer.types import Batch
@@ -55,7 +55,7 @@ class Dreamer(SequenceAlgorithm):
     :param gae_lambda: lambda of the returns.
     :param ent_coef: weight of the actor's entropy.
     :param actor_grad: "dynamics", by the gradient of the return through the dream, for a Box of actions; "reinforce",
-        as in the paper; None: the first where it can be.
+        as in the paper; None: the first where it can be, but for a transformer, where it is slow.
     :param center_advantage: subtract the mean advantage of the dreams, see
         :func:`~sb3_dreamer.behavior.actor_critic.advantages`.
     :param rssm_type: sequence model, "gru" or "transformer".
@@ -152,7 +152,8 @@ class Dreamer(SequenceAlgorithm):
             self._setup_model()
 
     def _setup_model(self) -> None:
-        self.actor_grad = self.actor_grad or ("dynamics" if isinstance(self.action_space, spaces.Box) else "reinforce")
+        through = isinstance(self.action_space, spaces.Box) and self.rssm_type == "gru"
+        self.actor_grad = self.actor_grad or ("dynamics" if through else "reinforce")
         check_knobs(self.__dict__)
         self._setup_lr_schedule()
         self.set_random_seed(self.seed)
@@ -221,12 +222,9 @@ class Dreamer(SequenceAlgorithm):
             through, decay = self.actor_grad == "dynamics", self.gamma * self.gae_lambda
             starts = draw_starts(batch.reward.numel(), self.imagination_starts, self.device)
             start = states.detach().flatten()[starts]
-            with frozen(world_model, critic):
-                dream = imagine(
-                    world_model, actor, start, self.imagination_horizon, differentiable=through, compiled=True
-                )
-                values = critic.value(dream.features)
-                returns = lambda_returns(dream.reward, dream.discount, values, self.gae_lambda)
+            dream = imagine(world_model, actor, start, self.imagination_horizon, differentiable=through, compiled=True)
+            values = critic.value(dream.features)
+            returns = lambda_returns(dream.reward, dream.discount, values, self.gae_lambda)
             scale = self.policy.return_scale.update(returns)
 
             # Learn what to do, and what it is worth.

@@ -90,10 +90,10 @@ def advantages(dream: Dream, returns: th.Tensor, values: th.Tensor, scale: th.Te
 def actor_loss(
     actor: Actor, dream: Dream, advantage: th.Tensor, ent_coef: float, decay: float
 ) -> tuple[th.Tensor, Info]:
-    """What the actor is to gain, with an entropy bonus: by REINFORCE (paper, Eq. 6), or, where the dream carries a
-    gradient, by that of the advantage itself through model and actions (DreamerV2, Eq. 6).
+    """What the actor is to gain, with an entropy bonus: by REINFORCE (paper, Eq. 6), or, where the dream has a nudge,
+    by the gradient of the advantages themselves through model and actions (DreamerV2, Eq. 6).
 
-    By the second an action counts in the return of each state before it, the last one in all of the dream. The gain is
+    By the second an action counts in the return of each state before it, the last one in all of the dream. It is
     divided by how much that is, so that the entropy weighs the same in both.
 
     :param actor: the policy.
@@ -103,15 +103,16 @@ def actor_loss(
     :param decay: share of a return in the one before it, discount times lambda.
     :return: mean loss (); info.
     """
-    policy = actor(dream.features.detach())
-    entropy, gain = policy.entropy(), F.pad(advantage, (0, 1))
-    if advantage.requires_grad:
-        gain = gain / sum(decay**t for t in range(advantage.shape[1]))
+    policy, action, weight = actor(dream.features.detach()), F.pad(dream.action, (0, 0, 0, 1)), weights(dream)
+    entropy = policy.entropy()
+    if dream.nudge is None:
+        gain = policy.log_prob(action) * F.pad(advantage.detach(), (0, 1)) * weight
     else:
-        gain = gain * policy.log_prob(F.pad(dream.action, (0, 0, 0, 1)))
-    gain = gain + ent_coef * entropy
+        shares = sum(decay**t for t in range(advantage.shape[1]))
+        (slope,) = th.autograd.grad((advantage * weight[:, :-1]).sum() / shares, dream.nudge)
+        gain = policy.reparameterized(action) * F.pad(slope, (0, 0, 0, 1))
     info = {"entropy": entropy.detach().mean(), "advantage_magnitude": advantage.detach().abs().mean()}
-    return -(gain * weights(dream)).sum() / advantage.numel(), info
+    return -(gain.sum() + ent_coef * (entropy * weight).sum()) / advantage.numel(), info
 
 
 def critic_loss(critic: Critic, dream: Dream, returns: th.Tensor) -> th.Tensor:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import cache, partial
 from typing import Any, TypeVar
 
@@ -178,19 +177,6 @@ class BlockLinear(nn.Module):
         """The same, blocks first: (n, G * i) -> (G, n, o)."""
         bias = self.bias.view(self.blocks, 1, -1)
         return th.baddbmm(bias, x.view(-1, self.blocks, self.weight.shape[1]).transpose(0, 1), self.weight)
-
-
-@contextmanager
-def frozen(*modules: nn.Module) -> Iterator[None]:
-    """Meanwhile gradients flow through the modules, and none into their weights."""
-    weights = [weight for module in modules for weight in module.parameters() if weight.requires_grad]
-    try:
-        for weight in weights:
-            weight.requires_grad_(False)
-        yield
-    finally:
-        for weight in weights:
-            weight.requires_grad_(True)
 
 
 def fast_bfloat16(device: th.device) -> bool:

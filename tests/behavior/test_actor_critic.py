@@ -75,9 +75,7 @@ class Walk(nn.Module):
         return th.full_like(features.squeeze(-1), 0.9)
 
 
-def walked(
-    differentiable: bool, ent_coef: float = 0.0, horizon: int = 1, center: bool = True
-) -> tuple[Actor, th.Tensor, Dream]:
+def walked(differentiable: bool, ent_coef: float = 0.0, horizon: int = 1) -> tuple[Actor, th.Tensor, Dream]:
     """An actor after the backward pass of its loss on dreams from the places 1 to 4; values are all zero."""
     walk: Any = Walk()
     th.manual_seed(0)
@@ -85,7 +83,7 @@ def walked(
     dream = imagine(walk, actor, State(th.arange(1.0, 5.0)[:, None], 1), horizon, differentiable=differentiable)
     values = th.zeros(4, horizon + 1)
     returns = lambda_returns(dream.reward, dream.discount, values, 0.5)
-    advantage = advantages(dream, returns, values, th.tensor(2.0), center)
+    advantage = advantages(dream, returns, values, th.tensor(2.0), center=True)
     loss, _ = actor_loss(actor, dream, advantage, ent_coef, 0.9 * 0.5)
     loss.backward()
     return actor, loss, dream
@@ -115,13 +113,18 @@ def test_a_dream_without_gradient_teaches_by_what_was_better_than_the_others():
         th.testing.assert_close(parameter.grad, gradient)
 
 
-def test_the_last_action_of_a_dream_weighs_no_more_than_one_return():
-    # it counts in the returns of all three states before it, by 1, d and d^2
-    _, loss, dream = walked(differentiable=True, horizon=3, center=False)
-    returns = lambda_returns(dream.reward, dream.discount, th.zeros(4, 4), 0.5)
-    d = 0.9 * 0.5
-    want = -(returns / 2 * th.tensor([0.9, 0.81, 0.729])).mean() / (1 + d + d**2)
-    assert loss.item() == pytest.approx(want.item(), rel=1e-5)
+def test_an_action_counts_in_the_returns_before_it_divided_by_how_much_the_last_one_does():
+    # R_t is the sum of d^(j - t - 1) r_j over the later states j, and all places after an action move with it
+    actor, _, dream = walked(differentiable=True, horizon=3)
+    place, d = dream.features[..., 0].detach(), 0.9 * 0.5
+    slope = th.zeros(4, 3)
+    for action in range(3):
+        for t in range(3):
+            for j in range(max(t, action) + 1, 4):
+                slope[:, action] -= 0.9 ** (t + 1) * d ** (j - t - 1) * place[:, j] / (1 + d + d**2)
+    mean = actor(dream.features[:, :3].detach()).mean.detach()[..., 0]
+    assert actor.out.bias.grad is not None
+    assert actor.out.bias.grad[0].item() == pytest.approx(-(slope * (1 - mean**2)).mean().item(), rel=1e-5)
 
 
 def test_entropy_counts_the_same_however_the_actor_learns():

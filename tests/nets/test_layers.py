@@ -15,7 +15,6 @@ from sb3_dreamer.nets.layers import (
     fast_bfloat16,
     fast_tanh,
     for_products,
-    frozen,
     norm_silu,
 )
 
@@ -95,16 +94,6 @@ def test_the_norm_of_zeros_is_zero_and_its_gradient_finite() -> None:
     y.sum().backward()
     assert th.equal(y, th.zeros(1, 4))
     assert th.allclose(x.grad, th.full((1, 4), 0.5 / RMSNorm.eps**0.5))
-
-
-def test_a_frozen_layer_passes_gradients_on_and_keeps_none() -> None:
-    layer, x = Dense(3, 4), th.randn(2, 3, requires_grad=True)
-    layer.linear.bias.requires_grad_(False)
-    with frozen(layer):
-        layer(x).sum().backward()
-    assert x.grad is not None
-    assert all(weight.grad is None for weight in layer.parameters())
-    assert [weight.requires_grad for weight in layer.parameters()] == [True, False, True]
 
 
 def test_where_torch_cannot_compile_for_the_gpu_it_is_said_once_and_nothing_is_compiled(

@@ -79,7 +79,6 @@ def time_parts(model: Dreamer, repeats: int) -> dict[str, float]:
     """Processor milliseconds of the parts of an update."""
     policy, batch = model.policy, random_batch(model, str(model.device))
     world_model = policy.world_model
-    through = model.actor_grad == "dynamics"
     rssm, embed = world_model.rssm, world_model.embed(batch.obs).detach()
     precision = partial(th.autocast, model.device.type, th.bfloat16, enabled=fast_bfloat16(model.device))
 
@@ -94,22 +93,23 @@ def time_parts(model: Dreamer, repeats: int) -> dict[str, float]:
 
     def dream() -> Dream:
         with precision():
-            return imagine(world_model, policy.actor, starts, model.imagination_horizon, differentiable=through)
+            return imagine(world_model, policy.actor, starts, model.imagination_horizon)
 
     def learn_behavior() -> None:
         with precision():
-            dreamt = dream()
-            values = policy.critic.value(dreamt.features)
+            logits = policy.critic(dreamt.features)
+            values = policy.critic.fast.mean(logits.detach())
             returns = lambda_returns(dreamt.reward, dreamt.discount, values, model.gae_lambda)
             advantage = advantages(dreamt, returns, values, policy.return_scale.scale, model.center_advantage)
-            loss, _ = actor_loss(policy.actor, dreamt, advantage, model.ent_coef, model.gamma * model.gae_lambda)
-            loss = loss + critic_loss(policy.critic, dreamt.detach(), returns.detach())
+            loss, _ = actor_loss(policy.actor, dreamt, advantage, model.ent_coef)
+            loss = loss + critic_loss(policy.critic, dreamt, logits, returns)
         loss.backward()
 
     states = world_model.observe(batch)[0].detach().flatten()
     starts = states[draw_starts(batch.reward.numel(), model.imagination_starts, model.device)]
-    parts: dict[str, Callable[[], Any]] = {"scan": scan, "world_model": learn_model, "dream": dream}
-    parts |= {"dream_and_behavior": learn_behavior, "update": lambda: model.update(batch)}
+    dreamt = dream()
+    parts: dict[str, Callable[[], Any]] = {"scan": scan, "world_model": learn_model, "imagination": dream}
+    parts |= {"actor_and_critic": learn_behavior, "update": lambda: model.update(batch)}
     return {name: cpu_milliseconds(work, repeats) for name, work in parts.items()}
 
 

@@ -30,7 +30,7 @@ LOSS_SCALES = {"rep": 0.1, "replay_critic": 0.3}  # all others 1
 
 READ_BY_UPDATE = (
     *("imagination_starts", "imagination_horizon", "gamma", "gae_lambda"),
-    *("ent_coef", "actor_grad", "center_advantage", "critic_ema_decay"),
+    *("ent_coef", "center_advantage", "critic_ema_decay"),
 )
 
 
@@ -54,8 +54,6 @@ class Dreamer(SequenceAlgorithm):
     :param gamma: discount.
     :param gae_lambda: lambda of the returns.
     :param ent_coef: weight of the actor's entropy.
-    :param actor_grad: "dynamics", by the gradient of the return through the dream, for a Box of actions; "reinforce",
-        as in the paper; None: the first where it can be, but for a transformer, where it is slow.
     :param center_advantage: subtract the mean advantage of the dreams, see
         :func:`~sb3_dreamer.behavior.actor_critic.advantages`.
     :param rssm_type: sequence model, "gru" or "transformer".
@@ -96,7 +94,6 @@ class Dreamer(SequenceAlgorithm):
         gamma: float = 0.99,
         gae_lambda: float = 0.95,
         ent_coef: float = 3e-4,
-        actor_grad: str | None = None,
         center_advantage: bool = True,
         rssm_type: str = "gru",
         model_size: str = "size1m",
@@ -140,7 +137,6 @@ class Dreamer(SequenceAlgorithm):
         self.imagination_horizon = imagination_horizon
         self.gae_lambda = gae_lambda
         self.ent_coef = ent_coef
-        self.actor_grad = actor_grad
         self.center_advantage = center_advantage
         self.rssm_type = rssm_type
         self.model_size = model_size
@@ -152,8 +148,6 @@ class Dreamer(SequenceAlgorithm):
             self._setup_model()
 
     def _setup_model(self) -> None:
-        through = isinstance(self.action_space, spaces.Box) and self.rssm_type == "gru"
-        self.actor_grad = self.actor_grad or ("dynamics" if through else "reinforce")
         check_knobs(self.__dict__)
         self._setup_lr_schedule()
         self.set_random_seed(self.seed)
@@ -219,19 +213,18 @@ class Dreamer(SequenceAlgorithm):
             losses, states, info = world_model.loss(batch)
 
             # Dream on from there, and see what it was worth.
-            through, decay = self.actor_grad == "dynamics", self.gamma * self.gae_lambda
             starts = draw_starts(batch.reward.numel(), self.imagination_starts, self.device)
             start = states.detach().flatten()[starts]
-            dream = imagine(world_model, actor, start, self.imagination_horizon, differentiable=through, compiled=True)
-            values = critic.value(dream.features)
+            dream = imagine(world_model, actor, start, self.imagination_horizon, compiled=True)
+            logits = critic(dream.features)
+            values = critic.fast.mean(logits.detach())
             returns = lambda_returns(dream.reward, dream.discount, values, self.gae_lambda)
             scale = self.policy.return_scale.update(returns)
 
             # Learn what to do, and what it is worth.
             advantage = advantages(dream, returns, values, scale, self.center_advantage)
-            losses["actor"], actor_info = actor_loss(actor, dream, advantage, self.ent_coef, decay)
-            dream, returns, values = dream.detach(), returns.detach(), values.detach()
-            losses["critic"] = critic_loss(critic, dream, returns)
+            losses["actor"], actor_info = actor_loss(actor, dream, advantage, self.ent_coef)
+            losses["critic"] = critic_loss(critic, dream, logits, returns)
 
             # What really happened counts too; its bootstrap is what the dreams returned.
             features = states.features

@@ -7,8 +7,6 @@ from collections.abc import Callable, Mapping
 from numbers import Integral, Real
 from typing import Any
 
-from gymnasium import spaces
-
 from sb3_dreamer.replay import SequenceReplayBuffer
 
 Check = tuple[Callable[[Any], bool], str]
@@ -51,7 +49,6 @@ KNOBS: dict[str, Check] = {
     "gamma": (lambda x: _is(x, Real) and 0 < float(x) <= 1, "a number above 0 and up to 1"),
     "gae_lambda": number(0, 1),
     "ent_coef": number(0),
-    "actor_grad": (lambda x: x in ("dynamics", "reinforce"), '"dynamics", "reinforce" or None'),
     "center_advantage": (lambda x: isinstance(x, bool), "True or False"),
 }
 
@@ -69,11 +66,6 @@ def check_knobs(settings: Mapping[str, Any]) -> None:
     if settings["center_advantage"] and settings["imagination_starts"] == 1:
         raise ValueError(
             "one dream has no mean to differ from: imagination_starts=2 or more, or center_advantage=False"
-        )
-    if settings["actor_grad"] == "dynamics" and not isinstance(settings["action_space"], spaces.Box):
-        raise ValueError(
-            f'actor_grad="dynamics" needs a Box of actions, since no gradient reaches choices: for '
-            f'{settings["action_space"]} use "reinforce", or None'
         )
     buffer_class = settings["replay_buffer_class"]
     if buffer_class is not None and not issubclass(buffer_class, SequenceReplayBuffer):

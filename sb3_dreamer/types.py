@@ -114,21 +114,15 @@ class Batch:
 
 @dataclass
 class Dream:
-    """``N`` imagined trajectories of ``H`` actions; without gradient, unless there is a nudge.
+    """``N`` imagined trajectories of ``H`` actions; all without gradient.
 
     :param features: (N, H+1, F) features of the start state and the H states after it.
     :param action: (N, H, A) the action taken at each state but the last.
     :param reward: (N, H+1) predicted reward r_t of the state itself; entry 0 is that of the start.
     :param discount: (N, H+1) predicted probability to go on times gamma.
-    :param nudge: (N, H, A) zeros that were added to the actions: what came of them has a gradient by these.
     """
 
     features: th.Tensor
     action: th.Tensor
     reward: th.Tensor
     discount: th.Tensor
-    nudge: th.Tensor | None = None
-
-    def detach(self) -> Dream:
-        """The same values without gradient."""
-        return Dream(self.features.detach(), self.action, self.reward.detach(), self.discount.detach())

@@ -58,7 +58,7 @@ LIBRARIES = {
     "environments": {"gymnasium", "stable_baselines3"},
     "files": {"numpy", "gymnasium", "stable_baselines3"},
     "algorithm": {"torch", "numpy", "gymnasium", "stable_baselines3"},
-    "knobs": {"gymnasium"},
+    "knobs": set(),
     "metrics": {"torch"},
     "capture": {"torch"},
     "dreamer": {"torch", "numpy", "gymnasium", "stable_baselines3"},

@@ -31,7 +31,6 @@ SIZE = Size(deter=32, hidden=8, classes=5, units=8, depth=2, stoch=4, blocks=4)
 IMAGE_SIZE = Size(deter=32, hidden=8, classes=5, units=8, depth=2, stoch=4, blocks=8)
 GAMMA = 1 - 1 / 333
 LAMBDA = 0.95
-DECAY = GAMMA * LAMBDA
 ENTROPY = 3e-4
 
 # The latents lie class by class here, latent by latent there: z here is z there at these places.
@@ -441,7 +440,7 @@ def test_actor_loss_of_each_trajectory_matches_the_jax_reference(
     for one in rows(dream(world_model)):
         returns, values = dreamt_returns(critic, one)
         loss, _ = actor_loss(
-            actor, one, advantages(one, returns, values, expected(f"{name}_scale"), center=False), ENTROPY, DECAY
+            actor, one, advantages(one, returns, values, expected(f"{name}_scale"), center=False), ENTROPY
         )
         losses.append(loss)
     assert_equal(th.stack(losses), expected(f"{name}_policy_loss").mean(1))
@@ -451,17 +450,15 @@ def test_critic_loss_of_each_trajectory_matches_the_jax_reference(world_model: W
     losses = []
     for one in rows(dream(world_model)):
         returns, _ = dreamt_returns(critic, one)
-        losses.append(critic_loss(critic, one, returns))
+        losses.append(critic_loss(critic, one, critic(one.features), returns))
     assert_equal(th.stack(losses), expected("imag1_value_loss").mean(1))
 
 
 def test_gradients_of_actor_and_critic_match_the_jax_reference(world_model: WorldModel, actor: Actor, critic: Critic):
     data = dream(world_model)
     returns, values = dreamt_returns(critic, data)
-    loss, _ = actor_loss(
-        actor, data, advantages(data, returns, values, expected("imag1_scale"), center=False), ENTROPY, DECAY
-    )
-    (loss + critic_loss(critic, data, returns)).backward()
+    loss, _ = actor_loss(actor, data, advantages(data, returns, values, expected("imag1_scale"), center=False), ENTROPY)
+    (loss + critic_loss(critic, data, critic(data.features), returns)).backward()
     assert_same_gradients(actor, actor_table(below("grad/imag1/")))
     assert_same_gradients(critic.fast, head(below("grad/imag1/"), "val", 3))
 
@@ -500,8 +497,8 @@ def test_whole_training_loss_and_its_gradients_match_the_jax_reference(
     dreams = imagine(world_model, actor, states.detach().flatten(), horizon=4)
     returns, values = dreamt_returns(critic, dreams)
     advantage = advantages(dreams, returns, values, scale.update(returns), center=False)
-    policy_loss, _ = actor_loss(actor, dreams, advantage, ENTROPY, GAMMA * LAMBDA)
-    value_loss = critic_loss(critic, dreams, returns)
+    policy_loss, _ = actor_loss(actor, dreams, advantage, ENTROPY)
+    value_loss = critic_loss(critic, dreams, critic(dreams.features), returns)
     replayed = replayed_returns(returns[:, 0].view(3, 6))
     replay_loss = replay_critic_loss(critic, states.features, critic(states.features), replayed, data.is_last)
     total = world_model_total(losses) + policy_loss + value_loss + 0.3 * replay_loss
@@ -534,7 +531,6 @@ def test_update_of_the_algorithm_computes_the_gradients_of_the_jax_reference(
         imagination_starts=None,
         imagination_horizon=4,
         gamma=GAMMA,
-        actor_grad="reinforce",
         center_advantage=False,
         policy_kwargs=dict(normalize_obs=False, **asdict(SIZE)),
         device="cpu",

@@ -67,11 +67,12 @@ class Critic(nn.Module):
         th._foreach_add_(slow, th._foreach_mul(th._foreach_sub(fast, slow), (1 - decay) * learned))
 
 
+@th.no_grad()
 def advantages(dream: Dream, returns: th.Tensor, values: th.Tensor, scale: th.Tensor, center: bool) -> th.Tensor:
     """How much more an action returned than the critic expected, in units of the return scale.
 
     A critic that still moves shifts all advantages alike, by much more than actions differ in: noise to the actor.
-    Centred, the weighted mean over the trajectories is zero at each step; the gradient of a dream stays as it is.
+    Centred, the weighted mean over the trajectories is zero at each step.
 
     :param dream: N trajectories of H actions.
     :param returns: (N, H) lambda-returns.
@@ -84,46 +85,37 @@ def advantages(dream: Dream, returns: th.Tensor, values: th.Tensor, scale: th.Te
     if not center:
         return advantage
     weight = weights(dream)[:, :-1]
-    return advantage - (weight * advantage.detach()).sum(0) / weight.sum(0).clamp(min=1e-8)
+    return advantage - (weight * advantage).sum(0) / weight.sum(0).clamp(min=1e-8)
 
 
-def actor_loss(
-    actor: Actor, dream: Dream, advantage: th.Tensor, ent_coef: float, decay: float
-) -> tuple[th.Tensor, Info]:
-    """What the actor is to gain, with an entropy bonus: by REINFORCE (paper, Eq. 6), or, where the dream has a nudge,
-    by the gradient of the advantages themselves through model and actions (DreamerV2, Eq. 6).
-
-    By the second an action counts in the return of each state before it, the last one in all of the dream. It is
-    divided by how much that is, so that the entropy weighs the same in both.
+def actor_loss(actor: Actor, dream: Dream, advantage: th.Tensor, ent_coef: float) -> tuple[th.Tensor, Info]:
+    """REINFORCE with an entropy bonus (paper, Eq. 6).
 
     :param actor: the policy.
     :param dream: N trajectories of H actions.
     :param advantage: (N, H).
     :param ent_coef: weight of the entropy.
-    :param decay: share of a return in the one before it, discount times lambda.
     :return: mean loss (); info.
     """
-    policy, action, weight = actor(dream.features.detach()), F.pad(dream.action, (0, 0, 0, 1)), weights(dream)
+    policy = actor(dream.features)
     entropy = policy.entropy()
-    if dream.nudge is None:
-        gain = policy.log_prob(action) * F.pad(advantage.detach(), (0, 1)) * weight
-    else:
-        shares = sum(decay**t for t in range(advantage.shape[1]))
-        (slope,) = th.autograd.grad((advantage * weight[:, :-1]).sum() / shares, dream.nudge)
-        gain = policy.reparameterized(action) * F.pad(slope, (0, 0, 0, 1))
-    info = {"entropy": entropy.detach().mean(), "advantage_magnitude": advantage.detach().abs().mean()}
-    return -(gain.sum() + ent_coef * (entropy * weight).sum()) / advantage.numel(), info
+    gain = policy.log_prob(F.pad(dream.action, (0, 0, 0, 1))) * F.pad(advantage, (0, 1)) + ent_coef * entropy
+    return -(gain * weights(dream)).sum() / advantage.numel(), {
+        "entropy": entropy.detach().mean(),
+        "advantage_magnitude": advantage.abs().mean(),
+    }
 
 
-def critic_loss(critic: Critic, dream: Dream, returns: th.Tensor) -> th.Tensor:
+def critic_loss(critic: Critic, dream: Dream, logits: th.Tensor, returns: th.Tensor) -> th.Tensor:
     """Critic regression on imagined returns.
 
     :param critic: the critic.
-    :param dream: N trajectories, without gradient.
-    :param returns: (N, H), without gradient.
+    :param dream: N trajectories.
+    :param logits: (N, H+1, bins) of the critic at the states of the dream.
+    :param returns: (N, H).
     :return: mean loss ().
     """
-    loss = critic.loss(critic(dream.features), dream.features, F.pad(returns, (0, 1)))
+    loss = critic.loss(logits, dream.features, F.pad(returns.detach(), (0, 1)))
     return (loss * weights(dream)).sum() / returns.numel()
 
 
@@ -144,10 +136,9 @@ def replay_critic_loss(
 
 def weights(dream: Dream) -> th.Tensor:
     """(N, H+1) probability times discount that the dream is still going on; 0 at its last state, which has no action.
-    No gradient.
 
     Losses are computed at all states and weighted: cheaper than to cut the last one off large arrays.
     """
-    going_on = dream.discount.detach().cumprod(1)
+    going_on = dream.discount.cumprod(1)
     going_on[:, -1].zero_()
     return going_on

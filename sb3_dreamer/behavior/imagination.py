@@ -19,6 +19,7 @@ def draw_starts(n_states: int, n: int | None, device: th.device) -> th.Tensor:
     return th.rand(n_states, device=device).argsort()[:n]
 
 
+@th.no_grad()
 def imagine(
     world_model: WorldModel,
     actor: Actor,
@@ -26,7 +27,6 @@ def imagine(
     horizon: int,
     first: th.Tensor | None = None,
     sample: bool = True,
-    differentiable: bool = False,
     compiled: bool = False,
 ) -> Dream:
     """Let the actor act in the world model::
@@ -41,22 +41,17 @@ def imagine(
     :param horizon: number H of actions.
     :param first: (N, A) actions to take at the start instead of the actor's.
     :param sample: sample latents and actions, else take the expected latents and the most likely actions.
-    :param differentiable: keep the gradient by the actions, which are vectors, through all that comes of them but the
-        actor; sampled latents pass it on straight through.
     :param compiled: on a GPU, compile a step first: for many dreams of one size.
     """
     # a transformer's memory grows with each step, and each would be compiled anew
     compiled = compiled and not world_model.rssm.sequence.parallel
     move = fused(start.features.device)(_move) if compiled else _move
     states, actions = [start.for_products()], []
-    shape = start.features.shape[0], horizon, actor.spec.width
-    nudge = start.features.new_zeros(shape, requires_grad=True) if differentiable else None
-    with th.set_grad_enabled(differentiable):
-        for t, by in enumerate([None] * horizon if nudge is None else nudge.unbind(1)):
-            action, state = move(world_model, actor, states[t], first if t == 0 else None, sample, by)
-            states.append(state)
-            actions.append(action)
-        return _dream(world_model, states, th.stack(actions, 1), nudge)
+    for t in range(horizon):
+        action, state = move(world_model, actor, states[t], first if t == 0 else None, sample)
+        states.append(state)
+        actions.append(action)
+    return _dream(world_model, states, th.stack(actions, 1))
 
 
 @th.no_grad()
@@ -74,23 +69,16 @@ def imagine_actions(world_model: WorldModel, start: State, action: th.Tensor) ->
 
 
 def _move(
-    world_model: WorldModel,
-    actor: Actor,
-    state: State,
-    action: th.Tensor | None,
-    sample: bool,
-    nudge: th.Tensor | None,
+    world_model: WorldModel, actor: Actor, state: State, action: th.Tensor | None, sample: bool
 ) -> tuple[th.Tensor, State]:
     """One step of N dreams: the action, the actor's if none is given, and the states that it leads to."""
     if action is None:
-        with th.no_grad():
-            policy = actor(state.features)
-            action = policy.sample() if sample else policy.mode()
-    nudged = action if nudge is None else action + nudge
-    return action, world_model.rssm.imagine_step(state, nudged, sample)
+        policy = actor(state.features)
+        action = policy.sample() if sample else policy.mode()
+    return action, world_model.rssm.imagine_step(state, action, sample)
 
 
-def _dream(world_model: WorldModel, states: list[State], action: th.Tensor, nudge: th.Tensor | None = None) -> Dream:
+def _dream(world_model: WorldModel, states: list[State], action: th.Tensor) -> Dream:
     """N trajectories from their H+1 states, N each."""
     features = th.stack([state.features for state in states], 1)
     return Dream(
@@ -98,7 +86,6 @@ def _dream(world_model: WorldModel, states: list[State], action: th.Tensor, nudg
         action=action,
         reward=world_model.predict_reward(features),
         discount=world_model.predict_discount(features),
-        nudge=nudge,
     )
 
 

@@ -137,10 +137,6 @@ class BoundedNormal:
     def mode(self) -> th.Tensor:
         return self.mean
 
-    def reparameterized(self, action: th.Tensor) -> th.Tensor:
-        """The same action as a function of mean and deviation: (..., A) with their gradient."""
-        return self.mean + self.std * ((action - self.mean) / self.std).detach()
-
     def log_prob(self, action: th.Tensor) -> th.Tensor:
         return (-0.5 * ((action - self.mean) / self.std) ** 2 - self.std.log() - LOG_SQRT_2PI).sum(-1)
 

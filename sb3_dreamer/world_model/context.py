@@ -29,8 +29,7 @@ class Context:
 
 
 class Tape:
-    """Keys and values of one layer. What is written stays; new entries come after the last one, in a new array where a
-    gradient has to find the old one as it was.
+    """Keys and values of one layer. What is written stays; new entries come after the last one.
 
     :param data: (2, rows, heads, places, width of a head); what lies after the entries in use is never read.
     :param used: entries in use.
@@ -42,17 +41,9 @@ class Tape:
     def append(self, new: th.Tensor) -> th.Tensor:
         """Write entries (2, rows, heads, T, .), in the dtype of the tape, and give all in use."""
         end = self.used + new.shape[3]
-        if th.is_grad_enabled():
-            self.data = th.cat([self.data[:, :, :, : self.used], new.to(self.data.dtype)], 3)
-        else:
-            self.data[:, :, :, self.used : end] = new
+        self.data[:, :, :, self.used : end] = new
         self.used = end
         return self.data[:, :, :, :end]
-
-    def tail(self, length: int) -> Tape:
-        """The last ``length`` entries, or all, without room for more."""
-        kept = min(length, self.used)
-        return Tape(self.data[:, :, :, self.used - kept : self.used], kept)
 
     def copy(self, row: th.Tensor, end: th.Tensor, length: int, room: int) -> Tape:
         """The ``length`` entries before n places, each on a row of its own, with room for more. Before the first
@@ -111,13 +102,12 @@ class Cache(Context):
         return tuple(tape.copy(self.row, self.end, length, room) for tape in self.tapes)
 
     def extendable(self, length: int, new: int) -> tuple[Tape, ...]:
-        """Tapes with at least the last ``length`` entries (or all), to which ``new`` more can be appended.
+        """Tapes with at least the last ``length`` entries (or all) and room for ``new`` more.
 
-        These are the tapes themselves if no one else has gone on from here.
+        These are the tapes themselves if no one else has gone on from here, and if no gradient needs them as they are.
         """
-        untouched = all(t.used == self.tip for t in self.tapes)
         if th.is_grad_enabled():
-            return tuple(t.tail(length) for t in self.tapes) if untouched else self.last(length, room=0)
-        if untouched and all(t.used + new <= t.data.shape[3] for t in self.tapes):
+            return self.last(length, new)
+        if all(t.used == self.tip and t.used + new <= t.data.shape[3] for t in self.tapes):
             return self.tapes
         return self.last(length, new + self.spare)

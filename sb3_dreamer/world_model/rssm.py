@@ -8,7 +8,7 @@ import torch as th
 import torch.nn.functional as F
 from torch import nn
 
-from sb3_dreamer.nets.distributions import categorical_kl, sample_onehot, straight_through, unimix_probs
+from sb3_dreamer.nets.distributions import categorical_kl, sample_onehot, unimix_probs
 from sb3_dreamer.nets.layers import Dense, Linear, for_products
 from sb3_dreamer.types import Size
 from sb3_dreamer.world_model.context import Context
@@ -146,8 +146,6 @@ class RSSM(nn.Module):
     def imagine_step(self, state: State, action: th.Tensor, sample: bool = True) -> State:
         """The next state by the prior, as the model expects it: n states, actions (n, A) -> n states.
 
-        A gradient reaches the state and the action before, through the samples too.
-
         Without sampling the latents are their expectation.
         """
         deter, context = self.sequence(state.deter, state.stoch, action, state.context)
@@ -195,11 +193,8 @@ class RSSM(nn.Module):
 
 
 def _latents(probs: th.Tensor, sample: bool) -> th.Tensor:
-    """Probabilities (n, K, S) -> z (n, K * S), a sample, with their gradient if they have one, or the expectation."""
-    if sample:
-        onehot = sample_onehot(probs, -2)
-        probs = straight_through(onehot, probs) if probs.requires_grad else onehot
-    return probs.flatten(-2)
+    """Probabilities (n, K, S) -> z (n, K * S), a sample or the expectation."""
+    return (sample_onehot(probs, -2) if sample else probs).flatten(-2)
 
 
 def entropy(probs: th.Tensor) -> th.Tensor:

@@ -232,7 +232,7 @@ def test_no_update_makes_the_device_wait_for_the_host():
         ("gamma", 1.01), ("gamma", -0.1), ("gamma", 0), ("center_advantage", 1), ("critic_lr_scale", -1),
         ("critic_ema_decay", 1.1), ("gae_lambda", 2), ("ent_coef", -1e-3), ("ent_coef", np.nan),
         ("learning_rate", -1e-4), ("learning_rate", "3e-5"), ("warmup_updates", -1),
-        ("learning_starts", -1), ("buffer_size", 0), ("actor_grad", "through"),
+        ("learning_starts", -1), ("buffer_size", 0),
     ],
 )  # fmt: skip
 def test_settings_that_cannot_work_are_named(name, value):
@@ -244,15 +244,6 @@ def test_a_single_dream_cannot_be_centred():
     with pytest.raises(ValueError, match="imagination_starts=2 or more, or center_advantage=False"):
         agent(imagination_starts=1)
     agent(imagination_starts=1, center_advantage=False)
-
-
-def test_no_gradient_can_reach_a_choice_of_actions():
-    with pytest.raises(
-        ValueError, match=r'actor_grad="dynamics" needs a Box of actions.*Discrete\(2\) use "reinforce"'
-    ):
-        agent("CartPole-v1", actor_grad="dynamics")
-    assert agent("CartPole-v1").actor_grad == "reinforce"
-    assert (agent().actor_grad, agent(actor_grad="reinforce").actor_grad) == ("dynamics", "reinforce")
 
 
 @pytest.mark.parametrize(

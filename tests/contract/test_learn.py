@@ -318,22 +318,6 @@ def test_without_an_interval_nothing_is_logged_and_nothing_piles_up():
     assert sum(one.numel() for one in sums.values()) < 40
 
 
-def test_how_the_actor_learns_changes_no_gradient_of_model_and_critic():
-    policies = []
-    for actor_grad in ("dynamics", "reinforce"):
-        model = agent("Pendulum-v1", actor_grad=actor_grad, learning_starts=1000, seed=0).learn(60)
-        for head in (model.policy.world_model.reward_head, model.policy.critic.fast):
-            th.nn.init.normal_(head.out.weight)  # zero at the start: nothing would be worth more than anything
-        model.update(model.replay_buffer.sample(2))
-        policies.append(model.policy)
-    for part in ("world_model", "critic", "actor"):
-        for ours, others in zip(*(getattr(policy, part).parameters() for policy in policies), strict=True):
-            if part == "actor":
-                assert not th.equal(ours.grad, others.grad)
-            elif ours.grad is not None:
-                th.testing.assert_close(ours.grad, others.grad)
-
-
 def test_metrics_are_means_since_the_last_time():
     metrics = Metrics(th.device("cpu"))
     for value in (1.0, 2.0, 6.0):

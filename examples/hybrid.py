@@ -31,13 +31,15 @@ def main() -> None:
     dreamer = Dreamer("MlpPolicy", args.env, seed=args.seed).learn(args.steps, progress_bar=True)
     report("Dreamer", dreamer, args.env)
 
-    sac = dreamer.to_model_free(SAC)
+    sac = dreamer.to_model_free(SAC, progress_bar=True)
     report("SAC, just handed over", sac, args.env)
     sac.learn(args.steps, reset_num_timesteps=False, progress_bar=True)
     report("SAC", sac, args.env)
     sac.save("runs/sac_after_dreamer.zip")  # a plain SB3 file
 
-    pupil = Dreamer("MlpPolicy", args.env, seed=args.seed + 1).warm_start(sac, n_steps=args.steps // 3)
+    pupil = Dreamer("MlpPolicy", args.env, seed=args.seed + 1).warm_start(
+        sac, n_steps=args.steps // 3, progress_bar=True
+    )
     report("a new Dreamer that watched it", pupil, args.env)
 
 

@@ -39,7 +39,7 @@ def main() -> None:
     for update in range(1, args.updates + 1):
         losses, _, _ = world_model.loss(data.sample(model.batch_size))
         optimizer.zero_grad()
-        th.stack([LOSS_SCALES[key] * loss.mean() for key, loss in losses.items()]).sum().backward()
+        th.stack([LOSS_SCALES.get(key, 1.0) * loss.mean() for key, loss in losses.items()]).sum().backward()
         optimizer.step()
         schedule.step()
         if update % 250 == 0 or update == args.updates:

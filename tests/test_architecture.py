@@ -42,7 +42,7 @@ CORE = {
         "files",
     },
 }
-WINGS = {"resume", "hybrid", "zoo", "dreams", "tianshou", "distributed"}
+WINGS = {"resume", "hybrid", "zoo", "dreams", "planning", "tianshou", "distributed"}
 # `__init__` stands for what the package itself exports, as in `from sb3_dreamer import Dreamer`
 ALLOWED = CORE | {wing: set(CORE) | {"__init__"} for wing in WINGS} | {"__init__": set(CORE)}
 

@@ -55,16 +55,17 @@ def imagine(
 
 
 @th.no_grad()
-def imagine_actions(world_model: WorldModel, start: State, action: th.Tensor) -> Dream:
+def imagine_actions(world_model: WorldModel, start: State, action: th.Tensor, sample: bool = True) -> Dream:
     """Dream on with given actions, for example those that were really taken.
 
     :param world_model: the model.
     :param start: N states.
     :param action: (N, H, A) encoded; entry 0 is taken at the start.
+    :param sample: sample latents, else take the expected ones.
     """
     states = [start.for_products()]
     for a in action.unbind(1):
-        states.append(world_model.rssm.imagine_step(states[-1], a))
+        states.append(world_model.rssm.imagine_step(states[-1], a, sample))
     return _dream(world_model, states, action)
 
 

@@ -1,0 +1,78 @@
+"""What planning at act time brings: an agent of benchmarks/learn.py, alone and with a Planner, from the same starts.
+
+python -m benchmarks.planning runs/HalfCheetah-v4-dreamer-0 --episodes 4 --horizon 5
+
+Prints a JSON line and appends a CSV row for each of the two.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch as th
+from stable_baselines3.common.evaluation import evaluate_policy
+from stable_baselines3.common.vec_env import DummyVecEnv
+
+from benchmarks.envs import make_env
+from benchmarks.learn import machine
+from sb3_dreamer import Dreamer
+from sb3_dreamer.planning import Planner
+
+COLUMNS = ("env", "seed", "agent", "step", "return_mean", "return_std", "n_episodes", "ms_per_decision", "commit",
+           "machine", "settings")  # fmt: skip
+
+
+def measure(who: Any, env: str, episodes: int) -> dict[str, Any]:
+    """Deterministic episodes, all side by side, from starts that depend on nothing but their number."""
+    envs = DummyVecEnv([lambda: make_env(env) for _ in range(episodes)])
+    envs.seed(1000)
+    th.manual_seed(0)
+    start = time.perf_counter()
+    returns, lengths = evaluate_policy(who, envs, episodes, return_episode_rewards=True, warn=False)
+    seconds, decisions = time.perf_counter() - start, sum(map(int, np.array(lengths).flatten()))
+    envs.close()
+    return {
+        "return_mean": round(float(np.mean(returns)), 2),
+        "return_std": round(float(np.std(returns)), 2),
+        "n_episodes": episodes,
+        "ms_per_decision": round(1e3 * seconds / decisions, 2),
+    }
+
+
+def main() -> None:
+    """Read the command line, load, play."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", type=Path, help="folder of a run of benchmarks/learn.py")
+    parser.add_argument("--episodes", type=int, default=10)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--out", type=Path, default=Path("runs/planning.csv"), help="rows are appended")
+    for name in ("horizon", "n-candidates", "n-elites", "iterations"):
+        parser.add_argument(f"--{name}", type=int, default=argparse.SUPPRESS, help="of the Planner")
+    given = vars(parser.parse_args())
+    run, episodes, threads, out = (given.pop(name) for name in ("run", "episodes", "threads", "out"))
+    th.set_num_threads(threads)
+    with open(run / "results.csv", newline="") as file:
+        last = list(csv.DictReader(file))[-1]
+    model = Dreamer.load(run / "checkpoint" / "model.zip", device="cpu")
+    about = {name: last[name] for name in ("env", "seed", "step", "commit")}
+    about |= {"machine": machine(), "settings": json.dumps({"trained": json.loads(last["settings"]), **given})}
+    out.parent.mkdir(parents=True, exist_ok=True)
+    for agent, who in (("dreamer", model), ("planner", Planner(model, **given))):
+        row = {**about, "agent": agent, **measure(who, last["env"], episodes)}
+        print(json.dumps(row), flush=True)
+        new = not out.exists()
+        with open(out, "a", newline="") as file:
+            writer = csv.DictWriter(file, COLUMNS)
+            if new:
+                writer.writeheader()
+            writer.writerow(row)
+
+
+if __name__ == "__main__":
+    main()

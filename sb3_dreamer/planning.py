@@ -1,0 +1,87 @@
+"""Planning in latent space at act time: the policy proposes, dreams of what else could be done decide."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch as th
+
+from sb3_dreamer.behavior.imagination import imagine, imagine_actions, lambda_returns
+from sb3_dreamer.dreamer import Dreamer
+from sb3_dreamer.nets.distributions import BoundedNormal
+from sb3_dreamer.nets.layers import fast_bfloat16
+from sb3_dreamer.policies import PolicyState
+
+
+class Planner:
+    """The cross-entropy method, as PlaNet plans (Hafner et al. 2019), around the policy and with the critic at the end::
+
+        the policy is dreamed `horizon` steps ahead      its actions and their deviations, a first plan
+        `iterations` times                               `n_candidates` plans are drawn around the plan, all are
+                                                         dreamed, the `n_elites` best are the next plan
+        the first action of the last plan is taken
+
+    A plan is worth the lambda-return of its dream, with which the policy was trained. Dreams are without chance: two
+    samples of one would differ by more than two plans do. It takes the place of a policy wherever one is used, in
+    ``evaluate_policy`` for one, for a multiple of the time (``benchmarks/README.md``).
+
+    :param model: a trained Dreamer whose actions are a Box.
+    :param horizon: steps that are planned.
+    :param n_candidates: plans that are dreamed at once, for each environment; the plan as it is is one of them.
+    :param n_elites: how many of them make the next plan.
+    :param iterations: how often.
+    :raises ValueError: for other actions, and senseless numbers.
+    """
+
+    def __init__(
+        self, model: Dreamer, horizon: int = 5, n_candidates: int = 64, n_elites: int = 8, iterations: int = 2
+    ) -> None:
+        if model.policy.action_spec.kind != "vector":
+            raise ValueError(f"plans are drawn around actions of a Box, these are of {model.action_space}")
+        if min(horizon, n_elites, iterations) < 1:
+            raise ValueError(f"horizon={horizon}, n_elites={n_elites} and iterations={iterations} must be at least 1")
+        if n_candidates < n_elites:
+            raise ValueError(f"n_elites={n_elites} cannot be chosen among n_candidates={n_candidates}: take more")
+        self.model, self.horizon, self.iterations = model, horizon, iterations
+        self.n_candidates, self.n_elites = n_candidates, n_elites
+
+    def predict(
+        self,
+        observation: np.ndarray | dict[str, np.ndarray],
+        state: PolicyState | None = None,
+        episode_start: np.ndarray | None = None,
+        deterministic: bool = False,
+    ) -> tuple[np.ndarray, PolicyState]:
+        """As :meth:`sb3_dreamer.policies.DreamerPolicy.predict`; without ``deterministic``, the best elite's action."""
+        policy = self.model.policy
+        proposed, carried = policy.predict(observation, state, episode_start, deterministic)
+        assert carried is not None
+        actions = policy.decode_action(self.plan(carried[0], deterministic))
+        return actions.reshape(proposed.shape), (carried[0], policy.encode_action(actions))
+
+    @th.inference_mode()
+    def plan(self, packed: np.ndarray, deterministic: bool = True) -> np.ndarray:
+        """The first action of the plan: packed states (n, L) -> encoded actions (n, A)."""
+        model, policy = self.model, self.model.policy
+        now = th.as_tensor(packed, device=model.device)
+        with th.autocast(model.device.type, th.bfloat16, enabled=fast_bfloat16(model.device)):
+            start = policy.world_model.rssm.unpack(now)
+            dream = imagine(policy.world_model, policy.actor, start, self.horizon, sample=False)
+            proposal = policy.actor(dream.features[:, :-1])
+            assert isinstance(proposal, BoundedNormal)
+            mean, std = dream.action, proposal.std
+            again = now.repeat_interleave(self.n_candidates, 0)
+            for _ in range(self.iterations):
+                noise = th.randn(len(now), self.n_candidates, *mean.shape[1:], device=now.device)
+                noise[:, 0] = 0
+                plans = (mean[:, None] + std[:, None] * noise).clamp(-1, 1)
+                best = self.worth(again, plans.flatten(0, 1)).view(len(now), -1).topk(self.n_elites).indices
+                elites = plans.gather(1, best[..., None, None].expand(-1, -1, *mean.shape[1:]))
+                mean, std = elites.mean(1), elites.std(1, correction=0)
+        return (mean[:, 0] if deterministic else elites[:, 0, 0]).float().cpu().numpy()
+
+    def worth(self, packed: th.Tensor, plans: th.Tensor) -> th.Tensor:
+        """The lambda-return of each plan: packed states (N, L), actions (N, H, A) -> (N,)."""
+        policy, world_model = self.model.policy, self.model.policy.world_model
+        dream = imagine_actions(world_model, world_model.rssm.unpack(packed), plans, sample=False)
+        values = policy.critic.value(dream.features)
+        return lambda_returns(dream.reward, dream.discount, values, self.model.gae_lambda)[:, 0]

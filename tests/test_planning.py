@@ -1,0 +1,91 @@
+"""Planning at act time: what the search finds, and what it must not touch."""
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch as th
+from stable_baselines3.common.evaluation import evaluate_policy
+
+from sb3_dreamer import Dreamer
+from sb3_dreamer.planning import Planner
+
+SMALL = dict(model_size="debug", batch_size=4, batch_length=8, learning_starts=20, train_ratio=4, seed=0, device="cpu")
+
+
+@pytest.fixture(scope="module")
+def model() -> Dreamer:
+    return Dreamer("MlpPolicy", "Pendulum-v1", **SMALL).learn(60)
+
+
+def states(model: Dreamer, n: int = 3) -> np.ndarray:
+    rng = np.random.default_rng(0)
+    observations = rng.uniform(-1, 1, (n, 3)).astype(np.float32)
+    carried = model.predict(observations, deterministic=True)[1]
+    assert carried is not None
+    return carried[0]
+
+
+@pytest.mark.parametrize("wanted", [-0.6, 0.5])
+def test_the_search_finds_the_first_action_of_the_best_plans(model: Dreamer, wanted: float, monkeypatch) -> None:
+    planner = Planner(model, horizon=3, n_candidates=256, n_elites=8, iterations=3)
+    monkeypatch.setattr(planner, "worth", lambda packed, plans: -(plans[:, 0, 0] - wanted).square())
+    np.testing.assert_allclose(planner.plan(states(model)), wanted, atol=0.05)
+
+
+def test_each_environment_has_a_plan_of_its_own(model: Dreamer, monkeypatch) -> None:
+    planner = Planner(model, horizon=2, n_candidates=256, iterations=3)
+    goals = th.tensor([-0.5, 0.0, 0.5]).repeat_interleave(256)
+    monkeypatch.setattr(planner, "worth", lambda packed, plans: -(plans[:, 0, 0] - goals).square())
+    np.testing.assert_allclose(planner.plan(states(model))[:, 0], [-0.5, 0.0, 0.5], atol=0.05)
+
+
+def test_where_no_plan_is_better_the_policy_keeps_its_own(model: Dreamer, monkeypatch) -> None:
+    packed = states(model)
+    planner = Planner(model, n_elites=1, iterations=3)  # candidate 0 of each is the plan as it is
+    monkeypatch.setattr(planner, "worth", lambda packed, plans: (th.arange(len(plans)) % 64 == 0).float())
+    with th.inference_mode():
+        features = model.policy.world_model.rssm.unpack(th.as_tensor(packed)).features
+        own = model.policy.actor(features).mode().clamp(-1, 1)
+    np.testing.assert_allclose(planner.plan(packed), own, atol=0.02)
+
+
+def test_a_plan_is_worth_the_rewards_of_its_dream_and_the_value_behind_it(model: Dreamer) -> None:
+    packed = th.as_tensor(states(model))
+    plans = th.zeros(3, 1, 1)
+    world_model, critic = model.policy.world_model, model.policy.critic
+    with th.inference_mode():
+        worth = Planner(model, horizon=1).worth(packed, plans)
+        after = world_model.rssm.imagine_step(world_model.rssm.unpack(packed), plans[:, 0], sample=False).features
+        want = world_model.predict_reward(after) + world_model.predict_discount(after) * critic.value(after)
+    th.testing.assert_close(worth, want)
+
+
+def test_it_takes_the_place_of_a_policy_and_the_state_knows_what_was_done(model: Dreamer) -> None:
+    planner = Planner(model, horizon=2, n_candidates=16)
+    before = {name: value.clone() for name, value in model.policy.state_dict().items()}
+    observations = np.zeros((4, 3), np.float32)
+    actions, state = planner.predict(observations, deterministic=True)
+    assert actions.shape == (4, 1)
+    assert (np.abs(actions) <= 2).all()
+    np.testing.assert_allclose(state[1], actions / 2, atol=1e-6)
+    assert planner.predict(observations[0], episode_start=np.ones(1, bool))[0].shape == (1,)
+    mean, _ = evaluate_policy(planner, gym.make("Pendulum-v1", max_episode_steps=5), 1, warn=False)
+    assert -100 < float(np.mean(mean)) < 0
+    assert all(th.equal(before[name], value) for name, value in model.policy.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        (dict(horizon=0), "horizon=0, n_elites=8 and iterations=2 must be at least 1"),
+        (dict(n_candidates=4), "n_elites=8 cannot be chosen among n_candidates=4: take more"),
+    ],
+)
+def test_senseless_numbers_are_refused(model: Dreamer, settings: dict[str, int], words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        Planner(model, **settings)
+
+
+def test_only_actions_of_a_box_can_be_planned() -> None:
+    with pytest.raises(ValueError, match=r"plans are drawn around actions of a Box, these are of Discrete\(2\)"):
+        Planner(Dreamer("MlpPolicy", "CartPole-v1", model_size="debug", device="cpu"))

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import torch as th
@@ -52,6 +53,11 @@ class CapturedUpdate:
         self._replay: Callable[[], None]
 
     def __call__(self, batch: Batch) -> Results:
+        device = batch.reward.device
+        with th.cuda.device(device) if device.type == "cuda" else nullcontext():  # a graph is of the current device
+            return self._call(batch)
+
+    def _call(self, batch: Batch) -> Results:
         if self.record is None:
             self.calls += 1
             return self.update(batch)

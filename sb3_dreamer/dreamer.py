@@ -30,7 +30,7 @@ LOSS_SCALES = {"rep": 0.1, "replay_critic": 0.3}  # all others 1
 
 READ_BY_UPDATE = (
     *("imagination_starts", "imagination_horizon", "gamma", "gae_lambda"),
-    *("ent_coef", "center_advantage", "critic_ema_decay"),
+    *("ent_coef", "center_advantage", "critic_ema_decay", "warmup_updates"),
 )
 
 
@@ -45,7 +45,8 @@ class Dreamer(SequenceAlgorithm):
     :param critic_lr_scale: learning rate of the critic, relative to the world model's.
     :param critic_ema_decay: how much of the critic's slow copy stays at each update.
     :param buffer_size: capacity of the replay in entries, all environments together.
-    :param learning_starts: environment steps with random actions before the first update.
+    :param learning_starts: entries in the replay before the first update, with random actions until then; an episode
+        has one more than steps, and one of the environments needs ``batch_length`` of them.
     :param batch_size: sequences in a batch.
     :param batch_length: entries of a sequence.
     :param train_ratio: replayed entries per environment step, fractions allowed.
@@ -177,6 +178,12 @@ class Dreamer(SequenceAlgorithm):
         self._convert_train_freq()
         self.described = describe(self.policy_class, self.observation_space, self.action_space)
 
+    def set_random_seed(self, seed: int | None = None) -> None:
+        """As in every SB3 algorithm; what the replay draws follows too."""
+        super().set_random_seed(seed)
+        if seed is not None and self.replay_buffer is not None:
+            self.replay_buffer.reseed()
+
     # -- learning ------------------------------------------------------------------------------------------------------
 
     def train(self, gradient_steps: int, batch_size: int) -> None:
@@ -189,6 +196,7 @@ class Dreamer(SequenceAlgorithm):
         imitation = 0.0 if self._cloning is None else self._cloning.share(self._n_updates)
         self.policy.set_rates(self.warmup_updates, self.actor_lr_scale * (1 - imitation), self.critic_lr_scale)
         self.policy.optimizer.put_rates_on_device()
+        self.policy.world_model.gamma = self.gamma
         update = self._captured_update()
         for _ in range(gradient_steps):
             batch = self.replay_buffer.sample(batch_size, env=self._vec_normalize_env)
@@ -216,6 +224,7 @@ class Dreamer(SequenceAlgorithm):
             starts = draw_starts(batch.reward.numel(), self.imagination_starts, self.device)
             start = states.detach().flatten()[starts]
             dream = imagine(world_model, actor, start, self.imagination_horizon, compiled=True)
+            th.clear_autocast_cache()  # older torch keeps what was cast without a gradient so (pytorch#112583)
             logits = critic(dream.features)
             values = critic.fast.mean(logits.detach())
             returns = lambda_returns(dream.reward, dream.discount, values, self.gae_lambda)

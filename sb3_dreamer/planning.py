@@ -13,7 +13,7 @@ from sb3_dreamer.policies import PolicyState
 
 
 class Planner:
-    """The cross-entropy method, as PlaNet plans (Hafner et al. 2019), around the policy and with the critic at the end::
+    """The cross-entropy method, as in PlaNet (Hafner et al. 2019), around the policy and with the critic at the end::
 
         the policy is dreamed `horizon` steps ahead      its actions and their deviations, a first plan
         `iterations` times                               `n_candidates` plans are drawn around the plan, all are

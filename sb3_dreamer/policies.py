@@ -17,7 +17,14 @@ from stable_baselines3.common.type_aliases import Schedule
 from sb3_dreamer.behavior.actor_critic import Actor, Critic
 from sb3_dreamer.behavior.imagination import ReturnScale
 from sb3_dreamer.nets.optim import LaProp
-from sb3_dreamer.spaces import by_key, check_action_bounds, float_bounds, observation_specs, policy_for, spec_of
+from sb3_dreamer.spaces import (
+    action_spec_of,
+    by_key,
+    check_action_bounds,
+    float_bounds,
+    observation_specs,
+    policy_for,
+)
 from sb3_dreamer.types import SIZES
 from sb3_dreamer.world_model import WorldModel
 from sb3_dreamer.world_model.rssm import State
@@ -87,7 +94,7 @@ class DreamerPolicy(BasePolicy):
             )
         check_action_bounds(action_space)
         size = dataclasses.replace(SIZES[model_size], **widths)
-        self.action_spec = spec_of(action_space)
+        self.action_spec = action_spec_of(action_space)
         self.world_model = WorldModel(observation_specs(observation_space), self.action_spec, size, **model)
         features = self.world_model.feature_width
         self.actor = Actor(features, self.action_spec, size)
@@ -203,6 +210,10 @@ class DreamerPolicy(BasePolicy):
         assert state is not None
         rssm = self.world_model.rssm
         return rssm.latents(rssm.unpack(th.as_tensor(state[0], device=self.device))).cpu().numpy()
+
+    def forward(self, observation: Any, deterministic: bool = False) -> th.Tensor:
+        """See :meth:`_predict`."""
+        return self._predict(observation, deterministic)
 
     def _predict(self, observation: Any, deterministic: bool = False) -> th.Tensor:
         """First action of an episode, encoded; SB3's abstract method. Use :meth:`predict`, which keeps the state."""

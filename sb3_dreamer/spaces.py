@@ -36,6 +36,14 @@ def spec_of(space: spaces.Space) -> Spec:
     )
 
 
+def action_spec_of(space: spaces.Space) -> Spec:
+    """Translate a space of actions: every Box is a vector of numbers, also one that might be an image.
+
+    :raises ValueError: for a kind of space that has no encoder.
+    """
+    return Spec("vector", space.shape) if isinstance(space, spaces.Box) else spec_of(space)
+
+
 def observation_specs(space: spaces.Space) -> dict[str, Spec]:
     """Specs by key; a space that is no Dict has the single key "obs"."""
     if isinstance(space, spaces.Dict):

@@ -13,7 +13,7 @@ from stable_baselines3.common.vec_env import DummyVecEnv, VecFrameStack, VecNorm
 
 from sb3_dreamer import Dreamer
 from sb3_dreamer.replay.columns import ActionCode
-from sb3_dreamer.spaces import into_space, observation_specs, policy_for, spec_of
+from sb3_dreamer.spaces import action_spec_of, into_space, observation_specs, policy_for, spec_of
 from sb3_dreamer.types import SIZES, Spec
 from sb3_dreamer.world_model.codes import CODES
 from sb3_dreamer.world_model.decoders import Decoder
@@ -371,3 +371,10 @@ def test_what_changes_observations_belongs_inside_of_vecnormalize() -> None:
     env = VecNormalize(DummyVecEnv([lambda: Random(OBSERVATIONS["dict"])]), norm_obs_keys=["speed"])
     with pytest.raises(ValueError, match="so wrap it last"):  # SB3 itself adds VecTransposeImage on top of it
         Dreamer("MultiInputPolicy", env, **DEBUG)
+
+
+def test_a_box_of_actions_is_a_vector_even_where_it_might_be_an_image():
+    space = spaces.Box(0, 255, (1, 2, 2), np.uint8)
+    assert spec_of(space).kind == "image"
+    assert action_spec_of(space) == Spec("vector", (1, 2, 2))
+    assert action_spec_of(spaces.Discrete(3)) == spec_of(spaces.Discrete(3))

@@ -261,6 +261,10 @@ class SequenceReplayBuffer:
         finally:
             self._rings = rings
 
+    def reseed(self) -> None:
+        """Draw anew from here on, by numpy's global generator, which SB3 seeds."""
+        self._rings.reseed()
+
     def size(self) -> int:
         """Entries stored, all environments together."""
         return int(self._rings.stored().sum())
@@ -288,8 +292,6 @@ class SequenceReplayBuffer:
         if isinstance(self.observation_space, spaces.Dict):
             return env.normalize_obs(obs)  # type: ignore[return-value]
         return {"obs": env.normalize_obs(obs["obs"])}  # type: ignore[dict-item]
-
-    # -- keeping ---------------------------------------------------------------------------------------------------
 
     def flush(self) -> None:
         """Write everything to the disk, to outlive a loss of power; the death of the process needs no flush."""

@@ -47,11 +47,6 @@ class Column:
     aliases: tuple[tuple[int, ...], ...] = ()
     takes_all: bool = False
 
-    @property
-    def entry_bytes(self) -> int:
-        """Bytes of one entry."""
-        return prod(self.shape) * self.dtype.itemsize
-
     def cast(self, value: Any, envs: np.ndarray, prefix: str = "") -> np.ndarray:
         """Check the values of some environments and give them the shape and dtype of storage.
 

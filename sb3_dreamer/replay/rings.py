@@ -32,7 +32,10 @@ class Rings:
         self.lower_bound = np.zeros(n_envs, np.int64)  # entries below this number are lost
         self._queued = np.zeros(n_envs, np.int64)  # entries below this number have been queued
         self._queue: deque[tuple[int, int]] = deque(maxlen=n_envs * (rows // length))
-        # SB3 seeds numpy's global generator; from here on the replay has its own, which is pickled
+        self.reseed()
+
+    def reseed(self) -> None:
+        """SB3 seeds numpy's global generator; from here on the replay has its own, which is pickled."""
         self._rng = np.random.default_rng(np.random.randint(2**31 - 1))  # noqa: NPY002
 
     def resume(self, head: np.ndarray, lower_bound: np.ndarray) -> None:

@@ -12,7 +12,7 @@ from stable_baselines3.common.logger import KVWriter, Logger
 from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv
 
-from sb3_dreamer import Dreamer
+from sb3_dreamer import Dreamer, dreamer
 from sb3_dreamer.metrics import Metrics
 from sb3_dreamer.replay import read_episodes
 from sb3_dreamer.replay.columns import FIRST, LAST
@@ -316,6 +316,37 @@ def test_without_an_interval_nothing_is_logged_and_nothing_piles_up():
     sums = model._metrics._sums
     assert len(sums) == 1
     assert sum(one.numel() for one in sums.values()) < 40
+
+
+def test_every_weight_of_the_actor_learns_where_products_are_in_bfloat16(monkeypatch):
+    # the actor is asked in the dream first, without gradient: a cast of its weights that is kept has none
+    monkeypatch.setattr(dreamer, "fast_bfloat16", lambda device: True)
+    model = agent("Pendulum-v1", learning_starts=1000, seed=0).learn(60)
+    for head in (model.policy.world_model.reward_head, model.policy.critic.fast):
+        th.nn.init.normal_(head.out.weight)  # zero at the start: nothing would be worth more than anything
+    model.update(model.replay_buffer.sample(2))
+    for name, weight in model.policy.actor.named_parameters():
+        assert weight.grad is not None, name
+        assert weight.grad.abs().max() > 0, name
+
+
+@pytest.mark.filterwarnings("ignore:the replay is empty")
+def test_a_new_seed_is_followed_by_what_the_replay_draws(tmp_path):
+    agent("Pendulum-v1").learn(60).save(tmp_path / "model")
+    runs = []
+    for seed in (3, 3, 4):
+        model = Dreamer.load(tmp_path / "model", env=gym.make("Pendulum-v1"))
+        model.set_random_seed(seed)
+        runs.append(model.learn(60))
+    assert same(runs[0], runs[1])
+    assert not same(runs[0], runs[2])
+
+
+def test_a_new_discount_is_the_model_s_too():
+    model = agent("Pendulum-v1", seed=0).learn(60)
+    model.gamma = 0.5
+    model.train(1, model.batch_size)
+    assert model.policy.world_model.gamma == 0.5
 
 
 def test_metrics_are_means_since_the_last_time():

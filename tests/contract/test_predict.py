@@ -208,3 +208,9 @@ def test_episode_starts_of_other_environments_are_refused():
     model = Dreamer("MlpPolicy", "Pendulum-v1", **DEBUG)
     with pytest.raises(ValueError, match="episode_start is of 3 environments, the observation of 2"):
         model.predict(np.zeros((2, 3), np.float32), episode_start=np.ones(3, bool))
+
+
+def test_the_policy_can_be_called_as_those_of_sb3(model):
+    action = model.policy(model.policy.obs_to_tensor(np.zeros((2, *model.observation_space.shape), np.float32))[0])
+    assert action.shape == (2, *model.action_space.shape)
+    assert action.abs().max() <= 1

@@ -10,7 +10,6 @@ Steps are the agent's; evaluations are episodes in environments of their own, de
 """
 
 import argparse
-import csv
 import json
 import tempfile
 import time
@@ -26,7 +25,7 @@ from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.evaluation import evaluate_policy
 
 from benchmarks.envs import make_env
-from benchmarks.learn import algorithm, commit, evaluate, machine, parse_overrides, policy_alias
+from benchmarks.learn import algorithm, append_row, commit, evaluate, machine, parse_overrides, policy_alias
 from sb3_dreamer import Dreamer
 from sb3_dreamer.hybrid import DreamVecEnv, Guard
 
@@ -69,13 +68,7 @@ class Runner:
         row = {key: round(float(value), 2) if isinstance(value, float) else value for key, value in row.items()}
         print(json.dumps({"env": self.env, "seed": self.seed, **row}), flush=True)
         self.rows.append(row)
-        new = not self.args.out.exists()
-        self.args.out.parent.mkdir(parents=True, exist_ok=True)
-        with self.args.out.open("a", newline="") as file:
-            writer = csv.DictWriter(file, COLUMNS)
-            if new:
-                writer.writeheader()
-            writer.writerow({**self.constant, **row})
+        append_row(self.args.out, COLUMNS, {**self.constant, **row})
         return row["return_mean"]
 
     def learn(self, agent: str, model: Any, steps: int, already: int = 0) -> None:

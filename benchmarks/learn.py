@@ -14,6 +14,7 @@ import platform
 import shutil
 import subprocess
 import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -206,6 +207,17 @@ class Results:
         """Add one row."""
         with self.path.open("a", newline="") as file:
             csv.DictWriter(file, COLUMNS).writerow(self.constant | measured)
+
+
+def append_row(path: Path, columns: Sequence[str], row: Mapping[str, Any]) -> None:
+    """Add one row to a CSV that others may have begun; a new one gets its header."""
+    new = not path.exists()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a", newline="") as file:
+        writer = csv.DictWriter(file, columns)
+        if new:
+            writer.writeheader()
+        writer.writerow(row)
 
 
 def commit() -> str:

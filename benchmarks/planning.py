@@ -20,7 +20,7 @@ from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.vec_env import DummyVecEnv
 
 from benchmarks.envs import make_env
-from benchmarks.learn import machine
+from benchmarks.learn import append_row, machine
 from sb3_dreamer import Dreamer
 from sb3_dreamer.planning import Planner
 
@@ -62,16 +62,10 @@ def main() -> None:
     model = Dreamer.load(run / "checkpoint" / "model.zip", device="cpu")
     about = {name: last[name] for name in ("env", "seed", "step", "commit")}
     about |= {"machine": machine(), "settings": json.dumps({"trained": json.loads(last["settings"]), **given})}
-    out.parent.mkdir(parents=True, exist_ok=True)
     for agent, who in (("dreamer", model), ("planner", Planner(model, **given))):
         row = {**about, "agent": agent, **measure(who, last["env"], episodes)}
         print(json.dumps(row), flush=True)
-        new = not out.exists()
-        with open(out, "a", newline="") as file:
-            writer = csv.DictWriter(file, COLUMNS)
-            if new:
-                writer.writeheader()
-            writer.writerow(row)
+        append_row(out, COLUMNS, row)
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ from sb3_dreamer.dreamer import Dreamer
 from sb3_dreamer.nets.distributions import BoundedNormal
 from sb3_dreamer.nets.layers import fast_bfloat16
 from sb3_dreamer.policies import PolicyState
+from sb3_dreamer.world_model.rssm import State
 
 
 class Planner:
@@ -64,24 +65,24 @@ class Planner:
         model, policy = self.model, self.model.policy
         now = th.as_tensor(packed, device=model.device)
         with th.autocast(model.device.type, th.bfloat16, enabled=fast_bfloat16(model.device)):
-            start = policy.world_model.rssm.unpack(now)
-            dream = imagine(policy.world_model, policy.actor, start, self.horizon, sample=False)
+            unpack = policy.world_model.rssm.unpack
+            dream = imagine(policy.world_model, policy.actor, unpack(now), self.horizon, sample=False)
             proposal = policy.actor(dream.features[:, :-1])
             assert isinstance(proposal, BoundedNormal)
             mean, std = dream.action, proposal.std
-            again = now.repeat_interleave(self.n_candidates, 0)
+            starts = unpack(now.repeat_interleave(self.n_candidates, 0))
             for _ in range(self.iterations):
                 noise = th.randn(len(now), self.n_candidates, *mean.shape[1:], device=now.device)
                 noise[:, 0] = 0
                 plans = (mean[:, None] + std[:, None] * noise).clamp(-1, 1)
-                best = self.worth(again, plans.flatten(0, 1)).view(len(now), -1).topk(self.n_elites).indices
+                best = self.worth(starts, plans.flatten(0, 1)).view(len(now), -1).topk(self.n_elites).indices
                 elites = plans.gather(1, best[..., None, None].expand(-1, -1, *mean.shape[1:]))
                 mean, std = elites.mean(1), elites.std(1, correction=0)
         return (mean[:, 0] if deterministic else elites[:, 0, 0]).float().cpu().numpy()
 
-    def worth(self, packed: th.Tensor, plans: th.Tensor) -> th.Tensor:
-        """The lambda-return of each plan: packed states (N, L), actions (N, H, A) -> (N,)."""
-        policy, world_model = self.model.policy, self.model.policy.world_model
-        dream = imagine_actions(world_model, world_model.rssm.unpack(packed), plans, sample=False)
+    def worth(self, starts: State, plans: th.Tensor) -> th.Tensor:
+        """The lambda-return of each plan: N states, actions (N, H, A) -> (N,)."""
+        policy = self.model.policy
+        dream = imagine_actions(policy.world_model, starts, plans, sample=False)
         values = policy.critic.value(dream.features)
         return lambda_returns(dream.reward, dream.discount, values, self.model.gae_lambda)[:, 0]

@@ -28,21 +28,21 @@ def states(model: Dreamer, n: int = 3) -> np.ndarray:
 @pytest.mark.parametrize("wanted", [-0.6, 0.5])
 def test_the_search_finds_the_first_action_of_the_best_plans(model: Dreamer, wanted: float, monkeypatch) -> None:
     planner = Planner(model, horizon=3, n_candidates=256, n_elites=8, iterations=3)
-    monkeypatch.setattr(planner, "worth", lambda packed, plans: -(plans[:, 0, 0] - wanted).square())
+    monkeypatch.setattr(planner, "worth", lambda starts, plans: -(plans[:, 0, 0] - wanted).square())
     np.testing.assert_allclose(planner.plan(states(model)), wanted, atol=0.05)
 
 
 def test_each_environment_has_a_plan_of_its_own(model: Dreamer, monkeypatch) -> None:
     planner = Planner(model, horizon=2, n_candidates=256, iterations=3)
     goals = th.tensor([-0.5, 0.0, 0.5]).repeat_interleave(256)
-    monkeypatch.setattr(planner, "worth", lambda packed, plans: -(plans[:, 0, 0] - goals).square())
+    monkeypatch.setattr(planner, "worth", lambda starts, plans: -(plans[:, 0, 0] - goals).square())
     np.testing.assert_allclose(planner.plan(states(model))[:, 0], [-0.5, 0.0, 0.5], atol=0.05)
 
 
 def test_where_no_plan_is_better_the_policy_keeps_its_own(model: Dreamer, monkeypatch) -> None:
     packed = states(model)
     planner = Planner(model, n_elites=1, iterations=3)  # candidate 0 of each is the plan as it is
-    monkeypatch.setattr(planner, "worth", lambda packed, plans: (th.arange(len(plans)) % 64 == 0).float())
+    monkeypatch.setattr(planner, "worth", lambda starts, plans: (th.arange(len(plans)) % 64 == 0).float())
     with th.inference_mode():
         features = model.policy.world_model.rssm.unpack(th.as_tensor(packed)).features
         own = model.policy.actor(features).mode().clamp(-1, 1)
@@ -50,12 +50,11 @@ def test_where_no_plan_is_better_the_policy_keeps_its_own(model: Dreamer, monkey
 
 
 def test_a_plan_is_worth_the_rewards_of_its_dream_and_the_value_behind_it(model: Dreamer) -> None:
-    packed = th.as_tensor(states(model))
-    plans = th.zeros(3, 1, 1)
     world_model, critic = model.policy.world_model, model.policy.critic
+    starts, plans = world_model.rssm.unpack(th.as_tensor(states(model))), th.zeros(3, 1, 1)
     with th.inference_mode():
-        worth = Planner(model, horizon=1).worth(packed, plans)
-        after = world_model.rssm.imagine_step(world_model.rssm.unpack(packed), plans[:, 0], sample=False).features
+        worth = Planner(model, horizon=1).worth(starts, plans)
+        after = world_model.rssm.imagine_step(starts, plans[:, 0], sample=False).features
         want = world_model.predict_reward(after) + world_model.predict_discount(after) * critic.value(after)
     th.testing.assert_close(worth, want)
 

@@ -330,6 +330,27 @@ def test_every_weight_of_the_actor_learns_where_products_are_in_bfloat16(monkeyp
         assert weight.grad.abs().max() > 0, name
 
 
+def test_what_was_cast_in_the_dream_is_forgotten_before_the_actor_learns(monkeypatch):
+    # only older torch takes it from there, so that the test above cannot fail on a new one
+    order: list[str] = []
+
+    def note(place, name):
+        original = getattr(place, name)
+
+        def noted(*args, **kwargs):
+            order.append(name)
+            return original(*args, **kwargs)
+
+        monkeypatch.setattr(place, name, noted)
+
+    note(dreamer, "imagine")
+    note(th, "clear_autocast_cache")
+    note(dreamer, "actor_loss")
+    model = agent("Pendulum-v1", learning_starts=1000).learn(60)
+    model.update(model.replay_buffer.sample(2))
+    assert order[:3] == ["imagine", "clear_autocast_cache", "actor_loss"]
+
+
 @pytest.mark.filterwarnings("ignore:the replay is empty")
 def test_a_new_seed_is_followed_by_what_the_replay_draws(tmp_path):
     agent("Pendulum-v1").learn(60).save(tmp_path / "model")

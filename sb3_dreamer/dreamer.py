@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import pathlib
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar
 
 import torch as th
 from gymnasium import spaces
-from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.type_aliases import GymEnv, Schedule
 
@@ -15,6 +13,7 @@ from sb3_dreamer.algorithm import SequenceAlgorithm
 from sb3_dreamer.behavior.actor_critic import actor_loss, advantages, critic_loss, replay_critic_loss
 from sb3_dreamer.behavior.imagination import draw_starts, imagine, lambda_returns
 from sb3_dreamer.capture import CapturedUpdate, Update, record_cuda_graph
+from sb3_dreamer.doors import HybridMixin
 from sb3_dreamer.files import describe
 from sb3_dreamer.knobs import check_knobs
 from sb3_dreamer.metrics import Metrics
@@ -22,9 +21,6 @@ from sb3_dreamer.nets.layers import fast_bfloat16
 from sb3_dreamer.policies import CnnPolicy, DreamerPolicy, MlpPolicy, MultiInputPolicy
 from sb3_dreamer.replay import SequenceReplayBuffer
 from sb3_dreamer.types import Batch
-
-SelfDreamer = TypeVar("SelfDreamer", bound="Dreamer")
-Algorithm = TypeVar("Algorithm", bound=BaseAlgorithm)
 
 LOSS_SCALES = {"rep": 0.1, "replay_critic": 0.3}  # all others 1
 
@@ -34,7 +30,7 @@ READ_BY_UPDATE = (
 )
 
 
-class Dreamer(SequenceAlgorithm):
+class Dreamer(HybridMixin, SequenceAlgorithm):
     """DreamerV3 (Hafner et al., "Mastering diverse control tasks through world models", Nature 2025).
 
     :param policy: "MlpPolicy", "CnnPolicy" or "MultiInputPolicy".
@@ -279,42 +275,6 @@ class Dreamer(SequenceAlgorithm):
         self.logger.record("train/skipped_updates", self._metrics.skips())
         self.logger.record("train/n_updates", self._n_updates, exclude="tensorboard")
         super().dump_logs()
-
-    # -- the hybrid: each opens its wing when called -------------------------------------------------------------------
-
-    @classmethod
-    def resume(cls: type[SelfDreamer], folder: str | pathlib.Path, env: GymEnv, **kwargs: Any) -> SelfDreamer:
-        """Go on from the newest checkpoint of a ``ResumeCallback``, see :func:`sb3_dreamer.resume.resume`."""
-        from sb3_dreamer.resume import resume
-
-        return resume(cls, folder, env, **kwargs)
-
-    def warm_start(self: SelfDreamer, teacher: Any, n_steps: int, **kwargs: Any) -> SelfDreamer:
-        """Begin with what a teacher can do, see :func:`sb3_dreamer.hybrid.warm_start.warm_start`."""
-        from sb3_dreamer.hybrid.warm_start import warm_start
-
-        warm_start(self, teacher, n_steps, **kwargs)
-        return self
-
-    def add_experience(self: SelfDreamer, source: Any, time_limit: int | None = None) -> SelfDreamer:
-        """Take over recorded experience, see :func:`sb3_dreamer.hybrid.experience.add_experience`."""
-        from sb3_dreamer.hybrid.experience import add_experience
-
-        add_experience(self, source, time_limit)
-        return self
-
-    def pretrain(self: SelfDreamer, updates: int, progress_bar: bool = False) -> SelfDreamer:
-        """Learn from the replay alone, see :func:`sb3_dreamer.hybrid.experience.pretrain`."""
-        from sb3_dreamer.hybrid.experience import pretrain
-
-        pretrain(self, updates, progress_bar)
-        return self
-
-    def to_model_free(self, algorithm: type[Algorithm], env: GymEnv | None = None, **kwargs: Any) -> Algorithm:
-        """A plain SB3 algorithm that goes on from here, see :func:`sb3_dreamer.hybrid.hand_over.to_model_free`."""
-        from sb3_dreamer.hybrid.hand_over import to_model_free
-
-        return to_model_free(self, algorithm, env, **kwargs)
 
     def _excluded_save_params(self) -> list[str]:
         return [*super()._excluded_save_params(), "_metrics", "_captured"]

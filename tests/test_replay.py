@@ -1,10 +1,12 @@
 """The replay buffer in memory: what an entry is, what is served, what is refused."""
 
 import pickle
+from types import SimpleNamespace
 from typing import Any
 
 import gymnasium as gym
 import numpy as np
+import psutil
 import pytest
 import torch as th
 from gymnasium import spaces
@@ -365,6 +367,12 @@ class TestSpaces:
         assert buffer.nbytes == 0
         buffer.add(np.zeros((1, 376)), None, np.zeros((1, 17)), np.zeros(1), np.zeros(1), [{}], np.zeros((1, 544)))
         assert buffer.nbytes / 1_000_000 - 2 * 544 == 376 * 4 + 17 * 4 + 4 + 1 <= 1800
+
+    def test_a_replay_that_will_not_fit_into_memory_is_told_of_at_the_first_entry(self, monkeypatch):
+        monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=200))
+        step(make(10), 0)  # 10 entries of 13 bytes
+        with pytest.warns(UserWarning, match=r"a full replay takes .* GB and 0\.0 GB of memory are available"):
+            step(make(20), 0)
 
 
 class Spaces(gym.Env):

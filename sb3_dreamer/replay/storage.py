@@ -27,11 +27,13 @@ import os
 import shutil
 import sys
 import uuid
+import warnings
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
 import numpy as np
+import psutil
 
 from sb3_dreamer.replay.columns import Column
 
@@ -46,6 +48,8 @@ _LOCKS: dict[tuple[int, int], int] = {}
 class RamStorage:
     """Arrays (n_envs * rows, *shape), one per column. The pages of rows never written cost nothing.
 
+    Warns where they will not fit into memory when all rows are written: that would end a run after hours.
+
     :param columns: what an entry is made of.
     :param n_envs: number of environments.
     :param rows: entries kept of each.
@@ -56,6 +60,12 @@ class RamStorage:
     def __init__(self, columns: dict[str, Column], n_envs: int, rows: int) -> None:
         self.n_envs, self.rows = n_envs, rows
         self.arrays = {name: np.zeros((n_envs * rows, *c.shape), c.dtype) for name, c in columns.items()}
+        if self.nbytes > (available := psutil.virtual_memory().available):
+            warnings.warn(
+                f"a full replay takes {self.nbytes / 1e9:.1f} GB and {available / 1e9:.1f} GB of memory are available: "
+                "use a smaller buffer_size, or keep it on disk, replay_buffer_kwargs=dict(storage_path=...)",
+                stacklevel=2,
+            )
 
     def write(self, row: np.ndarray, number: np.ndarray, values: dict[str, np.ndarray]) -> None:
         """Write one entry of each of some environments.

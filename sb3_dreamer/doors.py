@@ -1,0 +1,91 @@
+"""Methods of the agent that live in a wing, which is imported when they are called."""
+
+from __future__ import annotations
+
+import pathlib
+from typing import Any, Literal, TypeVar
+
+from stable_baselines3.common.base_class import BaseAlgorithm
+from stable_baselines3.common.type_aliases import GymEnv
+from stable_baselines3.common.vec_env import VecNormalize
+
+Algorithm = TypeVar("Algorithm", bound=BaseAlgorithm)
+Self = TypeVar("Self", bound="HybridMixin")
+
+
+class HybridMixin:
+    """From other agents to Dreamer, from Dreamer to other agents, and on after an interruption. Of Dreamer alone."""
+
+    @classmethod
+    def resume(cls: type[Self], folder: str | pathlib.Path, env: GymEnv, **kwargs: Any) -> Self:
+        """Go on from the newest checkpoint of a ``ResumeCallback``, see :func:`sb3_dreamer.resume.resume`."""
+        from sb3_dreamer.resume import resume
+
+        return resume(cls, folder, env, **kwargs)  # type: ignore[type-var]
+
+    def warm_start(
+        self: Self,
+        teacher: Any,
+        n_steps: int,
+        vec_normalize: VecNormalize | str | pathlib.Path | Literal[False] | None = None,
+        deterministic: bool = True,
+        updates: int | None = None,
+        fade_steps: int | None = None,
+        student_share: float = 0.5,
+        progress_bar: bool = False,
+    ) -> Self:
+        """Begin with what a teacher can do, see :func:`sb3_dreamer.hybrid.warm_start.warm_start`."""
+        from sb3_dreamer.hybrid.warm_start import warm_start
+
+        warm_start(
+            self,  # type: ignore[arg-type]
+            teacher,
+            n_steps,
+            vec_normalize,
+            deterministic,
+            updates,
+            fade_steps,
+            student_share,
+            progress_bar,
+        )
+        return self
+
+    def add_experience(self: Self, source: Any, time_limit: int | None = None) -> Self:
+        """Take over recorded experience, see :func:`sb3_dreamer.hybrid.experience.add_experience`."""
+        from sb3_dreamer.hybrid.experience import add_experience
+
+        add_experience(self, source, time_limit)  # type: ignore[arg-type]
+        return self
+
+    def pretrain(self: Self, updates: int, progress_bar: bool = False) -> Self:
+        """Learn from the replay alone, see :func:`sb3_dreamer.hybrid.experience.pretrain`."""
+        from sb3_dreamer.hybrid.experience import pretrain
+
+        pretrain(self, updates, progress_bar)  # type: ignore[arg-type]
+        return self
+
+    def to_model_free(
+        self,
+        algorithm: type[Algorithm],
+        env: GymEnv | None = None,
+        on: Literal["observations", "latents"] = "observations",
+        updates: int = 20_000,
+        critic_updates: int = 6_000,
+        transitions: int = 5_000,
+        progress_bar: bool = False,
+        **kwargs: Any,
+    ) -> Algorithm:
+        """A plain SB3 algorithm that goes on from here, see :func:`sb3_dreamer.hybrid.hand_over.to_model_free`."""
+        from sb3_dreamer.hybrid.hand_over import to_model_free
+
+        return to_model_free(
+            self,  # type: ignore[arg-type]
+            algorithm,
+            env,
+            on,
+            updates,
+            critic_updates,
+            transitions,
+            progress_bar,
+            **kwargs,
+        )

@@ -204,6 +204,8 @@ class Dreamer(HybridMixin, SequenceAlgorithm):
                 self._cloning.imitate(self, imitation)
         if imitation == 0.0:
             self._cloning = None
+        if self.device.type == "cpu":  # a GPU would be waited for
+            self._record_metrics()
 
     def update(self, batch: Batch) -> tuple[th.Tensor, dict[str, th.Tensor]]:
         """One update of everything, from one batch (paper, Algorithm 1).
@@ -268,12 +270,17 @@ class Dreamer(HybridMixin, SequenceAlgorithm):
         self._captured = None
         super().set_parameters(*args, **kwargs)
 
-    def dump_logs(self) -> None:
-        """Write the log: the means of the training metrics since the last time, and SB3's own entries."""
-        for key, value in self._metrics.fetch().items():
+    def _record_metrics(self) -> None:
+        """Hand the logger the means of the training metrics since the last :meth:`dump_logs`, for whoever writes it."""
+        for key, value in self._metrics.means().items():
             self.logger.record(f"train/{key}", value)
         self.logger.record("train/skipped_updates", self._metrics.skips())
         self.logger.record("train/n_updates", self._n_updates, exclude="tensorboard")
+
+    def dump_logs(self) -> None:
+        """Write the log: the means of the training metrics since the last time, and SB3's own entries."""
+        self._record_metrics()
+        self._metrics.begin_anew()
         super().dump_logs()
 
     def _excluded_save_params(self) -> list[str]:

@@ -49,6 +49,11 @@ def _number(bound: np.ndarray) -> Any:
     return bound.flat[0].item() if bound.size and (bound == bound.flat[0]).all() else bound.tolist()
 
 
+def _integers(space: spaces.Space) -> dict[str, str]:
+    """The type of the integers, if it is not the usual one: older versions of Gymnasium know no other."""
+    return {} if space.dtype == np.int64 else {"dtype": str(space.dtype)}
+
+
 def describe_space(space: spaces.Space) -> dict[str, Any]:
     """A space as JSON.
 
@@ -60,10 +65,10 @@ def describe_space(space: spaces.Space) -> dict[str, Any]:
         bounds = {"low": _number(space.low), "high": _number(space.high)}
         return {"kind": "Box", **bounds, "shape": list(space.shape), "dtype": str(space.dtype)}
     if isinstance(space, spaces.Discrete):
-        return {"kind": "Discrete", "n": int(space.n), "start": int(space.start)}
+        return {"kind": "Discrete", "n": int(space.n), "start": int(space.start), **_integers(space)}
     if isinstance(space, spaces.MultiDiscrete):
         start = np.asarray(getattr(space, "start", np.zeros_like(space.nvec)))
-        return {"kind": "MultiDiscrete", "nvec": space.nvec.tolist(), "start": start.tolist()}
+        return {"kind": "MultiDiscrete", "nvec": space.nvec.tolist(), "start": start.tolist(), **_integers(space)}
     if isinstance(space, spaces.MultiBinary):
         return {"kind": "MultiBinary", "n": space.n if isinstance(space.n, int) else list(space.shape)}
     raise ValueError(f"{space} has no description")
@@ -79,6 +84,8 @@ def space_from(described: Mapping[str, Any]) -> spaces.Space:
         shape, dtype = tuple(words["shape"]), np.dtype(words["dtype"])
         low, high = (np.broadcast_to(np.asarray(words[key], dtype), shape).copy() for key in ("low", "high"))
         return spaces.Box(low, high, shape, dtype.type)
+    if "dtype" in words:
+        words["dtype"] = np.dtype(words["dtype"]).type
     if kind == "MultiDiscrete" and not np.any(words["start"]):
         words.pop("start")  # which older versions of Gymnasium do not know
     makers = {"Discrete": spaces.Discrete, "MultiDiscrete": spaces.MultiDiscrete, "MultiBinary": spaces.MultiBinary}
@@ -224,8 +231,8 @@ def written_aside(path: FileLike, suffix: str) -> Iterator[Any]:
     if not isinstance(path, str | pathlib.Path):
         yield path
         return
-    path = pathlib.Path(path).resolve()  # a link stays one
-    path = path if path.suffix else pathlib.Path(f"{path}.{suffix}")
+    path = pathlib.Path(path)
+    path = (path if path.suffix else pathlib.Path(f"{path}.{suffix}")).resolve()  # a link stays one
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:

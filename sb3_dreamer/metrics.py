@@ -38,16 +38,19 @@ class Metrics:
         if self._updates % MAX_SKIPPED == 0:
             self._stop_if_stuck()
 
-    def fetch(self) -> dict[str, float]:
-        """The means since the last fetch; those of skipped updates are not among them."""
+    def means(self) -> dict[str, float]:
+        """The means since :meth:`begin_anew`; those of skipped updates are not among them."""
         totals: dict[str, list[float]] = {}
         for names, sums in self._sums.items():
             *values, count = sums.tolist()
             for name, value in zip(names, values, strict=True):
                 total = totals.setdefault(name, [0.0, 0.0])
                 total[0], total[1] = total[0] + value, total[1] + count
-        self._sums = {}
         return {name: total / count for name, (total, count) in totals.items() if count}
+
+    def begin_anew(self) -> None:
+        """Forget what the means are of."""
+        self._sums = {}
 
     def skips(self) -> int:
         """How many updates were skipped since this object was made."""

@@ -18,11 +18,11 @@ was never stopped. An environment can be restored if it (or its outermost wrappe
     def resume_state(self): ...              # all that decides its future, as arrays, numbers, strings, bytes,
     def set_resume_state(self, state): ...   # tuples, lists and dicts of these; called after a reset
 
-Wrappers that remember something are restored too: VecNormalize and VecFrameStack around the vector of environments, the
-outermost TimeLimit and Monitor around each of them; others around a single one have to do it in ``resume_state``. Any
-other environment is reset on resume: the episode under way ends there, as by a time limit. A replay on disk
-(``storage_path``) is not copied: what was collected after the checkpoint is dropped, what it overwrote is lost, and
-refreshed latents stay. What is left of a ``warm_start`` is not kept: the actor goes on without its teacher.
+Wrappers that remember something are restored too: VecNormalize, VecFrameStack and VecMonitor around the vector of
+environments, the outermost TimeLimit and Monitor around each of them; others around a single one have to do it in
+``resume_state``. Any other environment is reset on resume: the episode under way ends there, as by a time limit. A
+replay on disk (``storage_path``) is not copied: what was collected after the checkpoint is dropped, what it overwrote
+is lost, and refreshed latents stay. What is left of a ``warm_start`` is not kept: the actor goes on without a teacher.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.running_mean_std import RunningMeanStd
 from stable_baselines3.common.type_aliases import GymEnv
-from stable_baselines3.common.vec_env import VecEnv, VecFrameStack, VecNormalize
+from stable_baselines3.common.vec_env import VecEnv, VecFrameStack, VecMonitor, VecNormalize
 from stable_baselines3.common.vec_env.base_vec_env import VecEnvWrapper
 
 from sb3_dreamer.files import read_settings
@@ -124,7 +124,7 @@ def save_checkpoint(model: Dreamer, folder: Path, keep: int) -> Path:
 
     :raises OSError: if the disk is full; the checkpoints before stay.
     """
-    for leftover in folder.glob(".*.part"):
+    for leftover in folder.glob(".[0-9]*_step_*.part"):
         shutil.rmtree(leftover)
     there = checkpoints(folder)
     number = int(there[-1].name.partition("_")[0]) + 1 if there else 0
@@ -258,7 +258,7 @@ def _wrappers(env: VecEnv) -> list[VecEnvWrapper]:
     """The wrappers that remember something, outermost first."""
     found: list[VecEnvWrapper] = []
     while isinstance(env, VecEnvWrapper):
-        if isinstance(env, VecNormalize | VecFrameStack):
+        if isinstance(env, VecNormalize | VecFrameStack | VecMonitor):
             found.append(env)
         env = env.venv
     return found
@@ -276,6 +276,8 @@ def _wrapper_state(wrapper: VecEnvWrapper) -> dict[str, Any]:
     if isinstance(wrapper, VecNormalize):
         stats = {key: (s.mean, s.var, s.count) for key, s in _statistics(wrapper).items()}
         return {**state, "statistics": stats, "returns": wrapper.returns}
+    if isinstance(wrapper, VecMonitor):
+        return {**state, "returns": wrapper.episode_returns, "lengths": wrapper.episode_lengths}
     assert isinstance(wrapper, VecFrameStack)
     return {**state, "stacked": {key: one.stacked_obs for key, one in _stacks(wrapper).items()}}
 
@@ -285,6 +287,8 @@ def _restore_wrapper(wrapper: VecEnvWrapper, state: dict[str, Any]) -> None:
         wrapper.returns = state["returns"]
         for key, one in _statistics(wrapper).items():
             one.mean, one.var, one.count = state["statistics"][key]
+    elif isinstance(wrapper, VecMonitor):
+        wrapper.episode_returns, wrapper.episode_lengths = state["returns"], state["lengths"]
     elif isinstance(wrapper, VecFrameStack):
         for key, one in _stacks(wrapper).items():
             one.stacked_obs = state["stacked"][key]

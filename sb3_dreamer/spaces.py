@@ -94,6 +94,19 @@ def check_counted_from_zero(space: spaces.Space) -> None:
             )
 
 
+def check_actions_of_sb3(space: spaces.Space) -> None:
+    """Refuse actions that SB3's algorithms cannot take.
+
+    :raises ValueError: as :func:`check_counted_from_zero`, and for a Box of integers, of which they make fractions.
+    """
+    check_counted_from_zero(space)
+    if isinstance(space, spaces.Box) and not np.issubdtype(space.dtype, np.floating):
+        raise ValueError(
+            f"SB3's algorithms make fractions of the actions of {space}: wrap the environment in "
+            "gymnasium.wrappers.TransformAction, whose action space has floats and which rounds them"
+        )
+
+
 def into_space(space: spaces.Space, numbers: np.ndarray) -> np.ndarray:
     """Decoded numbers (..., *shape) as observations of one space: whole if they have to be, clipped, in its dtype."""
     if not isinstance(space, spaces.Box):

@@ -150,6 +150,7 @@ SPACES = [
     spaces.Discrete(5, start=-2),
     spaces.MultiDiscrete([2, 3], start=[-1, 4]),
     spaces.MultiDiscrete([2, 3]),
+    spaces.MultiDiscrete([2, 3], dtype=np.int32),
     spaces.MultiBinary((2, 3)),
     spaces.MultiBinary(4),
     spaces.Dict([("z", spaces.Discrete(2)), ("a", spaces.Box(0, 255, (8, 8, 3), np.uint8))]),
@@ -161,6 +162,7 @@ def test_spaces_survive_as_json(space: spaces.Space) -> None:
     described = json.dumps(describe_space(space))
     again = space_from(json.loads(described))
     assert again == space
+    assert again.dtype == space.dtype
     assert len(described) < 300, "an image is not described pixel by pixel"
     if isinstance(space, spaces.Dict):
         assert list(again.spaces) == list(space.spaces)

@@ -16,7 +16,7 @@ from gymnasium import spaces
 from gymnasium.wrappers import TimeLimit
 from stable_baselines3.common.callbacks import CallbackList, CheckpointCallback
 from stable_baselines3.common.monitor import Monitor
-from stable_baselines3.common.vec_env import DummyVecEnv, VecFrameStack, VecNormalize
+from stable_baselines3.common.vec_env import DummyVecEnv, VecFrameStack, VecMonitor, VecNormalize
 
 from sb3_dreamer import Dreamer
 from sb3_dreamer.resume import ResumeCallback, checkpoints, run_state, save_checkpoint
@@ -64,6 +64,7 @@ WRAPPED = {
     "normalised": lambda n: VecNormalize(DummyVecEnv([Walk] * n)),
     "stacked": lambda n: VecFrameStack(DummyVecEnv([Walk] * n), 3),
     "stacked and normalised": lambda n: VecNormalize(VecFrameStack(DummyVecEnv([Walk] * n), 2)),
+    "monitored": lambda n: VecMonitor(DummyVecEnv([Walk] * n)),
 }
 
 
@@ -109,6 +110,9 @@ def test_a_resumed_run_equals_one_that_was_never_stopped(name: str, tmp_path) ->
     assert whole._n_updates == resumed._n_updates > 20
     assert whole._episode_num == resumed._episode_num > 4
     assert_same(parameters(whole), parameters(resumed))
+    told = [[(one["r"], one["l"]) for one in model.ep_info_buffer] for model in (whole, resumed)]
+    assert told[0] == told[1]
+    assert bool(told[0]) == (name == "monitored")
 
 
 @pytest.mark.parametrize("first", [24, 25, 30])
@@ -260,6 +264,14 @@ def test_half_written_and_half_deleted_ones_are_never_taken_and_go_away(tmp_path
     assert Dreamer.resume(tmp_path, WRAPPED["plain"](1)).num_timesteps == 20
     model.learn(10, callback=ResumeCallback(tmp_path, every=10), reset_num_timesteps=False)
     assert not list(tmp_path.glob(".*"))
+
+
+def test_what_a_killed_save_left_in_the_folder_is_nobodys_checkpoint(tmp_path) -> None:
+    leftover = tmp_path / ".best_model.zip.1234.part"
+    leftover.write_bytes(b"half")
+    fresh("plain", 1).learn(20, callback=ResumeCallback(tmp_path, every=10))
+    assert [path.name for path in checkpoints(tmp_path)] == ["000000_step_10", "000001_step_20"]
+    assert leftover.exists()
 
 
 def test_a_full_disk_leaves_the_checkpoints_before(tmp_path, monkeypatch) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import numpy as np
-from stable_baselines3.common.vec_env import VecEnv, VecNormalize
+from gymnasium import spaces
+from stable_baselines3.common.preprocessing import is_image_space
+from stable_baselines3.common.vec_env import VecEnv, VecNormalize, is_vecenv_wrapped
 
 from sb3_dreamer.dreamer import Dreamer
 from sb3_dreamer.dreams.trouble import RealReturns
@@ -24,7 +26,7 @@ def collect(
     """
     buffer = SequenceReplayBuffer(
         max((n_steps * 2 + 1) * env.num_envs, env.num_envs * (sequence_length + 1)),  # an episode has an entry more
-        model.observation_space,
+        given_space(model.observation_space, env),
         model.action_space,
         device=model.device,
         n_envs=env.num_envs,
@@ -40,13 +42,22 @@ def collect(
             actions = np.array([model.action_space.sample() for _ in range(env.num_envs)])
             state = (state[0], model.policy.encode_action(actions))
         next_obs, rewards, start, infos = env.step(actions)
-        stored, latent = model.policy.replay_action(actions), state[0][:, : buffer.latent_size]
+        stored, latent = model.policy.replay_action(actions), model.policy.latents(state)
         buffer.add(obs, next_obs, stored, rewards, start, infos, latent=latent)  # type: ignore[arg-type]
         returns.add(rewards, start, infos)
         obs = next_obs
     if env is model.env:
         model._last_obs = None  # whoever goes on there resets it first
     return buffer, returns.mean
+
+
+def given_space(space: spaces.Space, env: VecEnv) -> spaces.Space:
+    """Where observations lie as the model is given them: VecNormalize makes fractions of whole numbers."""
+    if isinstance(space, spaces.Dict):
+        return spaces.Dict({key: given_space(part, env) for key, part in space.spaces.items()})
+    if not is_vecenv_wrapped(env, VecNormalize) or not isinstance(space, spaces.Box) or is_image_space(space):
+        return space
+    return spaces.Box(-np.inf, np.inf, space.shape, np.float32)
 
 
 def original_units(env: VecEnv | None, obs: np.ndarray) -> np.ndarray:

@@ -95,7 +95,7 @@ def saw_normalised(attributes: Mapping[str, Any]) -> bool:
     seen, original = attributes.get("_last_obs"), attributes.get("_last_original_obs")
     if seen is None or original is None:
         return False
-    if "gae_lambda" in attributes:
+    if "gae_lambda" in attributes and "train_freq" not in attributes:
         return True
     space = attributes["observation_space"]
     if not isinstance(seen, dict):
@@ -107,14 +107,16 @@ def saw_normalised(attributes: Mapping[str, Any]) -> bool:
     )
 
 
-def load_policy(path: str | pathlib.Path, device: th.device) -> tuple[BasePolicy, bool]:
-    """The policy out of the file of any SB3 algorithm, and whether the file tells of a VecNormalize.
+def load_policy(path: str | pathlib.Path, device: th.device) -> tuple[BasePolicy | Dreamer, bool]:
+    """What can act out of the file of any SB3 algorithm, and whether the file tells of a VecNormalize.
 
     :raises ValueError: if the file holds no algorithm of SB3.
     """
     data, params, _ = load_from_zip_file(path, device=device)
     if data is None or "policy" not in params:
         raise ValueError(f"{path} holds no algorithm of SB3: give the file that its save() wrote")
+    if "described" in data:
+        return Dreamer.load(path, device=device), False
     kwargs = dict(data["policy_kwargs"])
     if data.get("use_sde"):
         kwargs["use_sde"] = True

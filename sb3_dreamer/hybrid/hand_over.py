@@ -22,7 +22,7 @@ from sb3_dreamer.hybrid.progress import progress
 from sb3_dreamer.hybrid.real_states import RealStates, real_states
 from sb3_dreamer.hybrid.students import NORMED_RELU, start_slowly, student_of, teach, teach_critics
 from sb3_dreamer.replay import Episode, read_episodes
-from sb3_dreamer.spaces import check_counted_from_zero, policy_for
+from sb3_dreamer.spaces import check_actions_of_sb3, check_counted_from_zero, policy_for
 
 Algorithm = TypeVar("Algorithm", bound=BaseAlgorithm)
 
@@ -129,7 +129,7 @@ def _check_env(model: Dreamer, env: Any, on: str) -> None:
             f"env has {env.observation_space} and {env.action_space}, the model {model.observation_space} and "
             f"{model.action_space}: use an environment with the same spaces and wrappers"
         )
-    check_counted_from_zero(env.action_space)
+    check_actions_of_sb3(env.action_space)
     if on == "observations":
         check_counted_from_zero(env.observation_space)
     if is_vecenv_wrapped(env, VecNormalize) != (model.get_vec_normalize_env() is not None):

@@ -34,6 +34,7 @@ class LatentVecEnv(VecEnv):
         nothing = self.model.policy.initial_state(self.num_envs)
         self._packed, self._action = (th.as_tensor(part, device=self.model.device) for part in nothing)
         self._packed, features = self._see(self.env.reset(), np.ones(self.num_envs, bool))
+        self.reset_infos = self.env.reset_infos
         return features
 
     def step_async(self, actions: np.ndarray) -> None:
@@ -44,6 +45,7 @@ class LatentVecEnv(VecEnv):
     def step_wait(self) -> VecEnvStepReturn:
         """Receive observations and filter them; the last one of an episode goes through the filter as well."""
         obs, rewards, dones, infos = self.env.step_wait()
+        infos = list(infos)  # SubprocVecEnv's are a tuple
         ended = np.flatnonzero(dones)
         if ended.size:
             last = self._with_last(obs, ended, infos)
@@ -80,6 +82,10 @@ class LatentVecEnv(VecEnv):
     def seed(self, seed: int | None = None) -> Sequence[int | None]:
         """Seeds for the next reset."""
         return self.env.seed(seed)
+
+    def set_options(self, options: list[dict] | dict | None = None) -> None:
+        """Options for the next reset."""
+        self.env.set_options(options)
 
     def close(self) -> None:
         """Close the environments."""

@@ -148,6 +148,6 @@ def dream_returns(
 
 
 def state_values(model: Dreamer, real: RealStates, gamma: float) -> th.Tensor:
-    """(M,) what Dreamer expects to get from each real entry on; nothing after a terminal one."""
+    """(M,) what Dreamer expects to get from each real entry on, as if none were the last one."""
     values = [dream_returns(model, unpacked(model, part), gamma)[1][:, 0] for part in real.packed.split(CHUNK)]
-    return th.cat(values) * th.as_tensor(~real.is_terminal, device=model.device)
+    return th.cat(values)

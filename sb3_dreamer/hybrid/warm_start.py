@@ -71,13 +71,16 @@ def warm_start(
         )
     cloning.guide = guide
     prepare_training(model)
-    with progress(cloning.left(model._n_updates), "warm start", progress_bar) as advance:
-        if cloning.steps_left > 0:
-            _take_steps(model, cloning, advance)
-        require_replay(model, "warm_start()")
-        train_until(model, cloning.fade_from, advance)
-        rehearse(model, cloning, advance)
-    model._entries_owed = 0.0
+    owed = model._entries_owed
+    try:
+        with progress(cloning.left(model._n_updates), "warm start", progress_bar) as advance:
+            if cloning.steps_left > 0:
+                _take_steps(model, cloning, advance)
+            require_replay(model, "warm_start()")
+            train_until(model, cloning.fade_from, advance)
+            rehearse(model, cloning, advance)
+    finally:
+        model._entries_owed = owed  # learn() is not to pay for these steps once more
 
 
 def _take_steps(model: Dreamer, cloning: Cloning, advance: Advance) -> None:

@@ -151,6 +151,26 @@ def test_evaluation_writes_the_best_agent_and_stops_at_a_threshold(tmp_path):
     assert Dreamer.load(tmp_path / "best_model").num_timesteps == 8
 
 
+def test_an_evaluation_is_logged_beside_the_losses():
+    class Written(KVWriter):
+        rows: list[dict] = []
+
+        def write(self, key_values, key_excluded, step=0):
+            self.rows.append(key_values)
+
+        def close(self):
+            pass
+
+    model = agent()
+    model.set_logger(Logger(None, [Written()]))
+    evaluation = EvalCallback(vector(), eval_freq=20, n_eval_episodes=1, verbose=0)
+    model.learn(40, callback=evaluation, log_interval=None)
+    first, second = Written.rows
+    assert "train/actor_loss" not in first, "nothing was learned before"
+    assert second["train/actor_loss"] == model._metrics.means()["actor_loss"]
+    assert second["train/n_updates"] == model._n_updates > 0
+
+
 def test_no_improvement_stops():
     stop = StopTrainingOnNoModelImprovement(max_no_improvement_evals=1, verbose=0)
     callback = EvalCallback(vector(), callback_after_eval=stop, eval_freq=5, n_eval_episodes=1, verbose=0)

@@ -373,10 +373,11 @@ def test_a_truncated_replay_is_named(model, tmp_path):
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="links need rights there")
-def test_a_link_stays_a_link(model, tmp_path):
+@pytest.mark.parametrize("name", ["latest.zip", "latest"])
+def test_a_link_stays_a_link(model, tmp_path, name):
     (tmp_path / "real").mkdir()
     link = tmp_path / "latest.zip"
     link.symlink_to(tmp_path / "real" / "model.zip")
-    model.save(link)
+    model.save(tmp_path / name)
     assert link.is_symlink()
     assert Dreamer.load(tmp_path / "real" / "model.zip").num_timesteps == model.num_timesteps

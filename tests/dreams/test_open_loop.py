@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch as th
 from gymnasium import spaces
-from stable_baselines3.common.vec_env import DummyVecEnv
+from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
 
 from sb3_dreamer import Dreamer
 from sb3_dreamer.dreams import OpenLoop, collect, horizon_errors, open_loop
@@ -172,3 +172,37 @@ def test_what_does_not_change_is_no_reference(dreams: OpenLoop):
 def test_the_ratio_is_of_the_first_steps_if_asked_for(dreams: OpenLoop):
     error = HorizonError(np.array([1.0, 3.0, np.nan]), np.array([2.0, 4.0, np.nan]), np.ones(3), np.ones(3), 1.0)
     assert (error.ratio(1), error.ratio()) == (1 / 2, 2 / 3)
+
+
+def test_what_is_collected_has_the_latents_of_who_acted():
+    model = Dreamer("MlpPolicy", Dial(), model_size="debug", seed=0)
+    replay, _ = collect(model, DummyVecEnv([Dial]), 20, sequence_length=8)
+    rssm = model.policy.world_model.rssm
+    kept = th.as_tensor(replay._storage.arrays["latent"][:20], dtype=th.float32)
+    onehot = rssm.restore(kept).stoch.unflatten(-1, (rssm.classes, rssm.stoch))
+    assert (onehot.sum(-2) == 1).all(), "one class of each latent"
+    deter, before = rssm.restore(kept).deter, th.zeros(1, rssm.packed_width)
+    batch = replay.peek(1)
+    first = int(batch.index[0, 1])
+    if first:
+        before = rssm.pack(rssm.restore(kept[first - 1 : first]))
+    obs = {key: part[:, 0] for key, part in batch.obs.items()}
+    with th.no_grad():
+        state = model.policy.observe(obs, before, batch.prev_action[:, 0], batch.is_first[:, 0])
+    np.testing.assert_allclose(deter[first], state.deter[0], atol=5e-3)
+
+
+def test_what_is_collected_under_vecnormalize_has_fractions_of_whole_numbers():
+    class Whole(Dial):
+        def __init__(self) -> None:
+            super().__init__()
+            self.observation_space = spaces.Box(-1000, 1000, (3,), np.int64)
+
+        def _observe(self) -> np.ndarray:
+            return np.rint(10 * super()._observe()).astype(np.int64)
+
+    env = VecNormalize(DummyVecEnv([Whole]))
+    model = Dreamer("MlpPolicy", env, model_size="debug", seed=0)
+    replay, _ = collect(model, env, 20, sequence_length=8)
+    obs = replay.peek(4).obs["obs"]
+    assert (obs != obs.round()).any()

@@ -6,7 +6,7 @@ import torch as th
 from stable_baselines3 import PPO
 
 from sb3_dreamer import Dreamer
-from sb3_dreamer.hybrid import DreamVecEnv
+from sb3_dreamer.hybrid import DreamVecEnv, dream_env
 from tests.hybrid.conftest import SMALL, pendulum
 
 
@@ -21,20 +21,29 @@ def test_dreams_begin_at_real_moments(dreamer: Dreamer):
     assert all((stored == one).all(-1).any() for one in obs)
 
 
-def test_a_step_is_the_models(dreamer: Dreamer):
-    env, model = DreamVecEnv(dreamer, 4), dreamer.policy.world_model
+def test_a_step_is_the_models(monkeypatch: pytest.MonkeyPatch):
+    model = Dreamer("MlpPolicy", pendulum(2), **SMALL).learn(60)
+    world_model = model.policy.world_model
+    with th.no_grad():  # heads begin near zero: here rewards and what actions do are large
+        world_model.reward_head.out.weight.normal_(0, 0.2)
+        for name, weight in world_model.rssm.sequence.named_parameters():
+            if "action" in name and weight.ndim == 2:
+                weight.mul_(3)
+    monkeypatch.setattr(dream_env, "fast_bfloat16", lambda device: False)
+    env = DreamVecEnv(model, 64)
     env.reset()
     state = env._state
     th.manual_seed(5)
     obs, rewards, dones, infos = env.step(push(env))
     th.manual_seed(5)
     with th.no_grad():
-        features = model.rssm.imagine_step(state, th.full((4, 1), 0.5)).features
-        np.testing.assert_allclose(rewards, model.predict_reward(features), atol=0.05)
-        decoded = model.predict_obs(features)["obs"].numpy().clip(env.observation_space.low, env.observation_space.high)
-    going_on = ~dones
-    np.testing.assert_allclose(obs[going_on], decoded[going_on], atol=0.1)
-    assert (rewards.dtype, dones.dtype, obs.dtype, len(infos)) == (np.float32, bool, np.float32, 4)
+        features = world_model.rssm.imagine_step(state, th.full((64, 1), 0.5)).features
+        expected, decoded = world_model.predict_reward(features), world_model.predict_obs(features)["obs"].numpy()
+    assert expected.std() > 0.05
+    np.testing.assert_allclose(rewards, expected, rtol=1e-4, atol=1e-5)
+    inside = decoded.clip(env.observation_space.low, env.observation_space.high)
+    np.testing.assert_allclose(obs[~dones], inside[~dones], rtol=1e-4, atol=1e-5)
+    assert (rewards.dtype, dones.dtype, obs.dtype, len(infos)) == (np.float32, bool, np.float32, 64)
 
 
 def test_the_horizon_is_a_time_limit_with_the_last_observation(dreamer: Dreamer):

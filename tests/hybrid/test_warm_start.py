@@ -16,6 +16,7 @@ from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
 from sb3_dreamer import Dreamer
 from sb3_dreamer.hybrid import experience, hand_over, warm_start
 from sb3_dreamer.hybrid.cloning import Answers, rehearse
+from sb3_dreamer.hybrid.guide import Guide
 from sb3_dreamer.replay import read_episodes
 from tests.hybrid.conftest import SMALL, pendulum
 
@@ -267,6 +268,19 @@ class TestTeachers:
             told = model.warm_start(tmp_path / "sac.zip", 60, vec_normalize=False, updates=0)
             assert told.num_timesteps == 60
 
+    @pytest.mark.parametrize("saved", [False, True])
+    def test_another_dreamer_is_a_teacher_too(self, saved: bool, tmp_path: Path):
+        teacher: Any = Dreamer("MlpPolicy", pendulum(), **{**SMALL, "seed": 3}).learn(60)
+        expected = np.stack([teacher.predict(pendulum().reset(), deterministic=True)[0]])
+        if saved:
+            teacher.save(tmp_path / "teacher")
+            teacher = tmp_path / "teacher"
+        guide = Guide(fresh(), teacher, None, deterministic=True)
+        actions, memory = guide.act(pendulum().reset(), None, np.array([True]))
+        assert actions.shape == expected[0].shape
+        assert memory is not None
+        assert fresh().warm_start(teacher, 60, updates=0, student_share=0).num_timesteps == 60
+
     def test_statistics_that_were_not_used_are_not_needed(self, tmp_path: Path):
         env = VecNormalize(pendulum(), norm_obs=False)
         PPO("MlpPolicy", env, n_steps=16, batch_size=16, seed=0, device="cpu").learn(16).save(tmp_path / "ppo")
@@ -295,7 +309,9 @@ class TestInterrupted:
         model = fresh()
         with pytest.raises(KeyboardInterrupt):
             model.warm_start(Interrupted(), 60, updates=20)
+        before = model._n_updates
         model.learn(30, reset_num_timesteps=False)
+        assert 2 <= model._n_updates - before <= 3, "not those that the warm start would pay for"
         assert model._cloning.share(model._n_updates) == 1, "it is yet to become the teacher"
         model.warm_start(Constant(), 60, updates=20)
         assert np.isfinite(model._cloning.answers.table).sum() == 90

@@ -153,10 +153,11 @@ def test_evaluation_writes_the_best_agent_and_stops_at_a_threshold(tmp_path):
 
 def test_an_evaluation_is_logged_beside_the_losses():
     class Written(KVWriter):
-        rows: list[dict] = []
+        rows: list[tuple[dict, dict]] = []
 
         def write(self, key_values, key_excluded, step=0):
-            self.rows.append(key_values)
+            means = {f"train/{key}": mean for key, mean in model._metrics.means().items()}
+            self.rows.append((dict(key_values), means))
 
         def close(self):
             pass
@@ -165,10 +166,11 @@ def test_an_evaluation_is_logged_beside_the_losses():
     model.set_logger(Logger(None, [Written()]))
     evaluation = EvalCallback(vector(), eval_freq=20, n_eval_episodes=1, verbose=0)
     model.learn(40, callback=evaluation, log_interval=None)
-    first, second = Written.rows
-    assert "train/actor_loss" not in first, "nothing was learned before"
-    assert second["train/actor_loss"] == model._metrics.means()["actor_loss"]
-    assert second["train/n_updates"] == model._n_updates > 0
+    for row, means in Written.rows:
+        assert means.keys() > {"train/actor_loss", "train/kl"}
+        assert means.items() <= row.items()
+        assert row["eval/mean_reward"] == 10.0
+    assert 0 < Written.rows[0][0]["train/n_updates"] < Written.rows[1][0]["train/n_updates"]
 
 
 def test_no_improvement_stops():

@@ -278,7 +278,6 @@ def _wrapper_state(wrapper: VecEnvWrapper) -> dict[str, Any]:
         return {**state, "statistics": stats, "returns": wrapper.returns}
     if isinstance(wrapper, VecMonitor):
         return {**state, "returns": wrapper.episode_returns, "lengths": wrapper.episode_lengths}
-    assert isinstance(wrapper, VecFrameStack)
     return {**state, "stacked": {key: one.stacked_obs for key, one in _stacks(wrapper).items()}}
 
 
@@ -294,7 +293,7 @@ def _restore_wrapper(wrapper: VecEnvWrapper, state: dict[str, Any]) -> None:
             one.stacked_obs = state["stacked"][key]
 
 
-def _stacks(wrapper: VecFrameStack) -> dict[str, Any]:
+def _stacks(wrapper: Any) -> dict[str, Any]:
     """SB3's stacks of observations by key."""
     stacked = wrapper.stacked_obs
     return dict(getattr(stacked, "sub_stacked_observations", None) or {"": stacked})

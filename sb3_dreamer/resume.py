@@ -293,7 +293,7 @@ def _restore_wrapper(wrapper: VecEnvWrapper, state: dict[str, Any]) -> None:
             one.stacked_obs = state["stacked"][key]
 
 
-def _stacks(wrapper: Any) -> dict[str, Any]:
+def _stacks(wrapper: VecEnvWrapper) -> dict[str, Any]:
     """SB3's stacks of observations by key."""
     stacked = wrapper.stacked_obs
     return dict(getattr(stacked, "sub_stacked_observations", None) or {"": stacked})

@@ -102,7 +102,7 @@ def panels(tasks: list[str]) -> tuple[Figure, Iterator[Axes]]:
 
 
 def decorate(axes: Axes, task: str, column: str) -> None:
-    """Title, axes, grid; a legend below, since the number of seeds is not the same everywhere."""
+    """Title, axes, grid; a legend below the axis' own label, since the number of seeds is not the same everywhere."""
     axes.set_title(task, fontsize=12, fontweight="bold")
     axes.set_xlabel("environment steps")
     axes.set_ylabel("evaluation return" if column == "return_mean" else "training return")
@@ -110,7 +110,7 @@ def decorate(axes: Axes, task: str, column: str) -> None:
     axes.set_xlim(left=0)
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.17), frameon=False, fontsize=9)
+    axes.legend(loc="upper center", bbox_to_anchor=(0.5, 0), borderaxespad=4.5, frameon=False, fontsize=9)
 
 
 def draw(results: pd.DataFrame, reference: pd.DataFrame, column: str) -> Figure:

@@ -3,6 +3,7 @@
 Any Gymnasium id          that environment
 dmc/<domain>-<task>       DeepMind Control through Shimmy: one float32 vector, every action repeated twice
 <name>-no-velocity        Pendulum and CartPole without their velocities: a policy needs memory
+Humanoid-45               Humanoid-v4, only its 45 positions and velocities: all that counts
 CartPole-pixels           CartPole as small grey pictures, one at a time: a policy needs memory too
 Recall, Recall-30         a number seen once has to be named 2 to 40, or 30 to 40, steps later: nothing but memory
 HalfCheetah-uphill        HalfCheetah-v4 on ground that rises by 15 degrees
@@ -23,9 +24,10 @@ DMC_PREFIX = "dmc/"
 DMC_ACTION_REPEAT = 2
 
 # name -> (Gymnasium id, the entries of the observation that stay)
-HIDDEN_VELOCITY = {
+SEEN_IN_PART = {
     "Pendulum-no-velocity": ("Pendulum-v1", [0, 1]),
     "CartPole-no-velocity": ("CartPole-v1", [0, 2]),
+    "Humanoid-45": ("Humanoid-v4", list(range(45))),
 }
 CARTPOLE_ROWS = slice(150, 330)  # of the 400 rows of the rendered picture: the track and the pole
 CARTPOLE_PIXELS = (36, 60)
@@ -41,8 +43,8 @@ def make_env(name: str) -> gym.Env:
     """
     if name.startswith(DMC_PREFIX):
         return _dm_control(name.removeprefix(DMC_PREFIX))
-    if name in HIDDEN_VELOCITY:
-        return _without_velocity(*HIDDEN_VELOCITY[name])
+    if name in SEEN_IN_PART:
+        return _seen_in_part(*SEEN_IN_PART[name])
     if name == "CartPole-pixels":
         return _cartpole_pixels()
     if name in RECALL_WAITS:
@@ -68,11 +70,11 @@ def _dm_control(task: str) -> gym.Env:
     return RepeatAction(TransformObservation(env, np.float32, vector), DMC_ACTION_REPEAT)
 
 
-def _without_velocity(env_id: str, kept: list[int]) -> gym.Env:
+def _seen_in_part(env_id: str, kept: list[int]) -> gym.Env:
     env = gym.make(env_id)
     full = env.observation_space
     assert isinstance(full, spaces.Box)
-    visible = spaces.Box(full.low[kept], full.high[kept], dtype=np.float32)
+    visible = spaces.Box(full.low[kept], full.high[kept], dtype=full.dtype.type)
     return TransformObservation(env, partial(np.take, indices=kept), visible)
 
 

@@ -35,11 +35,16 @@ def test_action_repeat_sums_the_rewards():
 
 @pytest.mark.parametrize(
     ("name", "full", "kept"),
-    [("Pendulum-no-velocity", "Pendulum-v1", [0, 1]), ("CartPole-no-velocity", "CartPole-v1", [0, 2])],
+    [
+        ("Pendulum-no-velocity", "Pendulum-v1", [0, 1]),
+        ("CartPole-no-velocity", "CartPole-v1", [0, 2]),
+        ("Humanoid-45", "Humanoid-v4", list(range(45))),
+    ],
 )
-def test_hidden_velocity_leaves_the_positions(name: str, full: str, kept: list[int]):
+def test_what_is_seen_in_part_is_a_part_of_what_there_is(name: str, full: str, kept: list[int]):
     hidden, shown = make_env(name), make_env(full)
     check_env(hidden, warn=False)
+    assert hidden.observation_space.dtype == shown.observation_space.dtype
     np.testing.assert_array_equal(hidden.reset(seed=1)[0], shown.reset(seed=1)[0][kept])
     assert action_repeat(name) == 1
 

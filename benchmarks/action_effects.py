@@ -25,7 +25,8 @@ from benchmarks.envs import make_env
 from sb3_dreamer import Dreamer
 from sb3_dreamer.behavior.imagination import imagine_actions
 
-EPISODES, MOMENTS, LEAST_STEP = 20, 4, 5  # moments of an episode, not in its first steps
+EPISODES, STEPS = 20, 400  # of each, at most
+MOMENTS, LEAST_STEP = 4, 5  # of an episode, not in its first steps
 SAMPLES = 16  # dreams of each candidate
 
 
@@ -55,7 +56,7 @@ def _moments_of(model: Dreamer, env: Any, horizon: int, rng: np.random.Generator
     simulators: list[tuple[np.ndarray, ...]] = []
     packed: list[np.ndarray] = []
     actions: list[np.ndarray] = []
-    while not ended and len(actions) < 400:
+    while not ended and len(actions) < STEPS:
         simulators.append((data.qpos.copy(), data.qvel.copy(), data.qacc_warmstart.copy()))
         action, state = model.predict(obs, state, start, deterministic=True)
         assert state is not None

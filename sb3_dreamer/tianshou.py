@@ -1,7 +1,7 @@
 """The door to Tianshou: Dreamer in its collectors, its experience and its policies in Dreamer, and the way back.
 
     Collector(TianshouPolicy(model), envs).collect(n_episode=10, reset_before_collect=True)    # Dreamer acts
-    fill_buffer(model, VectorReplayBuffer(100_000, 4))       # for their algorithms: what Dreamer has seen
+    fill_buffer(model, buffer)                               # for their algorithms: what Dreamer has seen
     add_experience(model, buffer, algorithm.policy)          # for Dreamer: what theirs has collected, and its policy
     model.warm_start(TianshouTeacher(algorithm.policy, env.observation_space), n_steps=10_000)
 

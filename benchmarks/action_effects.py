@@ -12,7 +12,6 @@ mean            of all returns
 """
 
 import argparse
-import csv
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,8 +21,9 @@ import numpy as np
 import torch as th
 
 from benchmarks.envs import make_env
+from benchmarks.learn import trained
 from sb3_dreamer import Dreamer
-from sb3_dreamer.behavior.imagination import imagine_actions
+from sb3_dreamer.behavior.imagination import imagine_actions, lambda_returns
 
 EPISODES, STEPS = 20, 400  # of each, at most
 MOMENTS, LEAST_STEP = 4, 5  # of an episode, not in its first steps
@@ -92,8 +92,8 @@ def dreamed_returns(model: Dreamer, moment: Moment, candidates: np.ndarray) -> n
     actions = th.as_tensor(candidates).repeat_interleave(SAMPLES, 0)
     start = world_model.rssm.unpack(th.as_tensor(moment.packed).repeat(len(actions), 1))
     dream = imagine_actions(world_model, start, actions)
-    going_on = th.cat([th.ones(len(actions), 1), dream.discount[:, 1:-1].cumprod(1)], 1)
-    return (dream.reward[:, 1:] * going_on).sum(1).view(-1, SAMPLES).mean(1).numpy()
+    returns = lambda_returns(dream.reward, dream.discount, th.zeros_like(dream.reward), gae_lambda=1.0)[:, 0]
+    return returns.view(-1, SAMPLES).mean(1).numpy()
 
 
 def compare(model: Dreamer, env: Any, places: list[Moment], width: float, n: int, rng: np.random.Generator) -> dict:
@@ -123,12 +123,11 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()
     th.set_num_threads(args.threads)
-    with open(args.run / "results.csv", newline="") as file:
-        last = list(csv.DictReader(file))[-1]
+    th.manual_seed(0)
+    model, last = trained(args.run)
     env = make_env(last["env"])
     if not hasattr(env.unwrapped, "set_state"):
         parser.error(f"{last['env']} cannot be set back: this works with Gymnasium's MuJoCo tasks")
-    model = Dreamer.load(args.run / "checkpoint" / "model.zip", device="cpu")
     rng = np.random.default_rng(0)
     places = moments(model, env, args.horizon, rng)
     for width in args.widths:

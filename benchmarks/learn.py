@@ -167,6 +167,18 @@ def checkpoint_folder(out: Path) -> Path | None:
     return next((out / name for name in ("checkpoint", "checkpoint.old") if (out / name).exists()), None)
 
 
+def trained(out: Path) -> tuple[Any, dict[str, str]]:
+    """The agent of a run, on the CPU, and the last row of its results."""
+    folder = checkpoint_folder(out)
+    if folder is None:
+        raise SystemExit(f"{out} holds no checkpoint: give the --out of a run that was saved")
+    if (folder / "vecnormalize.pkl").exists():
+        raise SystemExit(f"{out} is of a run with --normalize, whose statistics are not read here: give one without")
+    with open(out / "results.csv", newline="") as file:
+        last = list(csv.DictReader(file))[-1]
+    return algorithm(last["algo"]).load(folder / "model.zip", device="cpu"), last
+
+
 def read_progress(folder: Path) -> tuple[Run, Progress]:
     """Whose checkpoint it is, and how far that run was."""
     stored = json.loads((folder / "progress.json").read_text())

@@ -8,7 +8,6 @@ Prints a JSON line and appends a CSV row for each of the two.
 from __future__ import annotations
 
 import argparse
-import csv
 import json
 import time
 from pathlib import Path
@@ -20,8 +19,7 @@ from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.vec_env import DummyVecEnv
 
 from benchmarks.envs import make_env
-from benchmarks.learn import append_row, machine
-from sb3_dreamer import Dreamer
+from benchmarks.learn import append_row, machine, trained
 from sb3_dreamer.planning import Planner
 
 COLUMNS = ("env", "seed", "agent", "step", "return_mean", "return_std", "n_episodes", "ms_per_decision", "commit",
@@ -57,9 +55,7 @@ def main() -> None:
     given = vars(parser.parse_args())
     run, episodes, threads, out = (given.pop(name) for name in ("run", "episodes", "threads", "out"))
     th.set_num_threads(threads)
-    with open(run / "results.csv", newline="") as file:
-        last = list(csv.DictReader(file))[-1]
-    model = Dreamer.load(run / "checkpoint" / "model.zip", device="cpu")
+    model, last = trained(run)
     about = {name: last[name] for name in ("env", "seed", "step", "commit")}
     about |= {"machine": machine(), "settings": json.dumps({"trained": json.loads(last["settings"]), **given})}
     for agent, who in (("dreamer", model), ("planner", Planner(model, **given))):

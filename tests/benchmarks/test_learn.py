@@ -19,6 +19,7 @@ from benchmarks.learn import (
     parse_overrides,
     save_checkpoint,
     train,
+    trained,
 )
 
 RUN = Run("Pendulum-v1", "sac", 0, {"learning_starts": 10, "batch_size": 8, "policy_kwargs": {"net_arch": [8]}})
@@ -36,6 +37,20 @@ def options(steps: int, eval_every: int, eval_env: str | None = None) -> argpars
 def rows_of(out: Path) -> list[dict[str, str]]:
     with (out / "results.csv").open() as file:
         return list(csv.DictReader(file))
+
+
+def test_a_run_is_read_back_with_its_last_row(tmp_path: Path):
+    train(RUN, tmp_path, options(steps=40, eval_every=20))
+    model, last = trained(tmp_path)
+    assert (type(model), model.num_timesteps, last["step"]) == (SAC, 40, "40")
+
+
+@pytest.mark.parametrize(("normalize", "steps", "message"), [(True, 20, "--normalize"), (False, 0, "no checkpoint")])
+def test_a_run_that_cannot_be_read_back_is_refused(tmp_path: Path, normalize: bool, steps: int, message: str):
+    if steps:
+        train(RUN._replace(normalize=normalize), tmp_path, options(steps, eval_every=steps))
+    with pytest.raises(SystemExit, match=message):
+        trained(tmp_path)
 
 
 def test_overrides_are_python_literals_words_and_nested_names():

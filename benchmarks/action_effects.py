@@ -123,7 +123,6 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()
     th.set_num_threads(args.threads)
-    th.manual_seed(0)
     model, last = trained(args.run)
     env = make_env(last["env"])
     if not hasattr(env.unwrapped, "set_state"):

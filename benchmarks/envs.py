@@ -8,8 +8,10 @@ CartPole-pixels           CartPole as small grey pictures, one at a time: a poli
 Recall, Recall-30         a number seen once has to be named 2 to 40, or 30 to 40, steps later: nothing but memory
 HalfCheetah-uphill        HalfCheetah-v4 on ground that rises by 15 degrees
 HalfCheetah-lame          HalfCheetah-v4 whose front thigh has no motor
+repeat-<n>/<name>         any of these, every action repeated n times, the rewards summed
 """
 
+import re
 import warnings
 from collections.abc import Callable
 from functools import partial
@@ -22,6 +24,7 @@ from gymnasium.wrappers import AddRenderObservation, FlattenObservation, RepeatA
 
 DMC_PREFIX = "dmc/"
 DMC_ACTION_REPEAT = 2
+REPEATED = re.compile(r"repeat-([1-9]\d*)/(.+)")
 
 # name -> (Gymnasium id, the entries of the observation that stay)
 SEEN_IN_PART = {
@@ -41,6 +44,8 @@ def make_env(name: str) -> gym.Env:
 
     :param name: see the top of this file
     """
+    if repeated := REPEATED.fullmatch(name):
+        return RepeatAction(make_env(repeated[2]), int(repeated[1]))
     if name.startswith(DMC_PREFIX):
         return _dm_control(name.removeprefix(DMC_PREFIX))
     if name in SEEN_IN_PART:
@@ -56,6 +61,8 @@ def make_env(name: str) -> gym.Env:
 
 def action_repeat(name: str) -> int:
     """Simulator steps per decision of the agent, by which published results count."""
+    if repeated := REPEATED.fullmatch(name):
+        return int(repeated[1]) * action_repeat(repeated[2])
     return DMC_ACTION_REPEAT if name.startswith(DMC_PREFIX) else 1
 
 

@@ -1,3 +1,6 @@
+from collections.abc import Callable
+
+import gymnasium as gym
 import numpy as np
 import pytest
 from stable_baselines3.common.env_checker import check_env
@@ -23,14 +26,30 @@ def test_dm_control_episode_is_500_decisions_of_2_simulator_steps_and_ends_by_tr
     assert action_repeat("dmc/cartpole-swingup") == 2
 
 
-def test_action_repeat_sums_the_rewards():
-    once, twice = make_env("dmc/cartpole-swingup").env, make_env("dmc/cartpole-swingup")
-    action = np.full(1, 0.5)
-    once.reset(seed=3)
-    twice.reset(seed=3)
-    expected = sum(once.step(action)[1] for _ in range(2))
-    assert twice.step(action)[1] == pytest.approx(expected, rel=1e-6)
+@pytest.mark.parametrize(
+    ("once", "repeated", "n"),
+    [
+        (lambda: make_env("dmc/cartpole-swingup").env, "dmc/cartpole-swingup", 2),
+        (lambda: make_env("Hopper-v4"), "repeat-3/Hopper-v4", 3),
+        (lambda: make_env("dmc/cartpole-swingup"), "repeat-2/dmc/cartpole-swingup", 2),
+    ],
+)
+def test_action_repeat_sums_the_rewards(once: Callable[[], gym.Env], repeated: str, n: int):
+    single, several = once(), make_env(repeated)
+    action = np.full(single.action_space.shape, 0.5)
+    single.reset(seed=3)
+    several.reset(seed=3)
+    expected = sum(single.step(action)[1] for _ in range(n))
+    assert several.step(action)[1] == pytest.approx(expected, rel=1e-6)
     assert expected > 0
+
+
+@pytest.mark.parametrize(
+    ("name", "steps"),
+    [("Hopper-v4", 1), ("repeat-3/Hopper-v4", 3), ("repeat-2/Humanoid-45", 2), ("repeat-2/dmc/reacher-easy", 4)],
+)
+def test_action_repeat_counts_the_steps_of_the_simulator(name: str, steps: int):
+    assert action_repeat(name) == steps
 
 
 @pytest.mark.parametrize(

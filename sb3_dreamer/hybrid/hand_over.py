@@ -114,6 +114,11 @@ def _new_student(
     _check_env(model, wrapped, on)
     seen = LatentVecEnv(model, wrapped) if on == "latents" else wrapped
     policy = settings.pop("policy", policy_for(seen.observation_space))
+    if isinstance(policy, str) and policy not in algorithm.policy_aliases:
+        raise ValueError(
+            f"{algorithm.__name__} has no {policy}, only {', '.join(algorithm.policy_aliases)}: use another algorithm, "
+            'or on="latents", which needs MlpPolicy'
+        )
     try:
         target = algorithm(policy, seen, **settings)
     except AssertionError as error:

@@ -473,6 +473,14 @@ class TestRefused:
         with pytest.raises(ValueError, match=r"nor observe Discrete\(3, start=2\)"):
             model.to_model_free(PPO)
 
+    def test_an_algorithm_without_the_policy_that_the_observations_need(self):
+        named = gym.wrappers.TransformObservation(
+            gym.make("Pendulum-v1"), lambda obs: {"obs": obs}, gym.spaces.Dict(obs=pendulum().observation_space)
+        )
+        model = Dreamer("MultiInputPolicy", named, **SMALL).learn(60)
+        with pytest.raises(ValueError, match=r'CrossQ has no MultiInputPolicy, only MlpPolicy: .*on="latents"'):
+            model.to_model_free(CrossQ)
+
     def test_nothing_of_a_refused_environment_is_changed(self):
         model = Dreamer("MlpPolicy", VecNormalize(pendulum()), **SMALL).learn(60)
         env = VecNormalize(pendulum())

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-import io
-import pathlib
 import warnings
 from collections.abc import Iterable
 from typing import Any, TypeVar
@@ -19,15 +17,14 @@ from stable_baselines3.common.save_util import load_from_zip_file
 from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, TensorDict
 from stable_baselines3.common.vec_env import VecEnv
 
-from sb3_dreamer.environments import check_spaces, check_wrapping, deaths_told, step_named
-from sb3_dreamer.files import check_parameters, in_place_of_pickles, read_settings, written_aside
+from sb3_dreamer.environments import check_spaces, check_statistics, check_wrapping, deaths_told, step_named
+from sb3_dreamer.files import FileLike, check_parameters, in_place_of_pickles, read_settings, written_aside
 from sb3_dreamer.policies import DreamerPolicy, PolicyState
 from sb3_dreamer.replay import SequenceReplayBuffer, read_replay
 
 SelfAlgorithm = TypeVar("SelfAlgorithm", bound="SequenceAlgorithm")
 NOT_SAVED = "_online_state", "_last_obs", "_last_original_obs", "_originals", "_resets", "_cloning", "lent_env"
 Observation = np.ndarray | dict[str, np.ndarray]
-FileLike = str | pathlib.Path | io.BufferedIOBase
 
 
 class NoteStep(BaseCallback):
@@ -99,6 +96,7 @@ class SequenceAlgorithm(OffPolicyAlgorithm):
     def _setup_learn(
         self, total_timesteps: int, callback: MaybeCallback = None, *args: Any, **kwargs: Any
     ) -> tuple[int, BaseCallback]:
+        check_statistics(self.get_vec_normalize_env())
         if self.env is self.lent_env or self._reset_by_others():
             self._last_obs = None
         if self._n_updates > 0 and self.replay_buffer.size() == 0:

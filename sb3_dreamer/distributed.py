@@ -41,7 +41,7 @@ class Worker(DummyVecEnv):
 
     def move(self, actions: np.ndarray) -> tuple[VecEnvStepReturn, list[dict[str, Any] | None]]:
         """One step of all, and the infos of the resets that it brought."""
-        step = self.step(actions)
+        step = self.step(np.array(actions))  # what Ray hands over cannot be written to
         return step, [info if done else None for info, done in zip(self.reset_infos, step[2], strict=True)]
 
     def of_one(self, index: int, method: str, /, *args: Any, **kwargs: Any) -> Any:

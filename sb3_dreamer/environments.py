@@ -6,8 +6,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 from gymnasium import spaces
-from stable_baselines3.common.vec_env import VecEnv, unwrap_vec_normalize
+from stable_baselines3.common.running_mean_std import RunningMeanStd
+from stable_baselines3.common.vec_env import VecEnv, VecNormalize, unwrap_vec_normalize
 
 from sb3_dreamer.spaces import check_action_bounds, spec_of
 
@@ -34,6 +36,29 @@ def check_wrapping(env: VecEnv) -> None:
             f"VecNormalize sees {normalize.observation_space}, the agent sees {env.observation_space}, but the replay "
             "keeps what comes before VecNormalize: so wrap it last, VecNormalize(VecTransposeImage(VecFrameStack(...)))"
         )
+
+
+def statistics(normalize: VecNormalize) -> dict[str, RunningMeanStd]:
+    """The moving statistics by name: "obs", followed by a key, and "returns"."""
+    seen = getattr(normalize, "obs_rms", None) or {}
+    seen = seen if isinstance(seen, dict) else {"": seen}
+    return {**{f"obs {key}": one for key, one in seen.items()}, "returns": normalize.ret_rms}
+
+
+def check_statistics(normalize: VecNormalize | None) -> None:
+    """Refuse statistics that a bad number has got into: all that they normalise is bad from then on.
+
+    :raises ValueError: with what to do.
+    """
+    if normalize is None:
+        return
+    for name, one in statistics(normalize).items():
+        used = normalize.norm_reward if name == "returns" else normalize.norm_obs
+        if used and not (np.all(np.isfinite(one.mean)) and np.all(np.isfinite(one.var))):
+            raise ValueError(
+                f"the statistics of VecNormalize ({name.strip()}) are not finite, since an environment sent a number "
+                "that was not: set_env() with a new VecNormalize, or with an older one that VecNormalize.load() reads"
+            )
 
 
 @contextmanager

@@ -38,11 +38,11 @@ import numpy as np
 import torch as th
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.monitor import Monitor
-from stable_baselines3.common.running_mean_std import RunningMeanStd
 from stable_baselines3.common.type_aliases import GymEnv
 from stable_baselines3.common.vec_env import VecEnv, VecFrameStack, VecMonitor, VecNormalize
 from stable_baselines3.common.vec_env.base_vec_env import VecEnvWrapper
 
+from sb3_dreamer.environments import statistics
 from sb3_dreamer.files import read_settings
 
 if TYPE_CHECKING:
@@ -124,6 +124,8 @@ def save_checkpoint(model: Dreamer, folder: Path, keep: int) -> Path:
 
     :raises OSError: if the disk is full; the checkpoints before stay.
     """
+    if model._reset_by_others():  # what an evaluation has left is of no episode of the run
+        model.begin_episodes()
     for leftover in folder.glob(".[0-9]*_step_*.part"):
         shutil.rmtree(leftover)
     there = checkpoints(folder)
@@ -264,17 +266,10 @@ def _wrappers(env: VecEnv) -> list[VecEnvWrapper]:
     return found
 
 
-def _statistics(wrapper: VecNormalize) -> dict[str, RunningMeanStd]:
-    """The moving statistics by name."""
-    seen = getattr(wrapper, "obs_rms", None) or {}
-    seen = seen if isinstance(seen, dict) else {"": seen}
-    return {**{f"obs {key}": one for key, one in seen.items()}, "returns": wrapper.ret_rms}
-
-
 def _wrapper_state(wrapper: VecEnvWrapper) -> dict[str, Any]:
     state: dict[str, Any] = {"kind": type(wrapper).__name__}
     if isinstance(wrapper, VecNormalize):
-        stats = {key: (s.mean, s.var, s.count) for key, s in _statistics(wrapper).items()}
+        stats = {key: (s.mean, s.var, s.count) for key, s in statistics(wrapper).items()}
         return {**state, "statistics": stats, "returns": wrapper.returns}
     if isinstance(wrapper, VecMonitor):
         return {**state, "returns": wrapper.episode_returns, "lengths": wrapper.episode_lengths}
@@ -284,7 +279,7 @@ def _wrapper_state(wrapper: VecEnvWrapper) -> dict[str, Any]:
 def _restore_wrapper(wrapper: VecEnvWrapper, state: dict[str, Any]) -> None:
     if isinstance(wrapper, VecNormalize):
         wrapper.returns = state["returns"]
-        for key, one in _statistics(wrapper).items():
+        for key, one in statistics(wrapper).items():
             one.mean, one.var, one.count = state["statistics"][key]
     elif isinstance(wrapper, VecMonitor):
         wrapper.episode_returns, wrapper.episode_lengths = state["returns"], state["lengths"]

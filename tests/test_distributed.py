@@ -80,6 +80,19 @@ def test_each_step_is_that_of_sb3s_own(three: RayVecEnv):
             np.testing.assert_array_equal(info.get("terminal_observation", 0), other.get("terminal_observation", 0))
 
 
+def test_environments_may_write_into_their_actions():
+    class Clipping(gym.Wrapper):
+        def step(self, action: Any) -> Any:
+            return super().step(np.clip(action, -0.5, 0.5, out=action))
+
+    env = RayVecEnv([lambda: Clipping(gym.make("Pendulum-v1"))])
+    env.reset()
+    actions = np.ones((1, 1), np.float32)
+    env.step(actions)
+    env.close()
+    assert actions == 1
+
+
 def test_seeds_are_used_once(three: RayVecEnv):
     three.seed(3)
     assert not np.array_equal(three.reset(), three.reset())

@@ -14,11 +14,12 @@ import pytest
 import torch as th
 from gymnasium import spaces
 from gymnasium.wrappers import TimeLimit
-from stable_baselines3.common.callbacks import CallbackList, CheckpointCallback
+from stable_baselines3.common.callbacks import CallbackList, CheckpointCallback, EvalCallback
 from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.vec_env import DummyVecEnv, VecFrameStack, VecMonitor, VecNormalize
 
 from sb3_dreamer import Dreamer
+from sb3_dreamer.replay import read_episodes
 from sb3_dreamer.resume import ResumeCallback, checkpoints, run_state, save_checkpoint
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -102,6 +103,23 @@ def cut_and_whole(name: str, n_envs: int, first: int, more: int, folder: Path, *
     resumed = Dreamer.resume(folder, WRAPPED[name](n_envs), device="cpu")
     assert resumed.num_timesteps == first
     return resumed.learn(more, reset_num_timesteps=False), whole
+
+
+def test_a_checkpoint_after_an_evaluation_in_the_same_environments_begins_an_episode(tmp_path) -> None:
+    def learn(model: Dreamer, steps: int, folder: str) -> Dreamer:
+        evaluation = EvalCallback(model.get_env(), n_eval_episodes=1, eval_freq=20, verbose=0)
+        keep = ResumeCallback(tmp_path / folder, every=20)
+        return model.learn(steps, callback=[evaluation, keep], reset_num_timesteps=False)
+
+    def env() -> DummyVecEnv:
+        return DummyVecEnv([lambda: Monitor(Walk())])
+
+    whole = learn(Dreamer("MlpPolicy", env(), **DEBUG), 80, "whole")
+    learn(Dreamer("MlpPolicy", env(), **DEBUG), 40, "cut")
+    resumed = learn(Dreamer.resume(tmp_path / "cut", env(), device="cpu"), 40, "cut")
+    assert_same(parameters(whole), parameters(resumed))
+    for one, other in zip(read_episodes(whole.replay_buffer), read_episodes(resumed.replay_buffer), strict=True):
+        np.testing.assert_array_equal(one.obs["obs"], other.obs["obs"])
 
 
 @pytest.mark.parametrize("name", WRAPPED)

@@ -49,8 +49,8 @@ def to_model_free(
     :param model: a trained Dreamer with its replay.
     :param algorithm: SAC, TD3, DDPG, TQC, CrossQ, PPO, A2C, TRPO, or a class derived from one of them.
     :param env: environment to go on in, a VecNormalize around it takes Dreamer's statistics over; None: Dreamer's own,
-        which Dreamer resets from then on whenever it learns. If both are to learn in turns, give one here: other
-        algorithms do not reset.
+        which Dreamer resets from then on whenever it learns. If both are to learn in turns, give another one here:
+        other algorithms do not reset.
     :param on: what the new policy sees. "latents" are the features of Dreamer's model state, for tasks that need
         memory: the algorithm's environment then is a :class:`~sb3_dreamer.hybrid.LatentVecEnv`.
     :param updates: minibatches for the policy.
@@ -82,7 +82,7 @@ def to_model_free(
             if buffer.size() > 0:
                 start_slowly(target)
     target.num_timesteps = model.num_timesteps
-    if env is None:
+    if env is None or env is model.env:
         model.lent_env = model.env
     return target
 

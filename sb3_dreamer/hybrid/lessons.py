@@ -111,10 +111,11 @@ def lessons_from(model: Dreamer, real: RealStates, gamma: float, on_latents: boo
     """
     alive = np.flatnonzero(~real.is_last)
     parts = [_real_lessons(model, real, alive, gamma, on_latents)]
-    # each dream brings H lessons, so that real and imagined ones are equally many
-    starts = np.random.default_rng(len(real)).choice(alive, -(-len(alive) // model.imagination_horizon), replace=False)
-    for i in range(0, len(starts), CHUNK):
-        parts.append(_imagined_lessons(model, real, starts[i : i + CHUNK], gamma, on_latents))
+    if (horizon := model.imagination_horizon) > 1:  # a dream of one step has nothing between its ends
+        # each dream brings H lessons, so that real and imagined ones are equally many
+        starts = np.random.default_rng(len(real)).choice(alive, -(-len(alive) // horizon), replace=False)
+        for i in range(0, len(starts), CHUNK):
+            parts.append(_imagined_lessons(model, real, starts[i : i + CHUNK], gamma, on_latents))
     return Lessons(
         obs={key: np.concatenate([part.obs[key] for part in parts]) for key in parts[0].obs},
         mean=th.cat([part.mean for part in parts]),

@@ -18,6 +18,8 @@ from sb3_dreamer.world_model.rssm import State
 SIDE_BY_SIDE = 64  # episodes filtered at once
 CHUNK = 2048  # states dreamt from at once
 DECODED = 512  # states decoded at once; they may be images
+MOST_BYTES = 2**31  # of packed states: the transformer's carry 64 entries of context
+LEAST = 1_000  # entries, however large they are
 
 
 @dataclass
@@ -47,12 +49,15 @@ def real_states(model: Dreamer, newest: int) -> RealStates:
     """Filter the newest part of the replay with the model as it is now, as ``predict(deterministic=True)`` does.
 
     :param model: the model.
-    :param newest: number of entries, at most.
+    :param newest: number of entries, at most; fewer, if their states would take more than 2 GiB.
     """
+    width = model.policy.world_model.rssm.packed_width
+    newest = min(newest, max(MOST_BYTES // (4 * width), LEAST))
     episodes = sorted(read_episodes(model.replay_buffer, newest), key=len, reverse=True)
-    packed = [
-        part for i in range(0, len(episodes), SIDE_BY_SIDE) for part in _filter(model, episodes[i : i + SIDE_BY_SIDE])
-    ]
+    begins = np.cumsum([0, *(len(e) + 1 for e in episodes)])
+    packed = th.zeros(int(begins[-1]), width, device=model.device)
+    for i in range(0, len(episodes), SIDE_BY_SIDE):
+        _filter(model, episodes[i : i + SIDE_BY_SIDE], packed, begins[i:])
     last = np.concatenate([np.arange(len(e) + 1) == len(e) for e in episodes])
     normalize = model.get_vec_normalize_env()
     reward = np.concatenate([np.append(np.float32(0.0), e.reward) for e in episodes])
@@ -66,26 +71,24 @@ def real_states(model: Dreamer, newest: int) -> RealStates:
         reward=th.as_tensor(reward, device=model.device),
         is_last=last,
         is_terminal=np.concatenate([(np.arange(len(e) + 1) == len(e)) & e.terminal for e in episodes]),
-        packed=th.cat(packed),
+        packed=packed,
     )
 
 
 @th.no_grad()
-def _filter(model: Dreamer, episodes: list[Episode]) -> list[th.Tensor]:
-    """Packed states (L + 1, .) of each of some episodes, the longest first."""
+def _filter(model: Dreamer, episodes: list[Episode], packed: th.Tensor, begins: np.ndarray) -> None:
+    """Write the states of some episodes, the longest first, to the rows of ``packed`` from ``begins`` on."""
     world_model, rssm = model.policy.world_model, model.policy.world_model.rssm
     obs, actions = [_seen(model, e) for e in episodes], [_encoded(model, e) for e in episodes]
     lengths = np.array([len(e) + 1 for e in episodes])
     state = rssm.initial(len(episodes))
-    packed = th.zeros(len(episodes), lengths[0], rssm.packed_width, device=model.device)
     for t in range(lengths[0]):
         n = int((lengths > t).sum())
         now = {key: th.as_tensor(np.stack([o[key][t] for o in obs[:n]]), device=model.device) for key in obs[0]}
         before = th.stack([a[max(t - 1, 0)] for a in actions[:n]]).to(model.device)
         first = th.full((n,), t == 0, device=model.device)
         state = rssm.observe_step(state[:n], world_model.embed(now), before, first, sample=False)
-        packed[:n, t] = rssm.pack(state)
-    return [part[:length] for part, length in zip(packed, lengths, strict=True)]
+        packed[th.as_tensor(begins[:n] + t, device=model.device)] = rssm.pack(state)
 
 
 def _seen(model: Dreamer, episode: Episode) -> dict[str, np.ndarray]:

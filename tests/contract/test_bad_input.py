@@ -113,6 +113,25 @@ def test_nan_is_found_behind_vecnormalize_too():
     assert model.replay_buffer.size() == 21
 
 
+@pytest.mark.parametrize(("what", "name"), [("obs", "obs"), ("reward", "returns")])
+def test_statistics_that_took_a_bad_number_in_are_refused_until_there_are_others(what: str, name: str):
+    model = agent(VecNormalize(DummyVecEnv([lambda: Broken(20, what)])))
+    with pytest.raises(ValueError, match="at environment step 20"):
+        model.learn(100)
+    with pytest.raises(ValueError, match=rf"statistics of VecNormalize \({name}\) are not finite"):
+        model.learn(10, reset_num_timesteps=False)
+    model.set_env(VecNormalize(DummyVecEnv([Broken])))
+    before = model.num_timesteps
+    assert model.learn(10, reset_num_timesteps=False).num_timesteps == before + 10
+
+
+def test_statistics_that_nothing_is_normalised_with_may_be_bad():
+    model = agent(VecNormalize(DummyVecEnv([lambda: Broken(20, "reward")]), norm_reward=False))
+    with pytest.raises(ValueError, match="at environment step 20"):
+        model.learn(100)
+    model.learn(10, reset_num_timesteps=False)
+
+
 def test_an_environment_that_raises_loses_nothing(tmp_path):
     model = agent(Broken(20, "raise"))
     with pytest.raises(RuntimeError, match="the simulator has exploded"):

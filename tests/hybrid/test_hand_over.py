@@ -13,6 +13,7 @@ import torch as th
 from sb3_contrib import TQC, CrossQ, RecurrentPPO
 from stable_baselines3 import DDPG, DQN, PPO, SAC, TD3
 from stable_baselines3.common.buffers import NStepReplayBuffer, ReplayBuffer
+from stable_baselines3.common.envs import FakeImageEnv
 from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecNormalize
 
 from sb3_dreamer import Dreamer
@@ -98,6 +99,15 @@ class TestCritics:
         sac = dreamer.to_model_free(SAC, **QUICK)
         for name, value in sac.critic.state_dict().items():
             assert th.allclose(value, sac.critic_target.state_dict()[name], atol=1e-6)
+
+    def test_no_more_entries_than_there_is_memory_for(self, dreamer: Dreamer, monkeypatch: pytest.MonkeyPatch):
+        every, width = real_states(dreamer, 10_000), dreamer.policy.world_model.rssm.packed_width
+        assert every.packed.shape == (len(every), width)
+        monkeypatch.setattr("sb3_dreamer.hybrid.real_states.LEAST", 60)
+        monkeypatch.setattr("sb3_dreamer.hybrid.real_states.MOST_BYTES", 100 * 4 * width)
+        assert 60 < len(real_states(dreamer, 10_000)) <= 100 < len(every)
+        monkeypatch.setattr("sb3_dreamer.hybrid.real_states.MOST_BYTES", 0)
+        assert 40 < len(real_states(dreamer, 10_000)) <= 60
 
     def test_dreamers_own_action_comes_first_and_the_verdict_knows_no_chance(self, dreamer: Dreamer):
         real = real_states(dreamer, 100)
@@ -250,9 +260,10 @@ class TestSettings:
         lengths = [len(e) for e in read_episodes(model.replay_buffer)]
         assert lengths == [50, 9, 19], "the stream was cut where the environments were lent"
 
-    def test_dreamer_and_its_student_may_take_turns(self):
+    @pytest.mark.parametrize("named", [False, True])
+    def test_dreamer_and_its_student_may_take_turns(self, named: bool):
         model = Dreamer("MlpPolicy", pendulum(), **SMALL).learn(60)
-        sac = model.to_model_free(SAC, **QUICK)
+        sac = model.to_model_free(SAC, env=model.get_env() if named else None, **QUICK)
         for agent in (model, sac, model):
             agent.learn(20, reset_num_timesteps=False)
         assert [len(e) for e in read_episodes(model.replay_buffer)] == [50, 9, 19, 19]
@@ -338,6 +349,12 @@ class TestPolicy:
         real = real_states(dreamer, 100)
         n_real = int((~real.is_last).sum())
         assert 0 <= len(lessons_from(dreamer, real, 0.9, False)) - (2 * n_real) * 0.9 < 0.4 * n_real
+
+    def test_dreams_of_one_step_have_nothing_between_their_ends_to_learn_from(self):
+        env = FakeImageEnv(screen_height=32, screen_width=32, n_channels=3, discrete=False)
+        model = Dreamer("CnnPolicy", env, **{**SMALL, "imagination_horizon": 1}).learn(40)
+        real = real_states(model, 1000)
+        assert len(lessons_from(model, real, 0.9, False)) == (~real.is_last).sum()
 
     def test_returns_are_of_the_students_discount(self, dreamer: Dreamer, monkeypatch: pytest.MonkeyPatch):
         """Rewards of 1, a critic that says 100 (of 1 / (1 - 0.99)), nothing ends: at 0.9 each state is worth 10."""

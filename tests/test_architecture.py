@@ -57,7 +57,7 @@ LIBRARIES = {
     "replay": {"torch", "numpy", "gymnasium", "stable_baselines3", "psutil"},
     "spaces": {"torch", "numpy", "gymnasium", "stable_baselines3"},
     "policies": {"torch", "numpy", "gymnasium", "stable_baselines3"},
-    "environments": {"gymnasium", "stable_baselines3"},
+    "environments": {"gymnasium", "numpy", "stable_baselines3"},
     "files": {"numpy", "gymnasium", "stable_baselines3"},
     "algorithm": {"torch", "numpy", "gymnasium", "stable_baselines3"},
     "knobs": set(),

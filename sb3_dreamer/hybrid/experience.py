@@ -11,6 +11,7 @@ from stable_baselines3.common.buffers import DictReplayBuffer, ReplayBuffer
 from stable_baselines3.common.utils import configure_logger
 
 from sb3_dreamer.dreamer import Dreamer
+from sb3_dreamer.environments import check_statistics
 from sb3_dreamer.hybrid.progress import Advance, progress
 from sb3_dreamer.replay import (
     Episode,
@@ -88,7 +89,9 @@ def prepare_training(model: Any) -> None:
     """Training outside of ``learn()`` needs a logger, ``learn()`` will make its own, and a learning rate.
 
     :param model: any SB3 algorithm.
+    :raises ValueError: where it normalises with statistics that are not finite, as ``learn()`` does.
     """
+    check_statistics(model.get_vec_normalize_env())
     if not hasattr(model, "_logger"):
         model._logger = configure_logger(model.verbose)
     model._current_progress_remaining = 1.0  # a schedule that has run out would stop all learning

@@ -57,6 +57,7 @@ def warm_start(
     if not 0 <= student_share < 1:
         raise ValueError(f"student_share={student_share} has to be at least 0 and below 1")
     guide = Guide(model, teacher, vec_normalize, deterministic)
+    prepare_training(model)
     per_step = model.train_ratio / (model.batch_size * model.batch_length)
     updates = int(n_steps * per_step) if updates is None else updates
     fade = int((2 * n_steps if fade_steps is None else fade_steps) * per_step)
@@ -70,7 +71,6 @@ def warm_start(
             guide, model.policy.actor, answers, fade_from, fade, n_steps, rehearsals, asked
         )
     cloning.guide = guide
-    prepare_training(model)
     owed = model._entries_owed
     try:
         with progress(cloning.left(model._n_updates), "warm start", progress_bar) as advance:

@@ -118,8 +118,15 @@ def test_statistics_that_took_a_bad_number_in_are_refused_until_there_are_others
     model = agent(VecNormalize(DummyVecEnv([lambda: Broken(20, what)])))
     with pytest.raises(ValueError, match="at environment step 20"):
         model.learn(100)
-    with pytest.raises(ValueError, match=rf"statistics of VecNormalize \({name}\) are not finite"):
-        model.learn(10, reset_num_timesteps=False)
+    teacher = PPO("MlpPolicy", DummyVecEnv([Broken]), n_steps=8, batch_size=8, device="cpu")
+    for goes_on in (
+        lambda: model.learn(10, reset_num_timesteps=False),
+        lambda: model.warm_start(teacher, 20, vec_normalize=False),
+        lambda: model.pretrain(1),
+    ):
+        with pytest.raises(ValueError, match=rf"statistics of VecNormalize \({name}\) are not finite"):
+            goes_on()
+    assert model._cloning is None
     model.set_env(VecNormalize(DummyVecEnv([Broken])))
     before = model.num_timesteps
     assert model.learn(10, reset_num_timesteps=False).num_timesteps == before + 10

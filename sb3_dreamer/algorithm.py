@@ -56,6 +56,7 @@ class SequenceAlgorithm(OffPolicyAlgorithm):
     _resets: tuple[Any, ...] = ()  # what the environments said when they were last reset
     _originals: Any = None  # observations, rewards and infos of the last step, before VecNormalize
     _cloning: Any = None  # of a warm start, until its teacher is forgotten
+    learned_normalised: bool = False  # whether the last update saw what a VecNormalize makes of the replay
 
     @staticmethod
     def _wrap_env(env: GymEnv, verbose: int = 0, monitor_wrapper: bool = True) -> VecEnv:
@@ -180,7 +181,7 @@ class SequenceAlgorithm(OffPolicyAlgorithm):
             assert self._online_state is not None
             self._online_state = (self._online_state[0], self.policy.encode_action(actions))
         if self._cloning is not None:
-            self._cloning.ask(self)
+            self._cloning.go_on_asking(self)
         return actions, self.policy.replay_action(actions)
 
     @property

@@ -74,9 +74,24 @@ class Cloning:
         self.answers.note(model.replay_buffer.heads(), model.policy.encode_action(actions))
         return actions
 
+    def go_on_asking(self, model: Dreamer) -> None:
+        """As :meth:`ask`, in ``learn()``: a teacher that fails is forgotten, and the next ``learn()`` goes on.
+
+        :raises RuntimeError: that it has failed.
+        """
+        try:
+            self.ask(model)
+        except Exception as error:
+            model._cloning = None
+            raise RuntimeError(
+                f"the teacher of warm_start() failed at environment step {model.num_timesteps}: {error!r}. It is "
+                "forgotten: learn(reset_num_timesteps=False) goes on without it"
+            ) from error
+
     def imitate(self, model: Dreamer, intensity: float) -> None:
         """One update of the actor alone, on the features of a batch, at a share of the full rate."""
-        self.step(*self.lessons(model, 1), intensity)
+        if model.replay_buffer.can_sample(self.answers.first):
+            self.step(*self.lessons(model, 1), intensity)
 
     def step(self, features: th.Tensor, answers: th.Tensor, intensity: float) -> None:
         """One update of the actor: features (n, F), what the teacher would do there (n, A); share of the full rate."""
@@ -93,7 +108,7 @@ class Cloning:
         """Replayed entries at which the teacher was asked: features of the model as it is (n, F), answers (n, A)."""
         parts = []
         for _ in range(batches):
-            batch = model.replay_buffer.sample(model.batch_size, env=model.get_vec_normalize_env())
+            batch = model.replay_buffer.sample(model.batch_size, model.get_vec_normalize_env(), self.answers.first)
             states, _ = model.policy.world_model.observe(batch)
             number = batch.index[:, 1:] + np.arange(batch.reward.shape[1])
             answer = th.as_tensor(self.answers.at(batch.index[:, :1], number), device=model.device)

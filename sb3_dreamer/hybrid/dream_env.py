@@ -27,7 +27,8 @@ class DreamVecEnv(VecEnv):
     A dream ends where the model says so (its predicted probability is drawn), or after ``horizon`` steps as by a time
     limit, so that the value of what would follow counts. Observations and rewards are what Dreamer's policy is given:
     normalised, if its environment is a VecNormalize. The model is used as it is at each step; ``reset()`` draws new
-    moments to start from out of what the replay holds by then.
+    moments to start from out of what the replay holds by then. Chance is torch's: the ``seed`` of the algorithm that
+    trains here decides it, or SB3's ``set_random_seed``; ``seed()`` does not.
 
     With ``start`` they all begin at one moment instead, the present one of a robot: what a policy, or a row of actions,
     would come to from there can be looked at before the robot tries it.

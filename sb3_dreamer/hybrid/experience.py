@@ -8,7 +8,9 @@ from typing import Any
 import numpy as np
 from gymnasium import spaces
 from stable_baselines3.common.buffers import DictReplayBuffer, ReplayBuffer
+from stable_baselines3.common.preprocessing import is_image_space, is_image_space_channels_first, maybe_transpose
 from stable_baselines3.common.utils import configure_logger
+from stable_baselines3.common.vec_env import VecTransposeImage
 
 from sb3_dreamer.dreamer import Dreamer
 from sb3_dreamer.environments import check_statistics
@@ -75,8 +77,13 @@ def pretrain(model: Dreamer, updates: int, progress_bar: bool = False) -> None:
 def require_replay(model: Dreamer, who: str) -> None:
     """Refuse a replay that has no sequence to serve.
 
-    :raises ValueError: naming what is missing.
+    :raises ValueError: naming what is missing; the environment too, if its VecNormalize made what the model has seen.
     """
+    if model.env is None and model.learned_normalised:
+        raise ValueError(
+            f"{who} needs the statistics of VecNormalize that this model has learned with: load it with its "
+            "environment, load(path, env=VecNormalize.load(statistics, env))"
+        )
     replay = model.replay_buffer
     if not replay.can_sample():
         raise ValueError(
@@ -113,13 +120,13 @@ def episodes_of(model: Dreamer, source: Any, time_limit: int | None = None) -> I
     if isinstance(source, str):
         source = _load_minari(source)
     if isinstance(source, SequenceReplayBuffer):
-        check_same_spaces(model, source, "the replay")
+        check_same_spaces(model, source.observation_space, source.action_space, "the replay")
         return read_episodes(source)
     if isinstance(source, ReplayBuffer):
-        check_same_spaces(model, source, "the replay")
+        check_same_spaces(model, source.observation_space, source.action_space, "the replay")
         return _replay_episodes(source, _time_limit(model) if time_limit is None else time_limit)
     if hasattr(source, "iterate_episodes"):
-        check_same_spaces(model, source, "the data set")
+        check_same_spaces(model, _as_wrapped(source.observation_space), source.action_space, "the data set")
         return (_minari_episode(model, recorded) for recorded in source.iterate_episodes())
     if isinstance(source, Iterable):
         return iter(source)
@@ -129,13 +136,13 @@ def episodes_of(model: Dreamer, source: Any, time_limit: int | None = None) -> I
     )
 
 
-def check_same_spaces(model: Dreamer, source: Any, what: str) -> None:
-    """Refuse experience of other shapes or actions; bounds of observations may differ.
+def check_same_spaces(model: Dreamer, observation_space: spaces.Space, action_space: spaces.Space, what: str) -> None:
+    """Refuse experience of other observations or actions; bounds of observations may differ.
 
     :raises ValueError: naming both.
     """
-    own = _shapes(model.observation_space), model.action_space
-    theirs = _shapes(source.observation_space), source.action_space
+    own = _told(model.observation_space), model.action_space
+    theirs = _told(observation_space), action_space
     if own != theirs:
         raise ValueError(
             f"{what} has observations {theirs[0]} and actions {theirs[1]}, this model {own[0]} and {own[1]}: "
@@ -143,10 +150,13 @@ def check_same_spaces(model: Dreamer, source: Any, what: str) -> None:
         )
 
 
-def _shapes(space: spaces.Space) -> Any:
+def _told(space: spaces.Space) -> Any:
+    """What has to be the same, in words: of a Box its shape and whether it holds integers."""
     if isinstance(space, spaces.Dict):
-        return {key: sub.shape for key, sub in space.spaces.items()}
-    return space.shape
+        return {key: _told(sub) for key, sub in space.spaces.items()}
+    if isinstance(space, spaces.Box):
+        return f"{space.shape} of {'integers' if np.issubdtype(space.dtype, np.integer) else 'numbers'}"
+    return str(space)
 
 
 # -- SB3's replay ------------------------------------------------------------------------------------------------------
@@ -154,7 +164,10 @@ def _shapes(space: spaces.Space) -> Any:
 
 def _time_limit(model: Dreamer) -> int | None:
     """Steps after which the clock ends an episode of the model's environment, as far as it tells."""
-    spec = None if model.env is None else model.env.get_attr("spec", 0)[0]
+    try:
+        spec = None if model.env is None else model.env.get_attr("spec", 0)[0]
+    except AttributeError:  # not every vector of environments has one
+        return None
     return getattr(spec, "max_episode_steps", None)
 
 
@@ -207,13 +220,13 @@ def _one_episode(
     if len(rows) > 0:
         action = buffer.actions[rows, env].reshape(len(rows), *(buffer.action_space.shape or ()))
         whole = {key: np.concatenate([part, next_obs[key][-1:]]) for key, part in obs.items()}
-        whole = {key: part.reshape(len(part), *_shape_of(buffer.observation_space, key)) for key, part in whole.items()}
+        space = buffer.observation_space
+        whole = {key: part.reshape(len(part), *(_part(space, key).shape or ())) for key, part in whole.items()}
         yield Episode(whole, action, buffer.rewards[rows, env], terminal=done and not time_out)
 
 
-def _shape_of(space: spaces.Space, key: str) -> tuple[int, ...]:
-    part = space.spaces[key] if isinstance(space, spaces.Dict) else space
-    return part.shape or ()
+def _part(space: spaces.Space, key: str) -> spaces.Space:
+    return space.spaces[key] if isinstance(space, spaces.Dict) else space
 
 
 # -- Minari ------------------------------------------------------------------------------------------------------------
@@ -231,9 +244,19 @@ def _load_minari(name: str) -> Any:
     return minari.load_dataset(name)
 
 
+def _as_wrapped(space: spaces.Space) -> spaces.Space:
+    """What SB3 makes of an environment's observations: images have their channels first."""
+    if isinstance(space, spaces.Dict):
+        return spaces.Dict({key: _as_wrapped(part) for key, part in space.spaces.items()})
+    if isinstance(space, spaces.Box) and is_image_space(space) and not is_image_space_channels_first(space):
+        return VecTransposeImage.transpose_space(space)
+    return space
+
+
 def _minari_episode(model: Dreamer, recorded: Any) -> Episode:
+    seen, space = by_key(recorded.observations), model.observation_space
     return Episode(
-        obs={key: np.asarray(part) for key, part in by_key(recorded.observations).items()},
+        obs={key: maybe_transpose(np.asarray(part), _part(space, key)) for key, part in seen.items()},
         action=np.asarray(model.policy.replay_action(recorded.actions)),
         reward=np.asarray(recorded.rewards),
         terminal=bool(recorded.terminations[-1]),

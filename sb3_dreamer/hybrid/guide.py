@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import pathlib
 from collections.abc import Mapping
 from typing import Any, Literal
@@ -27,6 +28,7 @@ class Guide:
     :param deterministic: whether it acts without exploring.
     :param role: what messages call it.
     :raises ValueError: if it cannot act there.
+    :raises TypeError: if it is nothing that acts.
     """
 
     def __init__(
@@ -41,6 +43,7 @@ class Guide:
         normalised = isinstance(teacher, BaseAlgorithm) and saw_normalised(vars(teacher))
         if isinstance(teacher, str | pathlib.Path):
             teacher, normalised = load_policy(teacher, model.device)
+        _check_predict(teacher, role)
         check_counted_from_zero(env.action_space)
         if vec_normalize is None and hasattr(teacher, "get_vec_normalize_env"):
             vec_normalize = teacher.get_vec_normalize_env()
@@ -50,7 +53,7 @@ class Guide:
                 "give vec_normalize=, the VecNormalize or the path that its save() wrote to; False, if this is wrong"
             )
         if isinstance(vec_normalize, str | pathlib.Path):
-            vec_normalize = VecNormalize.load(str(vec_normalize), env)
+            vec_normalize = _load_statistics(vec_normalize, env)
         self.teacher, self.normalize = teacher, vec_normalize or None
         self.deterministic = deterministic
         self.memory: Any = None  # of a recurrent teacher
@@ -76,6 +79,24 @@ class Guide:
         return self.teacher.predict(shown, memory, starts, self.deterministic)
 
 
+def _check_predict(teacher: Any, role: str) -> None:
+    predict = getattr(teacher, "predict", None)
+    if not callable(predict):
+        raise TypeError(f"the {role} is {teacher!r}, which has no predict(): give a model of SB3 or the path of one")
+    if "action_masks" in inspect.signature(predict).parameters:
+        raise ValueError(
+            f"the {role} chooses among the actions that masks leave it, and Dreamer knows no masks: it would take "
+            "forbidden ones. Use one whose environment understands every action"
+        )
+
+
+def _load_statistics(path: str | pathlib.Path, env: VecEnv) -> VecNormalize:
+    try:
+        return VecNormalize.load(str(path), env)
+    except AssertionError as error:  # SB3 has no words for it
+        raise ValueError(f"{path} holds statistics of other observations than {env.observation_space}") from error
+
+
 def raw_env(model: Dreamer) -> VecEnv:
     """The model's environments without normalisation."""
     normalize = model.get_vec_normalize_env()
@@ -93,10 +114,10 @@ def saw_normalised(attributes: Mapping[str, Any]) -> bool:
     :param attributes: of the algorithm, or out of its file.
     """
     seen, original = attributes.get("_last_obs"), attributes.get("_last_original_obs")
+    if "train_freq" not in attributes:
+        return original is not None
     if seen is None or original is None:
         return False
-    if "gae_lambda" in attributes and "train_freq" not in attributes:
-        return True
     space = attributes["observation_space"]
     if not isinstance(seen, dict):
         seen, original, space = ({"obs": part} for part in (seen, original, space))
@@ -116,10 +137,18 @@ def load_policy(path: str | pathlib.Path, device: th.device) -> tuple[BasePolicy
     if data is None or "policy" not in params:
         raise ValueError(f"{path} holds no algorithm of SB3: give the file that its save() wrote")
     if "described" in data:
-        return Dreamer.load(path, device=device), False
+        return Dreamer.load(path, device=device), data.get("learned_normalised", False)
     kwargs = dict(data["policy_kwargs"])
     if data.get("use_sde"):
         kwargs["use_sde"] = True
-    policy = data["policy_class"](data["observation_space"], data["action_space"], lambda _: 0.0, **kwargs).to(device)
+    make = data["policy_class"]
+    schedule = [lambda _: 0.0] if _takes_schedule(make) else []
+    policy = make(data["observation_space"], data["action_space"], *schedule, **kwargs).to(device)
     policy.load_state_dict(params["policy"])
     return policy, saw_normalised(data)
+
+
+def _takes_schedule(policy_class: type[BasePolicy]) -> bool:
+    """Those of ARS have no gradient, and take no learning rate."""
+    parameters = inspect.signature(policy_class).parameters
+    return "lr_schedule" in parameters or any(one.kind is one.VAR_POSITIONAL for one in parameters.values())

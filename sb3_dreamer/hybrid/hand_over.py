@@ -8,11 +8,11 @@ from collections.abc import Iterable, Iterator
 from typing import Any, Literal, TypeVar
 
 import numpy as np
-from stable_baselines3.common.base_class import BaseAlgorithm
+from stable_baselines3.common.base_class import BaseAlgorithm, maybe_make_env
 from stable_baselines3.common.buffers import DictReplayBuffer, ReplayBuffer
 from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 from stable_baselines3.common.type_aliases import GymEnv
-from stable_baselines3.common.vec_env import VecEnv, VecNormalize, is_vecenv_wrapped, unwrap_vec_normalize
+from stable_baselines3.common.vec_env import VecEnv, unwrap_vec_normalize
 
 from sb3_dreamer.dreamer import Dreamer
 from sb3_dreamer.hybrid.experience import require_replay
@@ -32,7 +32,7 @@ NEWEST = 50_000  # entries of the replay that the policy is learned from; the st
 def to_model_free(
     model: Dreamer,
     algorithm: type[Algorithm],
-    env: GymEnv | None = None,
+    env: GymEnv | str | None = None,
     on: Literal["observations", "latents"] = "observations",
     updates: int = 20_000,
     critic_updates: int = 6_000,
@@ -48,9 +48,9 @@ def to_model_free(
 
     :param model: a trained Dreamer with its replay.
     :param algorithm: SAC, TD3, DDPG, TQC, CrossQ, PPO, A2C, TRPO, or a class derived from one of them.
-    :param env: environment to go on in, a VecNormalize around it takes Dreamer's statistics over; None: Dreamer's own,
-        which Dreamer resets from then on whenever it learns. If both are to learn in turns, give another one here:
-        other algorithms do not reset.
+    :param env: environment to go on in or its id; a VecNormalize around it takes Dreamer's statistics over; None:
+        Dreamer's own, which Dreamer resets from then on whenever it learns. If both are to learn in turns, give another
+        one here: other algorithms do not reset.
     :param on: what the new policy sees. "latents" are the features of Dreamer's model state, for tasks that need
         memory: the algorithm's environment then is a :class:`~sb3_dreamer.hybrid.LatentVecEnv`.
     :param updates: minibatches for the policy.
@@ -62,6 +62,7 @@ def to_model_free(
     :raises ValueError: for other spaces, an algorithm that cannot take over, and an empty replay; before any work.
     """
     require_replay(model, "to_model_free()")
+    env = None if env is None else maybe_make_env(env, model.verbose)
     target: Any = _new_student(model, algorithm, env, on, kwargs)
     wanted_entropy = getattr(target, "target_entropy", None)
     off_policy = isinstance(target, OffPolicyAlgorithm)
@@ -82,9 +83,16 @@ def to_model_free(
             if buffer.size() > 0:
                 start_slowly(target)
     target.num_timesteps = model.num_timesteps
-    if env is None or env is model.env:
+    if env is None or _shared(env, model.env):
         model.lent_env = model.env
     return target
+
+
+def _shared(one: GymEnv, other: VecEnv | None) -> bool:
+    """Whether both step an environment of the same, whatever is wrapped around it."""
+    vectors = [getattr(env, "unwrapped", env) for env in (one, other)]
+    mine, theirs = ({id(env), *(id(sub.unwrapped) for sub in getattr(env, "envs", ()))} for env in vectors)
+    return not mine.isdisjoint(theirs)
 
 
 def _new_student(
@@ -137,8 +145,15 @@ def _check_env(model: Dreamer, env: Any, on: str) -> None:
     check_actions_of_sb3(env.action_space)
     if on == "observations":
         check_counted_from_zero(env.observation_space)
-    if is_vecenv_wrapped(env, VecNormalize) != (model.get_vec_normalize_env() is not None):
+    own, other = model.get_vec_normalize_env(), unwrap_vec_normalize(env)
+    if (own is None) != (other is None):
         raise ValueError("VecNormalize is around one of env and Dreamer's environment only: wrap env as Dreamer's is")
+    for name in ("norm_obs", "norm_obs_keys", "norm_reward", "clip_obs", "clip_reward", "epsilon"):
+        if (here := getattr(own, name, None)) != (there := getattr(other, name, None)):
+            raise ValueError(
+                f"VecNormalize has {name}={there} around env and {here} around Dreamer's environment: what the new "
+                "model learns from is normalised as for Dreamer, so give both the same settings"
+            )
 
 
 def _share_statistics(model: Dreamer, env: VecEnv) -> None:

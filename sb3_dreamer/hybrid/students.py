@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import re
 from collections.abc import Callable, Iterable
 from typing import Any, Protocol
 
@@ -54,13 +55,14 @@ def student_of(target: BaseAlgorithm) -> Student:
 
     :raises ValueError: for an algorithm whose policy has none of the known forms.
     """
-    if isinstance(target, OnPolicyAlgorithm) and type(target.policy).__name__.find("Recurrent") < 0:
+    if isinstance(target, OnPolicyAlgorithm) and not re.search("Recurrent|Maskable", type(target.policy).__name__):
         return StochasticActorCritic(target)
     actor = getattr(target.policy, "actor", None)
     if not isinstance(target, OffPolicyAlgorithm) or actor is None:
+        continuous = "SAC, TD3, DDPG, TQC, CrossQ, " * isinstance(target.action_space, spaces.Box)
         raise ValueError(
-            f"{type(target).__name__} is of no family that Dreamer can be handed over to: use SAC, TD3, DDPG, TQC, "
-            'CrossQ, PPO, A2C or TRPO; for a task that needs memory, one of them with on="latents"'
+            f"{type(target).__name__} is of no family that Dreamer can be handed over to: use {continuous}PPO, A2C or "
+            'TRPO; for a task that needs memory, one of them with on="latents"'
         )
     return SquashedActor(target) if hasattr(actor, "action_log_prob") else DeterministicActor(target)
 
@@ -112,11 +114,15 @@ class SquashedActor:
 
 
 class StochasticActorCritic:
-    """PPO, A2C, TRPO: a Gaussian in the units of the action space, or choices; value function beside it."""
+    """PPO, A2C, TRPO: a Gaussian in the units of the action space, or choices; value function beside it.
+
+    Actions of a Box are learned in [-1, 1], whatever its bounds; the last layer then takes over their scale.
+    """
 
     def __init__(self, target: Any) -> None:
         self.policy: ActorCriticPolicy = target.policy
         self.space = target.action_space
+        self.std_given = "log_std_init" in target.policy_kwargs
 
     def parameters(self) -> list[th.nn.Parameter]:
         return list(self.policy.parameters())
@@ -128,9 +134,7 @@ class StochasticActorCritic:
         value = self.policy.predict_values(obs).squeeze(-1)
         loss = ((value - lessons.value[index]) / scale).square().mean()
         if isinstance(self.space, spaces.Box):
-            low, high = (th.as_tensor(b.flatten(), device=wanted.device) for b in (self.space.low, self.space.high))
-            mean = 2 * (chosen.mean - low) / th.where(high > low, high - low, 1) - 1
-            return loss + (mean - wanted).square().sum(-1).mean()
+            return loss + (chosen.mean - wanted).square().sum(-1).mean()
         if isinstance(self.space, spaces.MultiBinary):
             return loss - (wanted * chosen.logits - th.nn.functional.softplus(chosen.logits)).sum(-1).mean()
         logits = th.cat([part.logits for part in (chosen if isinstance(chosen, list) else [chosen])], -1)
@@ -138,9 +142,15 @@ class StochasticActorCritic:
 
     def finish(self, lessons: Lessons) -> None:
         if isinstance(self.space, spaces.Box):
-            half_range = th.as_tensor((self.space.high - self.space.low).flatten() / 2, device=lessons.std.device)
+            bounds = self.space.low.flatten(), self.space.high.flatten()
+            low, high = (th.as_tensor(bound, device=lessons.std.device) for bound in bounds)
+            last: Any = self.policy.action_net
+            half_range = (high - low) / 2
             with th.no_grad():
-                self.policy.log_std.copy_((lessons.std.mean(0) * half_range).clamp(min=1e-3).log())
+                last.weight.mul_(half_range.unsqueeze(-1))
+                last.bias.mul_(half_range).add_((low + high) / 2)
+                if not self.std_given:
+                    self.policy.log_std.copy_((lessons.std.mean(0) * half_range).clamp(min=1e-3).log())
 
 
 def teach(target: BaseAlgorithm, lessons: Lessons, updates: int, advance: Advance = unseen) -> None:

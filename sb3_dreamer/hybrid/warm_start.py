@@ -8,6 +8,7 @@ from typing import Any, Literal
 from stable_baselines3.common.vec_env import VecNormalize
 
 from sb3_dreamer.dreamer import Dreamer
+from sb3_dreamer.environments import deaths_told
 from sb3_dreamer.hybrid.cloning import STEPS_PER_REHEARSAL, Answers, Cloning, rehearse
 from sb3_dreamer.hybrid.experience import prepare_training, require_replay, train_until
 from sb3_dreamer.hybrid.guide import Guide
@@ -32,12 +33,12 @@ def warm_start(
     know the way back from its own mistakes. Meanwhile the critics and the return scale learn in dreams of the imitated
     policy. In ``learn()`` the teacher is asked on at each step, while its share in what the actor learns fades. If this
     is interrupted, the model can be used as it is, and the same call again takes the steps and updates that are
-    missing; with other numbers it begins anew. ``save()`` does not keep what is left to do, nor the teacher: nothing
-    draws a loaded model to it any more.
+    missing; with another teacher or other numbers it begins anew. A teacher that fails in ``learn()`` is forgotten.
+    ``save()`` does not keep what is left to do, nor the teacher: nothing draws a loaded model to it any more.
 
     :param model: whose environments the teacher acts in; they are reset first.
     :param teacher: a model of SB3 or sb3-contrib, anything with their ``predict``, or the path of a saved one.
-    :param n_steps: environment steps; they count as the model's own.
+    :param n_steps: environment steps, at least ``batch_length`` of each environment; they count as the model's own.
     :param vec_normalize: the statistics that the teacher was trained with, or their path; False: it needs none; None:
         those of its own environment, if it has one. Off-policy ones do not always tell whether they need them, see
         :func:`~sb3_dreamer.hybrid.guide.saw_normalised`.
@@ -48,12 +49,17 @@ def warm_start(
         ``n_steps``.
     :param student_share: share of the steps, the last ones, in which the model acts itself; 0: the teacher always acts.
     :param progress_bar: show how far it is, as in ``learn()``: steps, updates and rehearsals together.
-    :raises ValueError: for other spaces, missing statistics or a model without environment; before any work.
+    :raises ValueError: for other spaces, missing statistics, too few steps or a model without environment; before any
+        work.
+    :raises TypeError: for a teacher without ``predict``.
     """
     if model.env is None:
         raise ValueError("warm_start() needs an environment: give one to the constructor, to load() or to set_env()")
-    if n_steps < 1:
-        raise ValueError(f"n_steps={n_steps} has to be at least 1")
+    if n_steps < (least := model.batch_length * model.n_envs):
+        raise ValueError(
+            f"n_steps={n_steps} has to be at least {least}: a sequence of {model.batch_length} entries of each "
+            "environment is what the model learns from"
+        )
     if not 0 <= student_share < 1:
         raise ValueError(f"student_share={student_share} has to be at least 0 and below 1")
     guide = Guide(model, teacher, vec_normalize, deterministic)
@@ -61,7 +67,7 @@ def warm_start(
     per_step = model.train_ratio / (model.batch_size * model.batch_length)
     updates = int(n_steps * per_step) if updates is None else updates
     fade = int((2 * n_steps if fade_steps is None else fade_steps) * per_step)
-    asked = n_steps, updates, fade, student_share
+    asked = teacher, vec_normalize, deterministic, n_steps, updates, fade, student_share
     cloning: Cloning | None = model._cloning
     if cloning is None or cloning.asked != asked or cloning.left(model._n_updates) == 0:
         answers = Answers(model.replay_buffer.heads(), model.policy.action_spec.width)
@@ -85,7 +91,7 @@ def warm_start(
 
 def _take_steps(model: Dreamer, cloning: Cloning, advance: Advance) -> None:
     """The teacher's steps, then the model's own, with a share of the updates before each of these."""
-    n_steps, updates, _, student_share = cloning.asked
+    *_, n_steps, updates, _, student_share = cloning.asked
     by_student = int(n_steps * student_share)
     model.begin_episodes()
     try:
@@ -109,7 +115,8 @@ def _step(model: Dreamer, cloning: Cloning, teacher_acts: bool) -> None:
     actions = answers if teacher_acts else actions
     model._online_state = (state[0], policy.encode_action(actions))
     stored = policy.replay_action(actions)
-    outcome = env.step(actions)
+    with deaths_told(env):
+        outcome = env.step(actions)
     model.note_step(outcome[3])
     model._store_transition(model.replay_buffer, stored, *outcome)  # type: ignore[arg-type]
     model.num_timesteps += env.num_envs

@@ -204,9 +204,9 @@ class SequenceReplayBuffer:
         return self._storage
 
     def _new_storage(self) -> RamStorage:
-        if self.storage_path is not None:
-            return self._disk_storage(self.storage_path)
-        return RamStorage(self._entries.columns(), self.n_envs, self.rows)
+        if self.storage_path is None:
+            return RamStorage(self._entries.columns(), self.n_envs, self.rows)
+        return self._disk_storage(self.storage_path)
 
     def _disk_storage(self, folder: Path) -> DiskStorage:
         words = {"observation_space": str(self.observation_space), "action_space": str(self.action_space)}
@@ -214,16 +214,16 @@ class SequenceReplayBuffer:
 
     # -- reading ---------------------------------------------------------------------------------------------------
 
-    def sample(self, batch_size: int, env: VecNormalize | None = None) -> Batch:
+    def sample(self, batch_size: int, env: VecNormalize | None = None, since: np.ndarray | None = None) -> Batch:
         """Serve sequences: those queued first, then uniformly over all starts.
 
         :param batch_size: number of sequences B.
         :param env: normalises observations and rewards with its current statistics.
+        :param since: (n_envs,) serve what begins at these entries or later, uniformly; what is queued stays so.
         :raises ValueError: if no environment has enough entries yet.
         """
-        index = self._rings.draw(batch_size)
-        assert self._storage is not None
-        arrays = self._storage.arrays
+        index = self._rings.draw(batch_size, since)
+        arrays = self._storage.arrays  # type: ignore[union-attr]
         # (B, 1 + T): the entry before the sequence comes first; where there is none, is_first covers what is read
         rows = self._rings.row(index[:, :1], index[:, 1:] + np.arange(-1, self.sequence_length))
         before, rows = rows[:, 0], rows[:, 1:]
@@ -278,9 +278,9 @@ class SequenceReplayBuffer:
         """Number of different sequences that can be served."""
         return int(self._rings.servable()[1].sum())
 
-    def can_sample(self) -> bool:
-        """Whether there is a sequence to serve."""
-        return self.n_sequences > 0
+    def can_sample(self, since: np.ndarray | int = 0) -> bool:
+        """Whether there is a sequence to serve, of entries ``since`` these numbers (n_envs,)."""
+        return bool(self._rings.servable(since)[1].any())
 
     @property
     def nbytes(self) -> int:

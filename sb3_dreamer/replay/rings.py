@@ -67,19 +67,25 @@ class Rings:
         """(n_envs,) entries kept."""
         return self.head - self.oldest()
 
-    def servable(self) -> tuple[np.ndarray, np.ndarray]:
-        """(n_envs,) the first start that can be served, and how many starts there are from there on."""
+    def servable(self, since: np.ndarray | int = 0) -> tuple[np.ndarray, np.ndarray]:
+        """(n_envs,) the first start that can be served, and how many starts there are from there on.
+
+        :param since: (n_envs,) numbers of entries before which no sequence is to begin.
+        """
         oldest = self.oldest()
         first = oldest + (oldest > 0)  # entry 0 begins an episode, any other needs the entry before it
+        first = np.maximum(first, since)
         return first, np.maximum(self.head - self.length + 1 - first, 0)
 
-    def draw(self, batch_size: int) -> np.ndarray:
+    def draw(self, batch_size: int, since: np.ndarray | None = None) -> np.ndarray:
         """Choose sequences: new ones for up to half, in the order of their coming, then uniformly over all starts.
 
+        :param batch_size: how many, B.
+        :param since: (n_envs,) draw uniformly over the starts from these numbers on, and leave the new ones queued.
         :return: (B, 2) environments and numbers of the first entries.
         :raises ValueError: if no environment has enough entries.
         """
-        first, count = self.servable()
+        first, count = self.servable(0 if since is None else since)
         total = int(count.sum())
         if total == 0:
             raise ValueError(
@@ -87,7 +93,7 @@ class Rings:
                 f"a sequence needs {self.length} of one environment"
             )
         fresh: list[tuple[int, int]] = []
-        while self._queue and 2 * len(fresh) < batch_size:
+        while since is None and self._queue and 2 * len(fresh) < batch_size:
             env, start = self._queue.popleft()
             if start >= first[env]:
                 fresh.append((env, start))

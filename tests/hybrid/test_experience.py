@@ -9,8 +9,10 @@ import pytest
 from gymnasium import spaces
 from stable_baselines3 import SAC
 from stable_baselines3.common.buffers import ReplayBuffer
+from stable_baselines3.common.envs import FakeImageEnv
 
 from sb3_dreamer import Dreamer
+from sb3_dreamer.hybrid import DreamVecEnv
 from sb3_dreamer.hybrid.experience import _replay_episodes, _time_limit, add_experience, episodes_of
 from sb3_dreamer.replay import Episode, SequenceReplayBuffer, read_episodes, write_episode
 
@@ -185,6 +187,18 @@ class TestOtherSources:
         assert e.action.flatten().tolist() == [1.0, -0.5]
         assert e.terminal
 
+    def test_minari_images_are_turned_as_sb3_turns_them(self):
+        image, env = np.random.default_rng(0).integers(0, 255, (3, 36, 36, 3), np.uint8), FakeImageEnv(2, 36, 36, 3)
+        recorded = SimpleNamespace(
+            observations=image, actions=np.array([1, 0]), rewards=np.zeros(2), terminations=np.zeros(2, bool)
+        )
+        spaces_of = dict(observation_space=env.observation_space, action_space=env.action_space)
+        data = SimpleNamespace(**spaces_of, iterate_episodes=lambda: iter([recorded]))
+        model = Dreamer("CnnPolicy", env, model_size="debug", buffer_size=400, batch_length=4, device="cpu")
+        add_experience(model, data)
+        (e,) = read_episodes(model.replay_buffer)
+        np.testing.assert_array_equal(e.obs["obs"], image.transpose(0, 3, 1, 2))
+
     def test_a_missing_minari_names_the_command(self):
         with pytest.raises(ImportError, match=r"pip install \"minari"):
             add_experience(small(), "mujoco/hopper/expert-v0")
@@ -205,6 +219,26 @@ class TestOtherSources:
         with pytest.raises(ValueError, match="same environment"):
             add_experience(model, sb3_replay())
         assert model.replay_buffer.size() == 0
+
+    @pytest.mark.parametrize(
+        ("own", "theirs"),
+        [
+            (spaces.Box(0, 255, (1,), np.uint8), LINE),
+            (spaces.Discrete(22), spaces.Discrete(9)),
+            (spaces.MultiDiscrete([3, 4]), spaces.MultiDiscrete([4, 3])),
+        ],
+    )
+    def test_other_kinds_of_numbers_are_refused(self, own: Any, theirs: Any):
+        class Own(Line):
+            observation_space = own
+
+        with pytest.raises(ValueError, match="the replay has observations"):
+            add_experience(small(Own), ReplayBuffer(20, theirs, STICK, "cpu"))
+
+    def test_a_vector_that_does_not_tell_of_its_clock_has_none(self):
+        model = small().learn(80)
+        dreams = DreamVecEnv(model, n_envs=1, horizon=5)
+        assert _time_limit(Dreamer("MlpPolicy", dreams, model_size="debug", buffer_size=400, device="cpu")) is None
 
     def test_an_unknown_kind_and_its_own_replay_are_refused(self):
         model = small()

@@ -10,7 +10,8 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch as th
-from sb3_contrib import TQC, CrossQ, RecurrentPPO
+from sb3_contrib import TQC, CrossQ, MaskablePPO, RecurrentPPO
+from sb3_contrib.common.wrappers import ActionMasker
 from stable_baselines3 import DDPG, DQN, PPO, SAC, TD3
 from stable_baselines3.common.buffers import NStepReplayBuffer, ReplayBuffer
 from stable_baselines3.common.envs import FakeImageEnv
@@ -268,6 +269,19 @@ class TestSettings:
             agent.learn(20, reset_num_timesteps=False)
         assert [len(e) for e in read_episodes(model.replay_buffer)] == [50, 9, 19, 19]
 
+    def test_an_environment_is_shared_however_it_is_wrapped(self):
+        env = gym.make("Pendulum-v1", max_episode_steps=50)
+        model = Dreamer("MlpPolicy", env, **SMALL).learn(60)
+        student = model.to_model_free(SAC, env=env, **QUICK)
+        assert student.env is not model.env
+        for agent in (student, model):
+            agent.learn(20, reset_num_timesteps=False)
+        assert [len(e) for e in read_episodes(model.replay_buffer)] == [50, 9, 19]
+
+    def test_an_environment_may_be_given_by_its_id(self, dreamer: Dreamer):
+        sac = dreamer.to_model_free(SAC, env="Pendulum-v1", **QUICK)
+        assert sac.get_env().envs[0].spec.id == "Pendulum-v1"
+
     def test_dreamer_does_not_reset_environments_that_it_did_not_lend(self):
         model = Dreamer("MlpPolicy", pendulum(), **SMALL).learn(60)
         model.to_model_free(PPO, updates=2)
@@ -313,6 +327,20 @@ class TestPolicy:
         actions = student.predict(held_out.obs["obs"], deterministic=True)[0] / 2.0
         assert np.abs(actions - held_out.mean.numpy()).mean() < 0.05
         assert held_out.mean.std() > 0.3
+
+    def test_actions_of_wide_and_lopsided_bounds_are_learned_as_any_other(self):
+        space = gym.spaces.Box(np.array([0.0], np.float32), np.array([4000.0], np.float32))
+        wide = gym.wrappers.TransformAction(gym.make("Pendulum-v1"), lambda a: a / 1000 - 2, space)
+        ppo = PPO("MlpPolicy", wide, seed=0, device="cpu", policy_kwargs=dict(NET), n_steps=64)
+        lessons = smooth_lessons(2000)
+        teach(ppo, lessons, 600)
+        actions = ppo.predict(lessons.obs["obs"], deterministic=True)[0] / 2000.0 - 1
+        assert np.abs(actions - lessons.mean.numpy()).mean() < 0.05
+        assert ppo.policy.log_std.exp().item() == pytest.approx(0.2 * 2000, rel=1e-4)
+
+    def test_a_width_that_the_caller_gives_is_kept(self, dreamer: Dreamer):
+        ppo = dreamer.to_model_free(PPO, updates=2, n_steps=32, policy_kwargs=dict(NET, log_std_init=-2.0))
+        assert ppo.policy.log_std.tolist() == [-2.0]
 
     def test_sacs_width_is_dreamers(self):
         sac = SAC("MlpPolicy", pendulum(), seed=0, device="cpu", policy_kwargs=dict(NET), buffer_size=10)
@@ -504,6 +532,28 @@ class TestRefused:
         with pytest.raises(ValueError, match="cannot take over here"):
             model.to_model_free(DQN, env=env)
         assert env.obs_rms.mean.tolist() == [0, 0, 0]
+
+    def test_masked_choices(self):
+        model = Dreamer("MlpPolicy", "CartPole-v1", **SMALL).learn(80)
+        env = ActionMasker(gym.make("CartPole-v1"), lambda _: np.ones(2, bool))
+        with pytest.raises(ValueError, match=r"MaskablePPO is of no family .*: use PPO, A2C or TRPO"):
+            model.to_model_free(MaskablePPO, env=env)
+
+    @pytest.mark.parametrize("other", [dict(norm_obs=False), dict(clip_obs=0.1), dict(norm_reward=False)])
+    def test_another_normalisation(self, other: dict[str, Any]):
+        model = Dreamer("MlpPolicy", VecNormalize(pendulum()), **SMALL).learn(60)
+        (name,) = other
+        with pytest.raises(ValueError, match=f"VecNormalize has {name}=.* around env and .* around Dreamer's"):
+            model.to_model_free(SAC, env=VecNormalize(pendulum(), **other))
+
+    def test_without_the_normalisation_that_it_learned_with(self, tmp_path: Path):
+        model = Dreamer("MlpPolicy", VecNormalize(pendulum()), **SMALL).learn(80)
+        model.save(tmp_path / "model")
+        model.save_replay_buffer(tmp_path / "replay")
+        loaded = Dreamer.load(tmp_path / "model")
+        loaded.load_replay_buffer(tmp_path / "replay")
+        with pytest.raises(ValueError, match="needs the statistics of VecNormalize that this model has learned with"):
+            loaded.to_model_free(SAC, env=pendulum())
 
     def test_normalisation_on_one_side_only(self, dreamer: Dreamer):
         env = VecNormalize(DummyVecEnv([lambda: gym.make("Pendulum-v1")]))

@@ -9,7 +9,8 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch as th
-from sb3_contrib import RecurrentPPO
+from sb3_contrib import ARS, MaskablePPO, RecurrentPPO
+from sb3_contrib.common.wrappers import ActionMasker
 from stable_baselines3 import DQN, PPO, SAC
 from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
 
@@ -169,10 +170,18 @@ class TestImitation:
     def test_lessons_are_the_entries_at_which_the_teacher_was_asked(self):
         model = fresh().learn(60)
         model.warm_start(Constant(), 60, updates=0)
-        features, answers = model._cloning.lessons(model, 3)
-        assert 0 < len(features) < 3 * 4 * 8, "entries of learn() and ends of episodes are not among them"
+        features, answers = model._cloning.lessons(model, 8)
+        assert 8 * 4 * 7 < len(features) < 8 * 4 * 8, "all but the ends of episodes, and of learn() no sequence"
         assert features.shape == (len(answers), model.policy.world_model.feature_width)
         th.testing.assert_close(answers, th.full((len(features), 1), 0.5))
+
+    def test_what_the_replay_held_before_does_not_thin_them_out(self):
+        model = fresh(learning_starts=400).learn(400)
+        model.warm_start(Constant(), 60, updates=0)
+        queue = list(model.replay_buffer._rings._queue)
+        features, _ = model._cloning.lessons(model, 8)
+        assert len(features) > 8 * 4 * 7
+        assert list(model.replay_buffer._rings._queue) == queue, "what the world model is to see next stays so"
 
     def test_a_step_raises_the_likelihood_of_the_answers_and_none_without_answers(self):
         model = fresh().warm_start(Constant(), 60, updates=0)
@@ -282,6 +291,38 @@ class TestTeachers:
         assert memory is not None
         assert fresh().warm_start(teacher, 60, updates=0, student_share=0).num_timesteps == 60
 
+    @pytest.mark.parametrize("policy", ["LinearPolicy", "MlpPolicy"])
+    def test_a_file_of_ars_acts_as_the_model_does(self, tmp_path: Path, policy: str):
+        teacher = ARS(policy, pendulum(), n_delta=1, seed=0, device="cpu").learn(200)
+        teacher.save(tmp_path / "ars")
+        obs = pendulum().reset()
+        guide = Guide(fresh(), tmp_path / "ars.zip", None, deterministic=True)
+        np.testing.assert_array_equal(guide.act(obs, None, None)[0], teacher.predict(obs)[0])
+
+    def test_a_loaded_model_tells_what_its_environment_was(self, tmp_path: Path):
+        teacher = PPO("MlpPolicy", VecNormalize(pendulum()), n_steps=16, batch_size=16, device="cpu").learn(16)
+        teacher.save(tmp_path / "ppo")
+        with pytest.raises(ValueError, match="cannot act without its statistics"):
+            fresh().warm_start(PPO.load(tmp_path / "ppo", env=pendulum()), 60)
+
+    def test_a_file_of_dreamer_tells_whether_it_learned_normalised(self, tmp_path: Path):
+        env = VecNormalize(pendulum())
+        Dreamer("MlpPolicy", env, **SMALL).learn(80).save(tmp_path / "teacher")
+        with pytest.raises(ValueError, match="cannot act without its statistics"):
+            fresh().warm_start(tmp_path / "teacher", 60)
+        assert Guide(fresh(), tmp_path / "teacher", env, deterministic=True).normalize is env
+
+    def test_one_that_chooses_among_allowed_actions_is_refused(self):
+        env = ActionMasker(gym.make("CartPole-v1"), lambda _: np.ones(2, bool))
+        model = Dreamer("MlpPolicy", env, **SMALL)
+        with pytest.raises(ValueError, match="Dreamer knows no masks"):
+            model.warm_start(MaskablePPO("MlpPolicy", env, n_steps=16, batch_size=16, device="cpu"), 60)
+
+    def test_statistics_of_another_environment_are_refused(self, tmp_path: Path):
+        VecNormalize(DummyVecEnv([lambda: gym.make("CartPole-v1")])).save(str(tmp_path / "vecnormalize.pkl"))
+        with pytest.raises(ValueError, match="holds statistics of other observations than Box"):
+            fresh().warm_start(Constant(), 60, vec_normalize=tmp_path / "vecnormalize.pkl")
+
     def test_statistics_that_were_not_used_are_not_needed(self, tmp_path: Path):
         env = VecNormalize(pendulum(), norm_obs=False)
         PPO("MlpPolicy", env, n_steps=16, batch_size=16, seed=0, device="cpu").learn(16).save(tmp_path / "ppo")
@@ -289,32 +330,47 @@ class TestTeachers:
 
 
 class TestInterrupted:
-    def test_another_call_begins_anew(self):
-        model = fresh()
+    @pytest.mark.parametrize(("another", "n_steps"), [(False, 70), (True, 60)])
+    def test_another_call_begins_anew(self, another: bool, n_steps: int):
+        model, teacher = fresh(), Interrupted()
         with pytest.raises(KeyboardInterrupt):
-            model.warm_start(Interrupted(), 60, updates=2)
-        model.warm_start(Constant(), 70, updates=3)
-        assert (model.num_timesteps, model._n_updates) == (110, 2 + 3)
+            model.warm_start(teacher, 60, updates=2)
+        model.warm_start(Constant() if another else teacher, n_steps, updates=3)
+        assert (model.num_timesteps, model._n_updates) == (40 + n_steps, model._n_updates)
+        assert np.isfinite(model._cloning.answers.table).sum() == n_steps
+
+    def test_a_teacher_that_fails_while_the_agent_learns_is_forgotten(self):
+        class Dying(Constant):
+            def predict(self, *args: Any, **kwargs: Any) -> Any:
+                if len(self.seen) == 70:
+                    raise OSError("the controller is gone")
+                return super().predict(*args, **kwargs)
+
+        model = fresh().warm_start(Dying(), 60, updates=2)
+        with pytest.raises(RuntimeError, match=r"failed at environment step 70: OSError\('the controller is gone'\)"):
+            model.learn(30, reset_num_timesteps=False)
+        assert model._cloning is None
+        assert model.learn(30, reset_num_timesteps=False).num_timesteps == 100
 
     def test_the_same_call_takes_what_is_missing(self):
-        model = fresh()
+        model, teacher = fresh(), Interrupted()
         with pytest.raises(KeyboardInterrupt):
-            model.warm_start(Interrupted(), 60, updates=6)
+            model.warm_start(teacher, 60, updates=6)
         assert (model.num_timesteps, model._n_updates) == (40, 4)
         assert np.isnan(model._cloning.answers.table).sum() == model._cloning.answers.table.size - 40
-        model.warm_start(Constant(), 60, updates=6)
+        model.warm_start(teacher, 60, updates=6)
         assert (model.num_timesteps, model._n_updates) == (60, 6)
         assert [len(e) for e in read_episodes(model.replay_buffer)] == [39, 19]
 
     def test_what_the_agent_does_in_between_the_teacher_judges_too(self):
-        model = fresh()
+        model, teacher = fresh(), Interrupted()
         with pytest.raises(KeyboardInterrupt):
-            model.warm_start(Interrupted(), 60, updates=20)
+            model.warm_start(teacher, 60, updates=20)
         before = model._n_updates
         model.learn(30, reset_num_timesteps=False)
         assert 2 <= model._n_updates - before <= 3, "not those that the warm start would pay for"
         assert model._cloning.share(model._n_updates) == 1, "it is yet to become the teacher"
-        model.warm_start(Constant(), 60, updates=20)
+        model.warm_start(teacher, 60, updates=20)
         assert np.isfinite(model._cloning.answers.table).sum() == 90
 
     def test_a_schedule_that_has_run_out_begins_again(self):
@@ -328,8 +384,13 @@ class TestRefused:
         model = fresh()
         with pytest.raises(ValueError, match="the teacher's observations are"):
             model.warm_start(DQN("MlpPolicy", gym.make("CartPole-v1"), buffer_size=10, device="cpu"), 60)
-        with pytest.raises(ValueError, match="has to be at least 1"):
-            model.warm_start(Constant(), 0)
+        for bad in (None, object()):
+            with pytest.raises(TypeError, match=r"has no predict\(\)"):
+                model.warm_start(bad, 60)
+        with pytest.raises(ValueError, match="n_steps=7 has to be at least 8: a sequence of 8 entries"):
+            model.warm_start(Constant(), 7)
+        with pytest.raises(ValueError, match="n_steps=15 has to be at least 16"):
+            fresh(2).warm_start(Constant(), 15)
         with pytest.raises(ValueError, match="student_share=1 has to be at least 0 and below 1"):
             model.warm_start(Constant(), 60, student_share=1)
         assert model.replay_buffer.size() == 0

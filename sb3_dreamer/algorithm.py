@@ -116,7 +116,7 @@ class SequenceAlgorithm(OffPolicyAlgorithm):
 
     def note_step(self, infos: list[dict[str, Any]]) -> None:
         """To be called after each step of the environments, before anybody else touches them or their statistics."""
-        if (normalize := self._vec_normalize_env) is not None:
+        if (normalize := self._vec_normalize_env) is not None:  # as in SB3, what it clips of the last one is lost
             infos = [
                 {**info, "terminal_observation": normalize.unnormalize_obs(info["terminal_observation"])}
                 if "terminal_observation" in info

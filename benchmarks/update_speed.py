@@ -21,7 +21,7 @@ import torch as th
 from sb3_dreamer import Dreamer
 from sb3_dreamer.behavior.actor_critic import actor_loss, advantages, critic_loss
 from sb3_dreamer.behavior.imagination import draw_starts, imagine, lambda_returns
-from sb3_dreamer.nets.layers import fast_bfloat16
+from sb3_dreamer.nets.layers import mixed_precision
 from sb3_dreamer.types import Batch, Dream
 
 
@@ -80,7 +80,7 @@ def time_parts(model: Dreamer, repeats: int) -> dict[str, float]:
     policy, batch = model.policy, random_batch(model, str(model.device))
     world_model = policy.world_model
     rssm, embed = world_model.rssm, world_model.embed(batch.obs).detach()
-    precision = partial(th.autocast, model.device.type, th.bfloat16, enabled=fast_bfloat16(model.device))
+    precision = partial(mixed_precision, model.device)
 
     def scan() -> None:
         states, post = rssm.observe(embed, batch.prev_action, batch.is_first, rssm.restore(batch.start))

@@ -21,6 +21,7 @@ from sb3_dreamer.environments import check_spaces, check_statistics, check_wrapp
 from sb3_dreamer.files import FileLike, check_parameters, in_place_of_pickles, read_settings, written_aside
 from sb3_dreamer.policies import DreamerPolicy, PolicyState
 from sb3_dreamer.replay import SequenceReplayBuffer, read_replay
+from sb3_dreamer.types import Imitation
 
 SelfAlgorithm = TypeVar("SelfAlgorithm", bound="SequenceAlgorithm")
 NOT_SAVED = "_online_state", "_last_obs", "_last_original_obs", "_originals", "_resets", "_cloning", "lent_env"
@@ -55,7 +56,7 @@ class SequenceAlgorithm(OffPolicyAlgorithm):
     run_id: str | None = None  # whose checkpoints are whose
     _resets: tuple[Any, ...] = ()  # what the environments said when they were last reset
     _originals: Any = None  # observations, rewards and infos of the last step, before VecNormalize
-    _cloning: Any = None  # of a warm start, until its teacher is forgotten
+    _cloning: Imitation | None = None  # of a warm start, until its teacher is forgotten
     learned_normalised: bool = False  # whether the last update saw what a VecNormalize makes of the replay
 
     @staticmethod
@@ -86,11 +87,8 @@ class SequenceAlgorithm(OffPolicyAlgorithm):
             total_timesteps, callback, reset_num_timesteps, tb_log_name, progress_bar
         )
         callback.on_training_start(locals(), globals())
-        go_on = True
-        while go_on and self.num_timesteps < total_timesteps:
-            go_on = self._collect(callback, log_interval)
-            if go_on:
-                self.train(self._updates_due(), self.batch_size)
+        while self.num_timesteps < total_timesteps and self._collect(callback, log_interval):
+            self._train_what_is_due()
         callback.on_training_end()
         return self
 
@@ -131,6 +129,8 @@ class SequenceAlgorithm(OffPolicyAlgorithm):
         if isinstance(infos, list):  # of copies: an environment may give the same object each time
             infos[:] = map(copy.copy, infos)
         self._resets = tuple(infos)
+        if self._reset_by_others():  # they are made anew whenever asked for, and tell nothing
+            self._resets = ()
 
     def _reset_infos(self) -> Any:
         return getattr(getattr(self.env, "unwrapped", None), "reset_infos", ())
@@ -218,14 +218,13 @@ class SequenceAlgorithm(OffPolicyAlgorithm):
         if not self._waiting():
             self._entries_owed += self.train_ratio * len(dones)
 
-    def _updates_due(self) -> int:
-        """Updates that the steps taken so far pay for; what is left over, or has no data yet, stays owed."""
-        if self._waiting():
-            return 0
-        entries = self.batch_size * self.batch_length
-        due = int(self._entries_owed // entries)
-        self._entries_owed -= due * entries
-        return due
+    def _train_what_is_due(self) -> None:
+        """The updates that the steps taken so far pay for; what is left over, has no data yet or is stopped is owed."""
+        entries, before = self.batch_size * self.batch_length, self._n_updates
+        try:
+            self.train(0 if self._waiting() else int(self._entries_owed // entries), self.batch_size)
+        finally:
+            self._entries_owed -= (self._n_updates - before) * entries
 
     def predict(
         self,

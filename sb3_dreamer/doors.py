@@ -10,10 +10,10 @@ from stable_baselines3.common.type_aliases import GymEnv
 from stable_baselines3.common.vec_env import VecNormalize
 
 Algorithm = TypeVar("Algorithm", bound=BaseAlgorithm)
-Self = TypeVar("Self", bound="HybridMixin")
+Self = TypeVar("Self", bound="Doors")
 
 
-class HybridMixin:
+class Doors:
     """From other agents to Dreamer, from Dreamer to other agents, and on after an interruption. Of Dreamer alone."""
 
     @classmethod
@@ -67,7 +67,7 @@ class HybridMixin:
     def to_model_free(
         self,
         algorithm: type[Algorithm],
-        env: GymEnv | None = None,
+        env: GymEnv | str | None = None,
         on: Literal["observations", "latents"] = "observations",
         updates: int = 20_000,
         critic_updates: int = 6_000,

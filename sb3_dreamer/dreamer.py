@@ -13,11 +13,11 @@ from sb3_dreamer.algorithm import SequenceAlgorithm
 from sb3_dreamer.behavior.actor_critic import actor_loss, advantages, critic_loss, replay_critic_loss
 from sb3_dreamer.behavior.imagination import draw_starts, imagine, lambda_returns
 from sb3_dreamer.capture import CapturedUpdate, Update, record_cuda_graph
-from sb3_dreamer.doors import HybridMixin
+from sb3_dreamer.doors import Doors
 from sb3_dreamer.files import describe
 from sb3_dreamer.knobs import check_knobs
 from sb3_dreamer.metrics import Metrics
-from sb3_dreamer.nets.layers import fast_bfloat16
+from sb3_dreamer.nets.layers import mixed_precision
 from sb3_dreamer.policies import CnnPolicy, DreamerPolicy, MlpPolicy, MultiInputPolicy
 from sb3_dreamer.replay import SequenceReplayBuffer
 from sb3_dreamer.types import Batch
@@ -30,7 +30,7 @@ READ_BY_UPDATE = (
 )
 
 
-class Dreamer(HybridMixin, SequenceAlgorithm):
+class Dreamer(Doors, SequenceAlgorithm):
     """DreamerV3 (Hafner et al., "Mastering diverse control tasks through world models", Nature 2025).
 
     :param policy: "MlpPolicy", "CnnPolicy" or "MultiInputPolicy".
@@ -201,7 +201,7 @@ class Dreamer(HybridMixin, SequenceAlgorithm):
             self.replay_buffer.update_latents(batch.index, latents)
             self._n_updates += 1
             self._metrics.add(metrics)
-            if imitation > 0:
+            if self._cloning is not None and imitation > 0:
                 self._cloning.imitate(self, imitation)
         if imitation == 0.0:
             self._cloning = None
@@ -215,7 +215,7 @@ class Dreamer(HybridMixin, SequenceAlgorithm):
         """
         world_model, actor, critic = self.policy.world_model, self.policy.actor, self.policy.critic
 
-        with th.autocast(self.device.type, th.bfloat16, enabled=fast_bfloat16(self.device)):
+        with mixed_precision(self.device):
             # Learn what happens.
             losses, states, info = world_model.loss(batch)
 
@@ -234,7 +234,7 @@ class Dreamer(HybridMixin, SequenceAlgorithm):
             losses["actor"], actor_info = actor_loss(actor, dream, advantage, self.ent_coef)
             losses["critic"] = critic_loss(critic, dream, logits, returns)
 
-            # What really happened counts too; its bootstrap is what the dreams returned.
+            # What really happened counts too; its bootstrap is what dreams returned, where they began there.
             features = states.features
             logits = critic(features)
             bootstrap = critic.fast.mean(logits.detach()).flatten().index_copy(0, starts, returns[:, 0])

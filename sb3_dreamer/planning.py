@@ -8,7 +8,7 @@ import torch as th
 from sb3_dreamer.behavior.imagination import imagine, imagine_actions, lambda_returns
 from sb3_dreamer.dreamer import Dreamer
 from sb3_dreamer.nets.distributions import BoundedNormal
-from sb3_dreamer.nets.layers import fast_bfloat16
+from sb3_dreamer.nets.layers import mixed_precision
 from sb3_dreamer.policies import PolicyState
 from sb3_dreamer.world_model.rssm import State
 
@@ -61,18 +61,23 @@ class Planner:
 
     @th.inference_mode()
     def plan(self, packed: np.ndarray, deterministic: bool = True) -> np.ndarray:
-        """The first action of the plan: packed states (n, L) -> encoded actions (n, A)."""
+        """The first action of the plan: packed states (n, L) -> encoded actions (n, A).
+
+        A deterministic one tries the same candidates each time, and leaves torch's own generator alone.
+        """
         model, policy = self.model, self.model.policy
         now = th.as_tensor(packed, device=model.device)
-        with th.autocast(model.device.type, th.bfloat16, enabled=fast_bfloat16(model.device)):
+        with mixed_precision(model.device):
             unpack = policy.world_model.rssm.unpack
             dream = imagine(policy.world_model, policy.actor, unpack(now), self.horizon, sample=False)
             proposal = policy.actor(dream.features[:, :-1])
             assert isinstance(proposal, BoundedNormal)
             mean, std = dream.action, proposal.std
             starts = unpack(now.repeat_interleave(self.n_candidates, 0))
+            chance = th.Generator(now.device).manual_seed(0) if deterministic else None
             for _ in range(self.iterations):
-                noise = th.randn(len(now), self.n_candidates, *mean.shape[1:], device=now.device)
+                shape = len(now), self.n_candidates, *mean.shape[1:]
+                noise = th.randn(shape, device=now.device, generator=chance)
                 noise[:, 0] = 0
                 plans = (mean[:, None] + std[:, None] * noise).clamp(-1, 1)
                 best = self.worth(starts, plans.flatten(0, 1)).view(len(now), -1).topk(self.n_elites).indices

@@ -148,8 +148,8 @@ class DreamerPolicy(BasePolicy):
         :param episode_start: (n,) true where a new episode begins; None: nowhere.
         :param deterministic: the expected latents and the most likely action, no random numbers drawn.
         :return: actions in the space's units, clipped to its bounds; the next state.
-        :raises ValueError: for observations of another space, a Gym ``(obs, info)`` tuple, or a state of other
-            environments.
+        :raises ValueError: for observations of another space or that are not finite, a Gym ``(obs, info)`` tuple, or a
+            state of other environments.
         """
         if isinstance(observation, tuple) and len(observation) == 2 and isinstance(observation[1], dict):
             raise ValueError(
@@ -157,6 +157,8 @@ class DreamerPolicy(BasePolicy):
             )
         obs, vectorized = self.obs_to_tensor(observation)
         obs = by_key(obs)
+        if bad := [key for key, part in obs.items() if not part.isfinite().all()]:
+            raise ValueError(f"predict() got {bad[0]} with a number that is NaN or infinite; the state stays as it was")
         n = len(next(iter(obs.values())))
         packed, prev_action = self.initial_state(n) if state is None else state
         if len(packed) != n:
@@ -200,8 +202,13 @@ class DreamerPolicy(BasePolicy):
         is_first: th.Tensor | None,
         sample: bool = True,
     ) -> State:
-        """The n model states after seeing the observations; arguments as in :meth:`act`."""
+        """The n model states after seeing the observations; arguments as in :meth:`act`.
+
+        What an episode begins with is written, not multiplied with zero: a state that is not finite would stay so.
+        """
         rssm = self.world_model.rssm
+        if is_first is not None:
+            packed, prev_action = (x.masked_fill(is_first.unsqueeze(-1), 0.0) for x in (packed, prev_action))
         return rssm.observe_step(rssm.unpack(packed), self.world_model.embed(obs), prev_action, is_first, sample)
 
     @th.inference_mode()

@@ -56,6 +56,11 @@ def by_key(observation: Any) -> Any:
     return observation if isinstance(observation, dict) else {"obs": observation}
 
 
+def as_observation(space: spaces.Space, parts: Mapping[str, Any]) -> Any:
+    """The inverse of :func:`by_key`: an observation of the space, or many."""
+    return parts if isinstance(space, spaces.Dict) else parts["obs"]
+
+
 def policy_for(space: spaces.Space) -> str:
     """The alias of the policy that reads observations of this space."""
     if isinstance(space, spaces.Dict):

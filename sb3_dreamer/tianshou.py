@@ -20,7 +20,7 @@ from stable_baselines3.common.preprocessing import maybe_transpose
 
 from sb3_dreamer import Dreamer
 from sb3_dreamer.replay import Episode, read_episodes, split_transitions
-from sb3_dreamer.spaces import by_key
+from sb3_dreamer.spaces import as_observation, by_key
 
 try:
     from tianshou.algorithm.algorithm_base import Algorithm, Policy
@@ -176,12 +176,12 @@ def fill_buffer(model: Dreamer, buffer: ReplayBuffer) -> None:
     episodes = list(read_episodes(model.replay_buffer, buffer.maxsize))
     if not episodes:
         raise ValueError("the model's replay holds no transition: call learn() or load_replay_buffer() first")
-    several, is_dict = isinstance(buffer, ReplayBufferManager), isinstance(model.observation_space, spaces.Dict)
+    several = isinstance(buffer, ReplayBufferManager)
     parts = list(buffer.buffers) if several else [buffer]
     filled, sizes = np.array([len(part) for part in parts]), np.array([part.maxsize for part in parts])
     for episode in episodes:
         env = int((filled / sizes).argmin())
-        for row in _rows(episode, is_dict):
+        for row in _rows(episode, model.observation_space):
             buffer.add(Batch([row]), buffer_ids=[env]) if several else buffer.add(row)
         filled[env] += len(episode)
 
@@ -208,16 +208,16 @@ def policy_of(policy: Policy | Algorithm) -> Any:
     return policy.policy if isinstance(policy, Algorithm) else policy
 
 
-def _rows(episode: Episode, is_dict: bool) -> Iterator[Batch]:
+def _rows(episode: Episode, space: spaces.Space) -> Iterator[Batch]:
     """One transition after the other, as Tianshou's buffers take them."""
     for obs, obs_next, action, reward, last in episode.transitions():
         yield Batch(
-            obs=obs if is_dict else obs["obs"],
+            obs=as_observation(space, obs),
             act=action,
             rew=reward,
             terminated=last and episode.terminal,
             truncated=last and not episode.terminal,
-            obs_next=obs_next if is_dict else obs_next["obs"],
+            obs_next=as_observation(space, obs_next),
             info={},
         )
 

@@ -23,7 +23,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from math import prod
-from typing import Literal
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch as th
@@ -126,3 +126,16 @@ class Dream:
     action: th.Tensor
     reward: th.Tensor
     discount: th.Tensor
+
+
+class Imitation(Protocol):
+    """What a warm start leaves an agent with: a teacher that it goes on asking, and imitates less and less."""
+
+    def go_on_asking(self, model: Any) -> None:
+        """Note what the teacher would do now, in each environment of the agent."""
+
+    def share(self, n_updates: int) -> float:
+        """Of the teacher in what the actor learns, after some updates."""
+
+    def imitate(self, model: Any, intensity: float) -> None:
+        """One update of the actor alone, at a share of the full rate."""

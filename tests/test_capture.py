@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from sb3_dreamer import Dreamer
 from sb3_dreamer.capture import CapturedUpdate, map_tensors
+from sb3_dreamer.dreamer import READ_BY_UPDATE
 from sb3_dreamer.nets import optim
 from sb3_dreamer.nets.optim import LaProp
 from sb3_dreamer.replay import SequenceReplayBuffer, columns
@@ -102,10 +103,12 @@ def test_a_batch_of_another_shape_is_run_as_it_is_three_times_and_then_recorded_
 
 def test_the_graph_keeps_a_batch_of_its_own() -> None:
     model = filled()
-    batch = model.replay_buffer.sample(2)
-    copied = map_tensors(th.clone, batch)
-    batch.obs["obs"].zero_()
-    assert float(copied.obs["obs"].abs().sum()) > 0.0
+    update, given = CapturedUpdate(model.update, stand_in([])), list(batches(model, 5))
+    before = map_tensors(th.clone, given[3])  # the one that is recorded
+    for batch in given:
+        update(batch)
+    assert th.equal(given[3].obs["obs"], before.obs["obs"])
+    assert not th.equal(given[3].obs["obs"], given[4].obs["obs"])
 
 
 class NothingForTheHost(TorchDispatchMode):
@@ -147,6 +150,17 @@ def test_a_recorded_step_follows_the_learning_rate(monkeypatch: pytest.MonkeyPat
     optimizer.put_rates_on_device()
     optimizer.step()
     assert th.allclose(weight, before - 0.5)
+
+
+@pytest.mark.parametrize("knob", READ_BY_UPDATE)
+def test_each_setting_that_an_update_reads_is_recorded_anew(knob: str) -> None:
+    model = filled()
+    model.pretrain(2)
+    others = {"center_advantage": False, "gamma": 0.9, "gae_lambda": 0.9, "critic_ema_decay": 0.5}
+    setattr(model, knob, others.get(knob, 7))
+    model.pretrain(1)
+    assert model._captured is not None
+    assert model._captured[1].calls == 1
 
 
 def test_new_settings_and_new_parameters_are_recorded_anew() -> None:

@@ -18,6 +18,7 @@ from torch import nn
 from sb3_dreamer import dreamer
 from sb3_dreamer.behavior.actor_critic import Actor, Critic, actor_loss, advantages, critic_loss, replay_critic_loss
 from sb3_dreamer.behavior.imagination import ReturnScale, imagine, lambda_returns
+from sb3_dreamer.nets import layers
 from sb3_dreamer.nets.distributions import BoundedNormal, OneHots
 from sb3_dreamer.nets.optim import LaProp
 from sb3_dreamer.types import Batch, Dream, Size, Spec
@@ -521,7 +522,7 @@ class Still(gym.Env[np.ndarray, np.ndarray]):
 def test_update_of_the_algorithm_computes_the_gradients_of_the_jax_reference(
     world_model: WorldModel, actor: Actor, critic: Critic, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(dreamer, "fast_bfloat16", lambda device: False)
+    monkeypatch.setattr(layers, "fast_bfloat16", lambda device: False)
     model = dreamer.Dreamer(
         "MlpPolicy",
         Still(),

@@ -73,6 +73,14 @@ def test_it_takes_the_place_of_a_policy_and_the_state_knows_what_was_done(model:
     assert all(th.equal(before[name], value) for name, value in model.policy.state_dict().items())
 
 
+def test_a_deterministic_plan_is_the_same_each_time_and_draws_nothing_of_torch(model: Dreamer) -> None:
+    packed, planner, before = states(model), Planner(model, horizon=2, n_candidates=16), th.get_rng_state()
+    first = planner.plan(packed)
+    np.testing.assert_array_equal(planner.plan(packed), first)
+    assert th.equal(th.get_rng_state(), before)
+    assert not np.array_equal(planner.plan(packed, deterministic=False), planner.plan(packed, deterministic=False))
+
+
 @pytest.mark.parametrize(
     ("settings", "words"),
     [

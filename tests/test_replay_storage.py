@@ -156,6 +156,22 @@ class TestFolder:
             other.communicate(b"\n")
         assert fill(tmp_path, 1).size() == 1
 
+    @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+    def test_a_child_has_not_inherited_the_claim(self, tmp_path):
+        code = (
+            "import os, pathlib, sys\nfrom tests.test_replay_storage import add, fill, make\n"
+            f"mine = fill(pathlib.Path({str(tmp_path)!r}), 3)\n"
+            "if (child := os.fork()) == 0:\n"
+            "    for writer in (mine, make(mine.storage_path)):\n"
+            "        try: add(writer, 9)\n"
+            "        except RuntimeError: continue\n"
+            "        os._exit(1)\n"
+            "    os._exit(0)\n"
+            "sys.exit(os.waitpid(child, 0)[1])"
+        )
+        assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+        assert make(tmp_path).size() == 3
+
 
 class TestPickle:
     def test_a_pickle_refers_to_the_folder_and_goes_on_exactly(self, tmp_path):

@@ -126,7 +126,8 @@ def replay_critic_loss(
 
     :param features: (B, T, F).
     :param logits: (B, T, bins) of the critic at the features.
-    :param returns: (B, T - 1) lambda-returns whose bootstrap is the imagined return.
+    :param returns: (B, T - 1) lambda-returns; their bootstrap is the imagined return where a dream began, else the
+        critic's value.
     :param is_last: (B, T) bool; the last entry of an episode has no return of its own.
     :return: mean loss ().
     """

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from gymnasium import spaces
 from stable_baselines3.common.preprocessing import is_image_space
-from stable_baselines3.common.vec_env import VecEnv, VecNormalize, is_vecenv_wrapped
+from stable_baselines3.common.vec_env import VecEnv, VecNormalize, is_vecenv_wrapped, unwrap_vec_normalize
 
 from sb3_dreamer.dreamer import Dreamer
 from sb3_dreamer.dreams.trouble import RealReturns
@@ -62,6 +62,5 @@ def given_space(space: spaces.Space, env: VecEnv) -> spaces.Space:
 
 def original_units(env: VecEnv | None, obs: np.ndarray) -> np.ndarray:
     """Undo VecNormalize, if there is one."""
-    while env is not None and not isinstance(env, VecNormalize):
-        env = getattr(env, "venv", None)
-    return obs if env is None else env.unnormalize_obs(obs)  # type: ignore[return-value]
+    normalize = None if env is None else unwrap_vec_normalize(env)
+    return obs if normalize is None else normalize.unnormalize_obs(obs)  # type: ignore[return-value]

@@ -7,15 +7,15 @@ from typing import Any
 
 import numpy as np
 import torch as th
-from gymnasium import spaces
 from stable_baselines3.common.vec_env import VecEnv
 from stable_baselines3.common.vec_env.base_vec_env import VecEnvIndices, VecEnvObs, VecEnvStepReturn
 
 from sb3_dreamer.dreamer import Dreamer
 from sb3_dreamer.hybrid.experience import require_replay
 from sb3_dreamer.hybrid.real_states import imagined_observations, real_states, unpacked
-from sb3_dreamer.nets.layers import fast_bfloat16
+from sb3_dreamer.nets.layers import mixed_precision
 from sb3_dreamer.policies import PolicyState
+from sb3_dreamer.spaces import as_observation
 
 STARTS_PER_ENV = 16
 LEAST_CONTEXT = 64  # entries of each real environment that are filtered to get there
@@ -64,7 +64,7 @@ class DreamVecEnv(VecEnv):
         drawn = self._draw(self.num_envs)
         self._state = unpacked(self.model, self._starts[drawn])
         self._age[:] = 0
-        return self._as_observation({key: part[drawn] for key, part in self._start_obs.items()})
+        return as_observation(self.observation_space, {key: part[drawn] for key, part in self._start_obs.items()})
 
     def _replayed(self) -> tuple[th.Tensor, dict[str, np.ndarray]]:
         """Moments of the replay: packed states (n, L), observations (n, *shape) by key."""
@@ -86,11 +86,11 @@ class DreamVecEnv(VecEnv):
         model, policy = self.model.policy.world_model, self.model.policy
         device = self.model.device
         actions = th.as_tensor(policy.encode_action(self._actions), device=device)
-        with th.autocast(device.type, th.bfloat16, enabled=fast_bfloat16(device)):
+        with mixed_precision(device):
             self._state = model.rssm.imagine_step(self._state, actions)
             features = self._state.features
             reward = model.predict_reward(features)
-            goes_on = model.predict_discount(features) / model.gamma
+            goes_on = model.predict_continue(features)
             obs = imagined_observations(self.model, features)
         terminal = (th.rand_like(goes_on) > goes_on).cpu().numpy()
         self._age += 1
@@ -98,7 +98,7 @@ class DreamVecEnv(VecEnv):
         infos: list[dict[str, Any]] = [{} for _ in range(self.num_envs)]
         if dones.any():
             self._begin_again(np.flatnonzero(dones), terminal, obs, infos)
-        return self._as_observation(obs), reward.float().cpu().numpy(), dones, infos
+        return as_observation(self.observation_space, obs), reward.float().cpu().numpy(), dones, infos
 
     def _begin_again(
         self, ended: np.ndarray, terminal: np.ndarray, obs: dict[str, np.ndarray], infos: list[dict[str, Any]]
@@ -107,7 +107,7 @@ class DreamVecEnv(VecEnv):
         for i in ended:
             last = {key: part[i].copy() for key, part in obs.items()}
             infos[i] = {
-                "terminal_observation": self._as_observation(last),
+                "terminal_observation": as_observation(self.observation_space, last),
                 "TimeLimit.truncated": not terminal[i],
             }
         drawn = self._draw(len(ended))
@@ -120,9 +120,6 @@ class DreamVecEnv(VecEnv):
 
     def _draw(self, n: int) -> np.ndarray:
         return th.randint(len(self._starts), (n,)).numpy()
-
-    def _as_observation(self, by_key: dict[str, np.ndarray]) -> Any:
-        return by_key if isinstance(self.observation_space, spaces.Dict) else by_key["obs"]
 
     # -- the rest of the interface -------------------------------------------------------------------------------------
 

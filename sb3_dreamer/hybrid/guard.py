@@ -8,14 +8,14 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch as th
-from gymnasium import spaces
 from stable_baselines3.common.vec_env import VecNormalize
 
 from sb3_dreamer.behavior.imagination import imagine
 from sb3_dreamer.dreamer import Dreamer
 from sb3_dreamer.hybrid.guide import Guide
 from sb3_dreamer.hybrid.real_states import imagined_observations, unpacked
-from sb3_dreamer.nets.layers import fast_bfloat16
+from sb3_dreamer.nets.layers import mixed_precision
+from sb3_dreamer.spaces import as_observation
 
 
 class GuardState(NamedTuple):
@@ -122,9 +122,9 @@ class Guard:
         """Share of Dreamer's dreams that end badly within the horizon: packed states (n, L) -> (n,)."""
         model, policy = self.model, self.model.policy
         start = th.as_tensor(packed, device=model.device).repeat_interleave(self.n_dreams, 0)
-        with th.autocast(model.device.type, th.bfloat16, enabled=fast_bfloat16(model.device)):
+        with mixed_precision(model.device):
             dream = imagine(policy.world_model, policy.actor, unpacked(model, start), self.horizon)
-        goes_on = (dream.discount[:, 1:].float() >= 0.5 * model.gamma).all(1).cpu().numpy()
+        goes_on = (dream.discount[:, 1:].float() >= 0.5 * policy.world_model.gamma).all(1).cpu().numpy()
         if self.unsafe is not None:
             goes_on &= ~self._unsafe(dream.features[:, 1:].float())
         return 1.0 - goes_on.reshape(-1, self.n_dreams).mean(1)
@@ -132,8 +132,8 @@ class Guard:
     def _unsafe(self, features: th.Tensor) -> np.ndarray:
         """Which dreams (N, H, F) come to an unsafe state: (N,)."""
         assert self.unsafe is not None
-        by_key: Any = imagined_observations(self.model, features.flatten(0, 1))
-        observation = by_key if isinstance(self.model.observation_space, spaces.Dict) else by_key["obs"]
+        parts = imagined_observations(self.model, features.flatten(0, 1))
+        observation = as_observation(self.model.observation_space, parts)
         if (normalize := self.model.get_vec_normalize_env()) is not None:
             observation = normalize.unnormalize_obs(observation)
         told = np.asarray(self.unsafe(observation))

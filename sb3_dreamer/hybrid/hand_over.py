@@ -8,8 +8,9 @@ from collections.abc import Iterable, Iterator
 from typing import Any, Literal, TypeVar
 
 import numpy as np
+from gymnasium import spaces
 from stable_baselines3.common.base_class import BaseAlgorithm, maybe_make_env
-from stable_baselines3.common.buffers import DictReplayBuffer, ReplayBuffer
+from stable_baselines3.common.buffers import ReplayBuffer
 from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 from stable_baselines3.common.type_aliases import GymEnv
 from stable_baselines3.common.vec_env import VecEnv, unwrap_vec_normalize
@@ -22,7 +23,7 @@ from sb3_dreamer.hybrid.progress import progress
 from sb3_dreamer.hybrid.real_states import RealStates, real_states
 from sb3_dreamer.hybrid.students import NORMED_RELU, start_slowly, student_of, teach, teach_critics
 from sb3_dreamer.replay import Episode, read_episodes
-from sb3_dreamer.spaces import check_actions_of_sb3, check_counted_from_zero, policy_for
+from sb3_dreamer.spaces import as_observation, check_actions_of_sb3, check_counted_from_zero, policy_for
 
 Algorithm = TypeVar("Algorithm", bound=BaseAlgorithm)
 
@@ -174,11 +175,11 @@ def fill_replay(buffer: ReplayBuffer, episodes: Iterable[Episode]) -> None:
     are equally long: an episode that does not fit into one goes on in the next, and less than a row is left out.
     """
     rows = zip(*map(_transitions, _columns(list(episodes), buffer.n_envs)), strict=True)
-    is_dict = isinstance(buffer, DictReplayBuffer)
+    space = buffer.observation_space
     for row in rows:
         obs, next_obs, action, reward, done, infos = zip(*row, strict=True)
         arrays = np.stack(action), np.array(reward), np.array(done)
-        buffer.add(_together(obs, is_dict), _together(next_obs, is_dict), *arrays, list(infos))
+        buffer.add(_together(space, obs), _together(space, next_obs), *arrays, list(infos))
 
 
 def _columns(episodes: list[Episode], number: int) -> list[list[Episode]]:
@@ -202,9 +203,8 @@ def _transitions(episodes: list[Episode]) -> Iterator[tuple[Any, ...]]:
             yield *transition, done, {"TimeLimit.truncated": done and not episode.terminal}
 
 
-def _together(rows: tuple[dict[str, np.ndarray], ...], is_dict: bool) -> Any:
-    by_key = {key: np.stack([row[key] for row in rows]) for key in rows[0]}
-    return by_key if is_dict else by_key["obs"]
+def _together(space: spaces.Space, rows: tuple[dict[str, np.ndarray], ...]) -> Any:
+    return as_observation(space, {key: np.stack([row[key] for row in rows]) for key in rows[0]})
 
 
 def _latent_episodes(model: Dreamer, real: RealStates) -> Iterator[Episode]:

@@ -16,7 +16,7 @@ from sb3_dreamer.spaces import by_key
 
 
 class LatentVecEnv(VecEnv):
-    """Observations are the features of Dreamer's model state, the most likely latents, as ``predict`` would have them.
+    """Observations are the features of Dreamer's model state, its expected latents, as ``predict`` would have them.
 
     It is no VecEnvWrapper: a VecNormalize inside belongs to Dreamer, and an algorithm outside must not find it.
 

@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 import torch as th
-from gymnasium import spaces
 from stable_baselines3.common.policies import BasePolicy
 
 from sb3_dreamer.dreamer import Dreamer
@@ -21,6 +20,7 @@ from sb3_dreamer.hybrid.real_states import (
     unpacked,
 )
 from sb3_dreamer.nets.distributions import ActionDistribution, Bits, BoundedNormal, OneHots
+from sb3_dreamer.spaces import as_observation
 
 JUDGED = 20_000  # moments at which actions are judged
 NEAR = 0.1, 0.3  # from Dreamer's action: standard deviations of those that are judged beside it
@@ -41,8 +41,7 @@ class Moments:
     def seen_by(self, policy: BasePolicy, index: np.ndarray | slice) -> Any:
         """Observations as tensors for an SB3 policy: by key, or the only one."""
         chosen = {key: part[index] for key, part in self.obs.items()}
-        is_dict = isinstance(policy.observation_space, spaces.Dict)
-        return policy.obs_to_tensor(chosen if is_dict else chosen["obs"])[0]
+        return policy.obs_to_tensor(as_observation(policy.observation_space, chosen))[0]
 
     def batches(self, number: int, size: int) -> Iterator[np.ndarray]:
         """Indices (n,) of random moments, ``number`` times."""

@@ -31,7 +31,7 @@ class RealStates:
     :param reward: (M,) that came with the entry, normalised where the environment normalises.
     :param is_last: (M,) bool, the entry that ends the episode, or what is known of it.
     :param is_terminal: (M,) bool.
-    :param packed: (M, L) packed model state after seeing the entry, the most likely latents.
+    :param packed: (M, L) packed model state after seeing the entry, its expected latents.
     """
 
     obs: dict[str, np.ndarray]
@@ -147,7 +147,8 @@ def dream_returns(
     dream = imagine(policy.world_model, policy.actor, start, model.imagination_horizon, first, sample)
     scale = (1 - model.gamma) / (1 - gamma) if max(gamma, model.gamma) < 1 else 1.0
     values = policy.critic.value(dream.features) * scale
-    return dream, lambda_returns(dream.reward, dream.discount / model.gamma * gamma, values, model.gae_lambda)
+    discount = dream.discount / policy.world_model.gamma * gamma
+    return dream, lambda_returns(dream.reward, discount, values, model.gae_lambda)
 
 
 def state_values(model: Dreamer, real: RealStates, gamma: float) -> th.Tensor:

@@ -68,8 +68,8 @@ def warm_start(
     updates = int(n_steps * per_step) if updates is None else updates
     fade = int((2 * n_steps if fade_steps is None else fade_steps) * per_step)
     asked = teacher, vec_normalize, deterministic, n_steps, updates, fade, student_share
-    cloning: Cloning | None = model._cloning
-    if cloning is None or cloning.asked != asked or cloning.left(model._n_updates) == 0:
+    cloning = model._cloning
+    if not isinstance(cloning, Cloning) or cloning.asked != asked or cloning.left(model._n_updates) == 0:
         answers = Answers(model.replay_buffer.heads(), model.policy.action_spec.width)
         fade_from = model._n_updates + updates
         rehearsals = n_steps // STEPS_PER_REHEARSAL if updates else 0  # updates=0: only the steps

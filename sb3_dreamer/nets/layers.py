@@ -188,6 +188,11 @@ def fast_bfloat16(device: th.device) -> bool:
     return device.type == "cuda" and th.cuda.is_bf16_supported(including_emulation=False)
 
 
+def mixed_precision(device: th.device) -> th.autocast:
+    """A context in which products are of bfloat16, where the device is faster with it."""
+    return th.autocast(device.type, th.bfloat16, enabled=fast_bfloat16(device))
+
+
 def for_products(x: th.Tensor) -> th.Tensor:
     """``x`` in the type that autocast would turn it into for every product; the same ``x`` outside of autocast."""
     kind = x.device.type

@@ -43,6 +43,8 @@ if sys.platform != "win32":
 DESCRIPTION = "replay.json"
 # device and inode of the locks that this process holds until it ends -> number of the newest claim
 _LOCKS: dict[tuple[int, int], int] = {}
+if hasattr(os, "register_at_fork"):  # a child inherits the table, but none of the locks
+    os.register_at_fork(after_in_child=_LOCKS.clear)
 
 
 class RamStorage:
@@ -150,9 +152,9 @@ class DiskStorage(RamStorage):
     def write(self, row: np.ndarray, number: np.ndarray, values: dict[str, np.ndarray]) -> None:
         """As in memory; the entries count from the last line on.
 
-        :raises RuntimeError: if another buffer of this process has claimed the folder meanwhile.
+        :raises RuntimeError: if another buffer of this process has claimed the folder meanwhile, or after a fork.
         """
-        if _LOCKS.get(self._lock, self._claim) != self._claim:
+        if _LOCKS.get(self._lock) != self._claim:
             raise RuntimeError(f"{self.folder} is written by another agent by now, give each its own storage_path")
         self.arrays["number"][row] = 0
         super().write(row, number, values)
@@ -246,7 +248,7 @@ def _lock(folder: Path) -> tuple[tuple[int, int], int]:
     :raises RuntimeError: if another process holds it.
     """
     if sys.platform == "win32":
-        return (0, 0), 0
+        return (0, 0), _LOCKS.setdefault((0, 0), 0)
     path = folder / "lock"
     path.touch()
     inode = path.stat().st_dev, path.stat().st_ino

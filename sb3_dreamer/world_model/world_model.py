@@ -124,3 +124,7 @@ class WorldModel(nn.Module):
         """Probability that the episode goes on after a state, times gamma: (..., F) -> (...)."""
         logits = self.continue_head(features).squeeze(-1)
         return th.sigmoid(logits.to(self.reward_head.bins.dtype))
+
+    def predict_continue(self, features: th.Tensor) -> th.Tensor:
+        """Probability that the episode goes on after a state: (..., F) -> (...)."""
+        return self.predict_discount(features) / self.gamma

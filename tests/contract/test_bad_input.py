@@ -335,3 +335,21 @@ def test_a_truncated_file_is_named(tmp_path, share):
     (tmp_path / "model.zip").write_bytes(whole[: int(share * len(whole))])
     with pytest.raises(ValueError, match=r"model is truncated|model.zip is truncated"):
         Dreamer.load(tmp_path / "model")
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_an_observation_that_is_not_finite_is_not_acted_on(bad):
+    obs = np.zeros((2, 3), np.float32)
+    obs[1, 2] = bad
+    with pytest.raises(ValueError, match=r"predict\(\) got obs with a number that is NaN or infinite"):
+        agent().predict(obs)
+
+
+@pytest.mark.parametrize("rssm_type", ["gru", "transformer"])
+def test_the_start_of_an_episode_clears_a_state_that_is_not_finite(rssm_type):
+    model, obs = agent(rssm_type=rssm_type), np.zeros((2, 3), np.float32)
+    spoilt = tuple(np.full_like(part, np.nan) for part in model.predict(obs)[1])
+    action, state = model.predict(obs, spoilt, np.array([True, True]), deterministic=True)
+    expected, fresh = model.predict(obs, deterministic=True)
+    np.testing.assert_array_equal(action, expected)
+    np.testing.assert_array_equal(state[0], fresh[0])

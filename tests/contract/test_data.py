@@ -225,3 +225,15 @@ def test_stored_latents_are_those_of_the_acting_agent_until_they_are_refreshed()
     assert kept.shape == (rssm.latent_width,)
     restored = rssm.restore(th.as_tensor(kept, dtype=th.float32)[None])
     assert np.allclose(restored.features, model._online_state[0], atol=1e-2)
+
+
+def test_an_update_refreshes_the_latents_of_what_it_was_given(monkeypatch):
+    model = agent(Ramp(), batch_size=1).learn(40)
+    sampled, returned, sample, update = [], [], model.replay_buffer.sample, model.update
+    monkeypatch.setattr(model.replay_buffer, "sample", lambda *a, **k: sampled.append(sample(*a, **k)) or sampled[-1])
+    monkeypatch.setattr(model, "update", lambda batch: returned.append(update(batch)) or returned[-1])
+    model._captured = None
+    model.train(1, 1)
+    (batch,), ((latents, _),) = sampled, returned
+    kept = model.replay_buffer._storage.arrays["latent"][batch.index[0, 1] + np.arange(8)]
+    np.testing.assert_array_equal(kept, latents[0].half())

@@ -14,6 +14,7 @@ from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv
 
 from sb3_dreamer import Dreamer, dreamer
 from sb3_dreamer.metrics import Metrics
+from sb3_dreamer.nets import layers
 from sb3_dreamer.replay import read_episodes
 from sb3_dreamer.replay.columns import FIRST, LAST
 
@@ -133,6 +134,38 @@ def test_the_train_ratio_is_exact_whatever_the_environments_and_the_shape_of_the
     due = train_ratio * (90 - waited) / (batch_size * batch_length)
     assert model._n_updates == int(due + 1e-9)
     assert model._entries_owed / (batch_size * batch_length) == pytest.approx(due - int(due + 1e-9), abs=1e-6)
+
+
+def test_updates_that_were_stopped_stay_owed(monkeypatch):
+    model = agent(train_ratio=80).learn(20)  # five updates of sixteen entries each step
+    updates, steps, sample = model._n_updates, model.num_timesteps, model.replay_buffer.sample
+    calls = iter(range(100))
+
+    def stopped(*args, **kwargs):
+        if next(calls) == 7:
+            raise KeyboardInterrupt
+        return sample(*args, **kwargs)
+
+    monkeypatch.setattr(model.replay_buffer, "sample", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        model.learn(10, reset_num_timesteps=False)
+    assert (model.num_timesteps - steps, model._n_updates - updates, model._entries_owed) == (2, 7, 3 * 16)
+    model.learn(3, reset_num_timesteps=False)
+    assert model._n_updates - updates == 5 * 5
+
+
+def test_a_vector_that_makes_its_reset_infos_anew_each_time_is_not_taken_for_reset():
+    class Fresh(DummyVecEnv):
+        @property
+        def reset_infos(self):
+            return [{}]
+
+        @reset_infos.setter
+        def reset_infos(self, value):
+            pass
+
+    model = agent(Fresh([lambda: Count(1000)])).learn(30)
+    assert int((stored(model)["flags"] & FIRST != 0).sum()) == 1
 
 
 def test_with_many_environments_no_updates_pile_up_while_there_is_no_sequence_yet():
@@ -320,7 +353,7 @@ def test_without_an_interval_nothing_is_logged_and_nothing_piles_up():
 
 def test_every_weight_of_the_actor_learns_where_products_are_in_bfloat16(monkeypatch):
     # the actor is asked in the dream first, without gradient: a cast of its weights that is kept has none
-    monkeypatch.setattr(dreamer, "fast_bfloat16", lambda device: True)
+    monkeypatch.setattr(layers, "fast_bfloat16", lambda device: True)
     model = agent("Pendulum-v1", learning_starts=1000, seed=0).learn(60)
     for head in (model.policy.world_model.reward_head, model.policy.critic.fast):
         th.nn.init.normal_(head.out.weight)  # zero at the start: nothing would be worth more than anything

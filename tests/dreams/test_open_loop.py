@@ -174,9 +174,10 @@ def test_the_ratio_is_of_the_first_steps_if_asked_for(dreams: OpenLoop):
     assert (error.ratio(1), error.ratio()) == (1 / 2, 2 / 3)
 
 
-def test_what_is_collected_has_the_latents_of_who_acted():
+@pytest.mark.parametrize("random_actions", [False, True])
+def test_what_is_collected_has_the_latents_of_who_acted(random_actions: bool):
     model = Dreamer("MlpPolicy", Dial(), model_size="debug", seed=0)
-    replay, _ = collect(model, DummyVecEnv([Dial]), 20, sequence_length=8)
+    replay, _ = collect(model, DummyVecEnv([Dial]), 20, sequence_length=8, random_actions=random_actions)
     rssm = model.policy.world_model.rssm
     kept = th.as_tensor(replay._storage.arrays["latent"][:20], dtype=th.float32)
     onehot = rssm.restore(kept).stoch.unflatten(-1, (rssm.classes, rssm.stoch))

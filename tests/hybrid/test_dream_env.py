@@ -6,7 +6,8 @@ import torch as th
 from stable_baselines3 import PPO
 
 from sb3_dreamer import Dreamer
-from sb3_dreamer.hybrid import DreamVecEnv, dream_env
+from sb3_dreamer.hybrid import DreamVecEnv
+from sb3_dreamer.nets import layers
 from tests.hybrid.conftest import SMALL, pendulum
 
 
@@ -29,7 +30,7 @@ def test_a_step_is_the_models(monkeypatch: pytest.MonkeyPatch):
         for name, weight in world_model.rssm.sequence.named_parameters():
             if "action" in name:
                 weight.normal_()
-    monkeypatch.setattr(dream_env, "fast_bfloat16", lambda device: False)
+    monkeypatch.setattr(layers, "fast_bfloat16", lambda device: False)
     env = DreamVecEnv(model, 64)
     env.reset()
     state = env._state

@@ -373,6 +373,14 @@ class TestPolicy:
             probs = ppo.policy.get_distribution(lessons.seen_by(ppo.policy, slice(None)))
         assert (probs.distribution.probs - lessons.mean).abs().mean() < 0.05
 
+    def test_real_states_are_those_of_predict_along_the_stored_actions(self, dreamer: Dreamer):
+        real, state = real_states(dreamer, 1000), None
+        for t in range(int(np.flatnonzero(real.is_last)[0]) + 1):
+            obs = {key: part[t : t + 1] for key, part in real.obs.items()}["obs"]
+            _, (packed, _) = dreamer.predict(obs, state, deterministic=True)
+            np.testing.assert_allclose(real.packed[t], packed[0], atol=1e-4)
+            state = packed, real.action[t : t + 1].numpy()
+
     def test_real_and_imagined_lessons_are_about_equally_many(self, dreamer: Dreamer):
         real = real_states(dreamer, 100)
         n_real = int((~real.is_last).sum())
@@ -416,6 +424,21 @@ class TestLatents:
         env.close()
         assert dones.all()
         assert infos[0]["terminal_observation"].shape == env.observation_space.shape
+
+    def test_the_last_observation_goes_through_the_filter_too(self, dreamer: Dreamer):
+        latent, plain, state = LatentVecEnv(dreamer, pendulum(steps=2)), pendulum(steps=2), None
+        for env in (latent, plain):
+            env.seed(3)
+        obs, action = plain.reset(), np.ones((1, 1), np.float32)
+        latent.reset()
+        for _ in range(2):
+            _, (packed, _) = dreamer.predict(obs, state, deterministic=True)
+            state = packed, dreamer.policy.encode_action(action)
+            (obs, _, done, infos), (_, _, _, seen) = plain.step(action), latent.step(action)
+        assert done.all()
+        _, (packed, _) = dreamer.predict(infos[0]["terminal_observation"][None], state, deterministic=True)
+        expected = dreamer.policy.world_model.rssm.unpack(th.as_tensor(packed)).features[0]
+        np.testing.assert_allclose(seen[0]["terminal_observation"], expected, atol=1e-6)
 
     def test_the_features_are_those_of_predict(self, dreamer: Dreamer):
         env = LatentVecEnv(dreamer, pendulum())

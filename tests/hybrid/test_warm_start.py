@@ -57,6 +57,7 @@ class TestExperience:
         episodes = list(read_episodes(model.replay_buffer))
         assert [len(e) for e in episodes] == [50, 9, 50, 9]
         assert all((e.action == 0.5).all() for e in episodes), "scaled: the torque limit is 2"
+        assert model._online_state[1].tolist() == [[0.5], [0.5]], "the model remembers what was really done"
 
     def test_its_memory_and_the_starts_of_episodes_are_handed_to_it(self):
         teacher = Constant()

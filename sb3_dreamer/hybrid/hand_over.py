@@ -18,14 +18,15 @@ from stable_baselines3.common.vec_env import VecEnv, unwrap_vec_normalize
 from sb3_dreamer.dreamer import Dreamer
 from sb3_dreamer.hybrid.experience import require_replay
 from sb3_dreamer.hybrid.latent_env import LatentVecEnv
-from sb3_dreamer.hybrid.lessons import latent_observations, lessons_from, verdicts_from
+from sb3_dreamer.hybrid.lessons import Moments, latent_observations, lessons_from, verdicts_from
 from sb3_dreamer.hybrid.progress import progress
 from sb3_dreamer.hybrid.real_states import RealStates, real_states
 from sb3_dreamer.hybrid.students import NORMED_RELU, start_slowly, student_of, teach, teach_critics
 from sb3_dreamer.replay import Episode, read_episodes
-from sb3_dreamer.spaces import as_observation, check_actions_of_sb3, check_counted_from_zero, policy_for
+from sb3_dreamer.spaces import as_observation, by_key, check_actions_of_sb3, check_counted_from_zero, policy_for
 
 Algorithm = TypeVar("Algorithm", bound=BaseAlgorithm)
+Seen = TypeVar("Seen", bound=Moments)
 
 NEWEST = 50_000  # entries of the replay that the policy is learned from; the student's replay is given all
 
@@ -49,9 +50,9 @@ def to_model_free(
 
     :param model: a trained Dreamer with its replay.
     :param algorithm: SAC, TD3, DDPG, TQC, CrossQ, PPO, A2C, TRPO, or a class derived from one of them.
-    :param env: environment to go on in or its id; a VecNormalize around it takes Dreamer's statistics over; None:
-        Dreamer's own, which Dreamer resets from then on whenever it learns. If both are to learn in turns, give another
-        one here: other algorithms do not reset.
+    :param env: environment to go on in or its id; None: Dreamer's own, which Dreamer resets from then on whenever it
+        learns. If both are to learn in turns, give another one here: other algorithms do not reset. A VecNormalize
+        around it takes Dreamer's statistics over, or learns those of the replay where Dreamer has none.
     :param on: what the new policy sees. "latents" are the features of Dreamer's model state, for tasks that need
         memory: the algorithm's environment then is a :class:`~sb3_dreamer.hybrid.LatentVecEnv`.
     :param updates: minibatches for the policy.
@@ -72,7 +73,7 @@ def to_model_free(
     with progress(updates + critic_updates * off_policy, algorithm.__name__, progress_bar) as advance:
         real = real_states(model, NEWEST)
         lessons = lessons_from(model, real, target.gamma, on == "latents")
-        teach(target, lessons, updates, advance)
+        teach(target, _as_shown(model, target, lessons), updates, advance)
         if "target_entropy" in kwargs:
             target.target_entropy = wanted_entropy
         if off_policy:
@@ -80,7 +81,8 @@ def to_model_free(
             given = min(transitions, buffer.buffer_size * buffer.n_envs)
             newest = read_episodes(model.replay_buffer, given)
             fill_replay(buffer, _latent_episodes(model, real_states(model, given)) if on == "latents" else newest)
-            teach_critics(target, verdicts_from(model, real, target.gamma, on == "latents"), critic_updates, advance)
+            verdicts = verdicts_from(model, real, target.gamma, on == "latents")
+            teach_critics(target, _as_shown(model, target, verdicts), critic_updates, advance)
             if buffer.size() > 0:
                 start_slowly(target)
     target.num_timesteps = model.num_timesteps
@@ -147,8 +149,13 @@ def _check_env(model: Dreamer, env: Any, on: str) -> None:
     if on == "observations":
         check_counted_from_zero(env.observation_space)
     own, other = model.get_vec_normalize_env(), unwrap_vec_normalize(env)
-    if (own is None) != (other is None):
-        raise ValueError("VecNormalize is around one of env and Dreamer's environment only: wrap env as Dreamer's is")
+    if own is None and (other is None or (on == "observations" and not other.norm_reward)):
+        return
+    if own is None or other is None:
+        raise ValueError(
+            "VecNormalize is around one of env and Dreamer's environment only: wrap env as Dreamer's is. Around env "
+            'alone it may change what on="observations" sees, but not the rewards: norm_reward=False'
+        )
     for name in ("norm_obs", "norm_obs_keys", "norm_reward", "clip_obs", "clip_reward", "epsilon"):
         if (here := getattr(own, name, None)) != (there := getattr(other, name, None)):
             raise ValueError(
@@ -160,9 +167,21 @@ def _check_env(model: Dreamer, env: Any, on: str) -> None:
 def _share_statistics(model: Dreamer, env: VecEnv) -> None:
     """What the student learns from is normalised as for Dreamer, so what it will see has to be too."""
     own, other = model.get_vec_normalize_env(), unwrap_vec_normalize(env)
+    if own is None and other is not None and other.norm_obs:
+        for episode in read_episodes(model.replay_buffer, NEWEST):
+            for key, statistics in by_key(other.obs_rms).items():
+                statistics.update(episode.obs[key])
     for name in ("obs_rms", "ret_rms"):
         if other is not own and hasattr(own, name):
             setattr(other, name, copy.deepcopy(getattr(own, name)))
+
+
+def _as_shown(model: Dreamer, target: Any, moments: Seen) -> Seen:
+    """Moments as the student will see them, where its environment alone normalises."""
+    normalize = unwrap_vec_normalize(target.env)
+    if normalize is not None and model.get_vec_normalize_env() is None:
+        moments.obs = model.replay_buffer.normalize_obs(moments.obs, normalize)
+    return moments
 
 
 # -- real transitions --------------------------------------------------------------------------------------------------

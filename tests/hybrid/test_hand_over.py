@@ -15,7 +15,7 @@ from sb3_contrib.common.wrappers import ActionMasker
 from stable_baselines3 import DDPG, DQN, PPO, SAC, TD3
 from stable_baselines3.common.buffers import NStepReplayBuffer, ReplayBuffer
 from stable_baselines3.common.envs import FakeImageEnv
-from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecNormalize
+from stable_baselines3.common.vec_env import SubprocVecEnv, VecNormalize
 
 from sb3_dreamer import Dreamer
 from sb3_dreamer.hybrid import LatentVecEnv
@@ -579,9 +579,12 @@ class TestRefused:
             loaded.to_model_free(SAC, env=pendulum())
 
     def test_normalisation_on_one_side_only(self, dreamer: Dreamer):
-        env = VecNormalize(DummyVecEnv([lambda: gym.make("Pendulum-v1")]))
+        plain, normalised = VecNormalize(pendulum(), norm_reward=False), VecNormalize(pendulum())
+        for env, on in ((normalised, "observations"), (plain, "latents")):
+            with pytest.raises(ValueError, match="wrap env as Dreamer's is"):
+                dreamer.to_model_free(SAC, env=env, on=on)
         with pytest.raises(ValueError, match="wrap env as Dreamer's is"):
-            dreamer.to_model_free(SAC, env=env)
+            Dreamer("MlpPolicy", plain, **SMALL).learn(80).to_model_free(SAC, env=pendulum())
 
 
 def test_a_new_vecnormalize_takes_dreamers_statistics_over():
@@ -593,6 +596,23 @@ def test_a_new_vecnormalize_takes_dreamers_statistics_over():
     assert other.ret_rms.var == own.ret_rms.var
     sac.learn(10)
     assert other.obs_rms.count > own.obs_rms.count, "its own from there on"
+
+
+@pytest.mark.parametrize("algorithm", [SAC, PPO])
+def test_the_students_environment_alone_may_normalise_what_it_sees(algorithm: Any):
+    model = Dreamer("MlpPolicy", pendulum(), **SMALL).learn(200)
+    env = VecNormalize(pendulum(), norm_reward=False)
+    settings = dict(n_steps=64) if algorithm is PPO else dict(buffer_size=1000, critic_updates=2)
+    student = model.to_model_free(algorithm, env=env, updates=600, policy_kwargs=dict(NET), **settings)
+    seen = np.concatenate([e.obs["obs"] for e in read_episodes(model.replay_buffer)])
+    np.testing.assert_allclose(env.obs_rms.mean, seen.mean(0), atol=1e-3)
+    np.testing.assert_allclose(env.obs_rms.var, seen.var(0), rtol=1e-2)
+    lessons = lessons_from(model, real_states(model, 1000), 0.99, False)
+    actions = student.predict(env.normalize_obs(lessons.obs["obs"]), deterministic=True)[0] / 2
+    assert np.abs(actions - lessons.mean.numpy()).mean() < 0.1
+    if algorithm is SAC:
+        assert np.abs(student.replay_buffer.observations[:190, 0, 2]).max() > 2, "the replay keeps the original numbers"
+    student.learn(10, reset_num_timesteps=False)
 
 
 def test_without_an_entropy_weight_the_temperature_is_small_but_there_is_one():

@@ -5,6 +5,7 @@ python benchmarks/hybrid.py warm-start --teacher sac     a teacher, then Dreamer
 python benchmarks/hybrid.py dream                        PPO, a world model of what it did, PPO in the dream
 python benchmarks/hybrid.py guard --envs Hopper-v4       how often Dreamer falls, alone and with a fallback at its side
 python benchmarks/hybrid.py hand-over --envs Pendulum-v1 --seeds 0 --first 3000 --then 2000 --eval-every 500
+python benchmarks/hybrid.py hand-over --init runs/humanoid --envs Humanoid-v4 --seeds 0 --normalize --successors ppo
 
 Steps are the agent's; evaluations are episodes in environments of their own, deterministic unless a row says sampled.
 """
@@ -23,9 +24,20 @@ from stable_baselines3 import PPO
 from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.evaluation import evaluate_policy
+from stable_baselines3.common.vec_env import VecEnv, VecNormalize
 
 from benchmarks.envs import make_env
-from benchmarks.learn import algorithm, append_row, commit, evaluate, machine, parse_overrides, policy_alias
+from benchmarks.learn import (
+    algorithm,
+    append_row,
+    checkpoint_folder,
+    commit,
+    evaluate,
+    machine,
+    parse_overrides,
+    policy_alias,
+    trained,
+)
 from sb3_dreamer import Dreamer
 from sb3_dreamer.hybrid import DreamVecEnv, Guard
 
@@ -51,9 +63,13 @@ class Runner:
         self.constant = {"comparison": args.comparison, "env": env, "seed": seed, "commit": commit(),
                          "machine": machine(), "settings": json.dumps(settings, default=str)}  # fmt: skip
 
+    def training_env(self) -> VecEnv:
+        """One environment."""
+        return make_vec_env(lambda: make_env(self.env), seed=self.seed)
+
     def new(self, name: str) -> Any:
         """An untrained agent."""
-        env = make_vec_env(lambda: make_env(self.env), seed=self.seed)
+        env = self.training_env()
         kwargs = parse_overrides(self.args.dreamer) if name == "dreamer" else {}
         return algorithm(name)(policy_alias(env.observation_space), env, seed=self.seed, **kwargs)
 
@@ -102,21 +118,37 @@ class Runner:
         return [row["return_mean"] for row in self.rows if row["agent"] == agent]
 
 
+def dreamer_before(run: Runner) -> Dreamer:
+    """The one to be handed over, evaluated: trained here, or what `benchmarks/learn.py` has saved."""
+    if run.args.init is None:
+        dreamer = run.new("dreamer")
+        run.learn("dreamer", dreamer, run.args.first)
+        return dreamer
+    dreamer, _ = trained(run.args.init)
+    folder = checkpoint_folder(run.args.init)
+    assert folder is not None
+    dreamer.set_env(run.training_env())
+    dreamer.load_replay_buffer(folder / "replay.pkl")
+    run.note("dreamer", dreamer, dreamer.num_timesteps)
+    return dreamer
+
+
 def hand_over(run: Runner) -> Row:
-    """Comparisons 1 and 2: at the same total number of steps."""
-    first, then = run.args.first, run.args.then
-    dreamer: Dreamer = run.new("dreamer")
-    run.learn("dreamer", dreamer, first)
-    before = run.returns("dreamer")[-1]
-    verdict: Row = {"dreamer before": before}
+    """Comparisons 1 and 2: at the same total number of steps. Of a saved Dreamer, only what comes after it."""
+    dreamer = dreamer_before(run)
+    first, then = dreamer.num_timesteps, run.args.then
+    verdict: Row = {"dreamer before": run.returns("dreamer")[-1]}
     for name in run.args.successors:
         agent = f"dreamer-then-{name}"
-        env = make_vec_env(lambda: make_env(run.env), seed=run.seed)
+        env = run.training_env()
+        env = VecNormalize(env, norm_reward=False) if run.args.normalize else env
         replay = {} if name == "ppo" else {"buffer_size": first + then}
         student = dreamer.to_model_free(algorithm(name), env=env, seed=run.seed, **replay)
         verdict[f"{agent} at once"] = run.note(agent, student, first)
         run.learn(agent, student, then, already=first)
         verdict[f"{agent} lowest"] = min(run.returns(agent))
+    if run.args.init is not None:
+        return verdict
     run.learn("dreamer", dreamer, then, already=first)
     for name in run.args.successors:
         run.learn(name, run.new(name), first + then)
@@ -187,6 +219,8 @@ def main() -> None:
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--first", type=int, default=30_000, help="steps of the agent that comes first")
     parser.add_argument("--then", type=int, default=30_000, help="steps of the one that takes over")
+    parser.add_argument("--init", type=Path, help="hand-over: the --out of a Dreamer of benchmarks/learn.py")
+    parser.add_argument("--normalize", action="store_true", help="hand-over: VecNormalize around the successors")
     parser.add_argument("--successors", nargs="+", choices=("sac", "crossq", "ppo"), default=("sac", "crossq"))
     parser.add_argument("--teacher", choices=("ppo", "sac"), default="ppo")
     parser.add_argument("--teacher-steps", type=int, default=10_000, help="steps in which the world model watches")

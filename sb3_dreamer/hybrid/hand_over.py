@@ -132,7 +132,7 @@ def _new_student(
         )
     try:
         target = algorithm(policy, seen, **settings)
-    except AssertionError as error:
+    except (AssertionError, RuntimeError) as error:  # such as images too small for SB3's own network
         raise ValueError(f"{algorithm.__name__} cannot take over here: {error}") from error
     student_of(target)
     _share_statistics(model, wrapped)

@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 import torch as th
+from stable_baselines3.common.base_class import maybe_make_env
 from stable_baselines3.common.buffers import ReplayBuffer
 from stable_baselines3.common.callbacks import BaseCallback, ConvertCallback
 from stable_baselines3.common.noise import ActionNoise
@@ -17,8 +18,9 @@ from stable_baselines3.common.save_util import load_from_zip_file
 from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, TensorDict
 from stable_baselines3.common.vec_env import VecEnv
 
-from sb3_dreamer.environments import check_spaces, check_statistics, check_wrapping, deaths_told, step_named
+from sb3_dreamer.environments import NoteStep, check_spaces, check_statistics, check_wrapping, deaths_told, step_named
 from sb3_dreamer.files import FileLike, check_parameters, in_place_of_pickles, read_settings, written_aside
+from sb3_dreamer.knobs import check_known
 from sb3_dreamer.policies import DreamerPolicy, PolicyState
 from sb3_dreamer.replay import SequenceReplayBuffer, read_replay
 from sb3_dreamer.types import Imitation
@@ -26,16 +28,6 @@ from sb3_dreamer.types import Imitation
 SelfAlgorithm = TypeVar("SelfAlgorithm", bound="SequenceAlgorithm")
 NOT_SAVED = "_online_state", "_last_obs", "_last_original_obs", "_originals", "_resets", "_cloning", "lent_env"
 Observation = np.ndarray | dict[str, np.ndarray]
-
-
-class NoteStep(BaseCallback):
-    """Notes after each step what the environments said, before another callback makes use of them."""
-
-    model: SequenceAlgorithm
-
-    def _on_step(self) -> bool:
-        self.model.note_step(self.locals["infos"])
-        return True
 
 
 class SequenceAlgorithm(OffPolicyAlgorithm):
@@ -60,7 +52,8 @@ class SequenceAlgorithm(OffPolicyAlgorithm):
     learned_normalised: bool = False  # whether the last update saw what a VecNormalize makes of the replay
 
     @staticmethod
-    def _wrap_env(env: GymEnv, verbose: int = 0, monitor_wrapper: bool = True) -> VecEnv:
+    def _wrap_env(env: GymEnv | str, verbose: int = 0, monitor_wrapper: bool = True) -> VecEnv:
+        env = maybe_make_env(env, verbose)
         check_spaces(env)
         env = OffPolicyAlgorithm._wrap_env(env, verbose, monitor_wrapper)
         check_wrapping(env)
@@ -252,7 +245,7 @@ class SequenceAlgorithm(OffPolicyAlgorithm):
     def load(
         cls: type[SelfAlgorithm],
         path: FileLike,
-        env: GymEnv | None = None,
+        env: GymEnv | str | None = None,
         device: th.device | str = "auto",
         custom_objects: dict[str, Any] | None = None,
         print_system_info: bool = False,
@@ -266,11 +259,14 @@ class SequenceAlgorithm(OffPolicyAlgorithm):
         :param trusted: False for a file from somebody else: nothing is unpickled, so none of their code can run. The
             agent acts as the saved one; settings that were pickled, such as a learning rate schedule, are not read.
         :raises ValueError: for a file that is no agent's, truncated, damaged, or of another version.
+        :raises TypeError: for settings that it does not have.
         """
         settings, custom_objects = read_settings(path), dict(custom_objects or {})
+        check_known(cls, settings, kwargs)
         if not trusted:
             custom_objects = in_place_of_pickles(settings, cls.policy_aliases, cls, {**kwargs, **custom_objects})
-        return super().load(path, env, device, custom_objects, print_system_info, force_reset, **kwargs)
+        wrapped = None if env is None else cls._wrap_env(env)
+        return super().load(path, wrapped, device, custom_objects, print_system_info, force_reset, **kwargs)
 
     def load_replay_buffer(self, path: FileLike, truncate_last_traj: bool = True) -> None:
         """Go on with a saved replay; the next entry begins an episode.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any, ClassVar
 
 import torch as th
@@ -77,6 +78,7 @@ class Dreamer(Doors, SequenceAlgorithm):
         policy: str | type[DreamerPolicy],
         env: GymEnv | str | None,
         learning_rate: float | Schedule = 6e-4,
+        *,  # what SAC has next is not what would stand here
         warmup_updates: int = 100,
         actor_lr_scale: float = 0.2,
         critic_lr_scale: float = 4.0,
@@ -143,6 +145,12 @@ class Dreamer(Doors, SequenceAlgorithm):
         self._captured: tuple[list[Any], CapturedUpdate] | None = None
         if _init_setup_model:
             self._setup_model()
+            if (there := self.replay_buffer.size()) > 0:
+                warnings.warn(
+                    f"{self.replay_buffer.storage_path} holds {there} entries already, and this new agent learns from "
+                    "them at once: give each run a storage_path of its own, unless that is wanted",
+                    stacklevel=2,
+                )
 
     def _setup_model(self) -> None:
         check_knobs(self.__dict__)

@@ -7,22 +7,25 @@ from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
-from gymnasium import spaces
+from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.running_mean_std import RunningMeanStd
 from stable_baselines3.common.vec_env import VecEnv, VecNormalize, unwrap_vec_normalize
 
-from sb3_dreamer.spaces import check_action_bounds, spec_of
+from sb3_dreamer.spaces import action_spec_of, check_action_bounds, observation_specs
 
 
 def check_spaces(env: Any) -> None:
     """Refuse spaces that no policy can read or act in.
 
     :param env: an environment, or a vector of them.
-    :raises ValueError: for infinite bounds of actions, and for observations of a kind that has no code.
+    :raises ValueError: for infinite bounds of actions, and for actions and observations of a kind that has no code.
+    :raises TypeError: for what is no environment.
     """
+    if not hasattr(env, "action_space"):
+        raise TypeError(f"{env!r} is no environment: give one of Gymnasium, a VecEnv, or the id of one")
+    action_spec_of(env.action_space)
     check_action_bounds(env.action_space)
-    if not isinstance(env.observation_space, spaces.Dict):  # SB3 looks into these itself
-        spec_of(env.observation_space)
+    observation_specs(env.observation_space)
 
 
 def check_wrapping(env: VecEnv) -> None:
@@ -99,3 +102,11 @@ def step_named(number: int) -> Iterator[None]:
             f"at environment step {number}: {error}. What was collected before is kept: "
             "save_replay_buffer() saves it, learn(reset_num_timesteps=False) goes on with a reset"
         ) from None
+
+
+class NoteStep(BaseCallback):
+    """Has the agent note after each step what the environments said, before another callback makes use of them."""
+
+    def _on_step(self) -> bool:
+        self.model.note_step(self.locals["infos"])  # type: ignore[attr-defined]
+        return True

@@ -18,6 +18,8 @@ def spec_of(space: spaces.Space) -> Spec:
 
     :raises ValueError: for a kind of space that has no encoder.
     """
+    if 0 in (space.shape or ()):
+        raise ValueError(f"{space} has no numbers: leave it out")
     if is_image_space(space):
         assert space.shape is not None
         return Spec("image", space.shape)
@@ -41,14 +43,24 @@ def action_spec_of(space: spaces.Space) -> Spec:
 
     :raises ValueError: for a kind of space that has no encoder.
     """
-    return Spec("vector", space.shape) if isinstance(space, spaces.Box) else spec_of(space)
+    if isinstance(space, spaces.Box) and 0 not in space.shape:
+        return Spec("vector", space.shape)
+    try:
+        return spec_of(space)
+    except ValueError as error:
+        raise ValueError(
+            f"actions of {space} are not supported: use Box, Discrete, flat MultiDiscrete or MultiBinary, of at least "
+            "one number (gymnasium.wrappers.TransformAction turns others into these)"
+        ) from error
 
 
 def observation_specs(space: spaces.Space) -> dict[str, Spec]:
     """Specs by key; a space that is no Dict has the single key "obs"."""
-    if isinstance(space, spaces.Dict):
-        return {key: spec_of(sub) for key, sub in space.spaces.items()}
-    return {"obs": spec_of(space)}
+    if not isinstance(space, spaces.Dict):
+        return {"obs": spec_of(space)}
+    if not space.spaces:
+        raise ValueError("a Dict without a key cannot be observed: give it at least one")
+    return {key: spec_of(sub) for key, sub in space.spaces.items()}
 
 
 def by_key(observation: Any) -> Any:

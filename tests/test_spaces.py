@@ -346,24 +346,24 @@ def test_bounds_that_cannot_be_scaled_are_refused_with_advice(high: float) -> No
 
 
 @pytest.mark.parametrize(
-    ("space", "error"),
+    "space",
     [
-        (spaces.Tuple([spaces.Discrete(2), spaces.Discrete(3)]), ValueError),
-        (spaces.MultiDiscrete([[2, 3], [4, 5]]), ValueError),
-        (spaces.Text(5), ValueError),
-        (spaces.Sequence(spaces.Discrete(2)), ValueError),
-        (spaces.Graph(spaces.Discrete(2), None), ValueError),
-        (spaces.Dict({"inner": spaces.Dict({"x": spaces.Discrete(2)})}), NotImplementedError),  # SB3's own
+        spaces.Tuple([spaces.Discrete(2), spaces.Discrete(3)]),
+        spaces.MultiDiscrete([[2, 3], [4, 5]]),
+        spaces.Text(5),
+        spaces.Sequence(spaces.Discrete(2)),
+        spaces.Graph(spaces.Discrete(2), None),
+        spaces.Dict({"inner": spaces.Dict({"x": spaces.Discrete(2)})}),
     ],
 )
-def test_spaces_without_a_code_are_refused(space: spaces.Space, error: type[Exception]) -> None:
-    with pytest.raises(error, match=r"not supported|[Nn]ested"):
+def test_spaces_without_a_code_are_refused(space: spaces.Space) -> None:
+    with pytest.raises(ValueError, match="not supported"):
         Dreamer(policy_for(space), Random(space), **DEBUG)
 
 
 def test_tuples_of_actions_are_refused() -> None:
     env = Random(spaces.Discrete(2), spaces.Tuple([spaces.Discrete(2), spaces.Discrete(3)]))
-    with pytest.raises(AssertionError, match="only supports"):
+    with pytest.raises(ValueError, match="actions of Tuple.* are not supported"):
         Dreamer("MlpPolicy", env, **DEBUG)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pathlib
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -9,6 +10,7 @@ import numpy as np
 from gymnasium import spaces
 from stable_baselines3.common.buffers import DictReplayBuffer, ReplayBuffer
 from stable_baselines3.common.preprocessing import is_image_space, is_image_space_channels_first, maybe_transpose
+from stable_baselines3.common.save_util import load_from_pkl
 from stable_baselines3.common.utils import configure_logger
 from stable_baselines3.common.vec_env import VecTransposeImage
 
@@ -32,8 +34,8 @@ def add_experience(model: Dreamer, source: Any, time_limit: int | None = None) -
     """Put recorded experience into the model's replay; the environments are reset before they go on.
 
     :param model: whose replay.
-    :param source: a SequenceReplayBuffer, an SB3 ReplayBuffer or DictReplayBuffer, a Minari data set or its id, or
-        :class:`~sb3_dreamer.replay.Episode` objects.
+    :param source: a SequenceReplayBuffer, an SB3 ReplayBuffer or DictReplayBuffer, the .pkl that ``save_replay_buffer``
+        made of one, a Minari data set or its id, or :class:`~sb3_dreamer.replay.Episode` objects.
     :param time_limit: for SB3 replays without time-limit flags, as the memory-saving ones: episodes of this many steps
         were cut by the clock. None: the limit of the model's environment, if it has one.
     :raises ValueError: for other spaces, values that are none of the space, and a source without a transition.
@@ -117,8 +119,9 @@ def episodes_of(model: Dreamer, source: Any, time_limit: int | None = None) -> I
     :raises ValueError: for other spaces.
     :raises TypeError: for a source of no known kind.
     """
-    if isinstance(source, str):
-        source = _load_minari(source)
+    if isinstance(source, str | pathlib.Path):
+        is_replay = str(source).endswith(".pkl")
+        source = load_from_pkl(source) if is_replay else _load_minari(str(source))
     if isinstance(source, SequenceReplayBuffer):
         check_same_spaces(model, source.observation_space, source.action_space, "the replay")
         return read_episodes(source)

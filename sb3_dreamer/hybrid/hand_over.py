@@ -62,6 +62,7 @@ def to_model_free(
     :param progress_bar: show how far it is, as in ``learn()``: minibatches of both together.
     :param kwargs: constructor arguments of the algorithm; what is given here is not chosen for it.
     :raises ValueError: for other spaces, an algorithm that cannot take over, and an empty replay; before any work.
+    :raises TypeError: for what is no algorithm.
     """
     require_replay(model, "to_model_free()")
     env = None if env is None else maybe_make_env(env, model.verbose)
@@ -105,6 +106,8 @@ def _new_student(
 
     :raises ValueError: where it cannot take over from this model.
     """
+    if not (isinstance(algorithm, type) and issubclass(algorithm, BaseAlgorithm)):
+        raise TypeError(f"{algorithm!r} is no algorithm of SB3: give its class")
     if on not in ("observations", "latents"):
         raise ValueError(f'on="{on}" is unknown; use "observations" or "latents"')
     if env is None and model.env is None:

@@ -353,3 +353,50 @@ def test_the_start_of_an_episode_clears_a_state_that_is_not_finite(rssm_type):
     expected, fresh = model.predict(obs, deterministic=True)
     np.testing.assert_array_equal(action, expected)
     np.testing.assert_array_equal(state[0], fresh[0])
+
+
+BOX = gym.spaces.Box(-1, 1, (3,), np.float32)
+
+
+@pytest.mark.parametrize(
+    ("observations", "actions", "message"),
+    [
+        (gym.spaces.Dict(a=gym.spaces.Dict(b=BOX)), BOX, "FlattenObservation"),
+        (gym.spaces.Dict(a=gym.spaces.Tuple([BOX])), BOX, "FlattenObservation"),
+        (gym.spaces.Dict(a=gym.spaces.Text(3)), BOX, "FlattenObservation"),
+        (gym.spaces.Dict({}), BOX, "a Dict without a key cannot be observed"),
+        (gym.spaces.Box(-1, 1, (0,)), BOX, "has no numbers"),
+        (BOX, gym.spaces.Tuple([BOX]), "TransformAction"),
+        (BOX, gym.spaces.Dict(a=BOX), "TransformAction"),
+        (BOX, gym.spaces.MultiDiscrete([[2, 2], [3, 3]]), "TransformAction"),
+        (BOX, gym.spaces.Box(-1, 1, (0,)), "of at least one number"),
+    ],
+)
+def test_spaces_that_do_not_fit_are_refused_with_what_to_do(observations, actions, message):
+    class Odd(gym.Env):
+        observation_space, action_space = observations, actions
+
+    with pytest.raises(ValueError, match=message):
+        agent(Odd(), policy="MultiInputPolicy" if isinstance(observations, gym.spaces.Dict) else "MlpPolicy")
+
+
+def test_what_is_no_environment_is_named():
+    with pytest.raises(TypeError, match="is no environment: give one of Gymnasium, a VecEnv, or the id of one"):
+        agent(lambda: gym.make("Pendulum-v1"))
+
+
+def test_settings_that_there_are_not_are_refused(tmp_path):
+    agent("Pendulum-v1").save(tmp_path / "model")
+    with pytest.raises(TypeError, match=r"load\(\) got train_ration, which Dreamer does not have"):
+        Dreamer.load(tmp_path / "model", train_ration=64)
+    assert Dreamer.load(tmp_path / "model", env="Pendulum-v1", train_ratio=64).train_ratio == 64
+    with pytest.raises(TypeError, match="positional arguments"):
+        Dreamer("MlpPolicy", "Pendulum-v1", 3e-4, 100_000)
+
+
+def test_a_new_agent_tells_that_its_folder_has_entries_of_another_run(tmp_path):
+    kwargs = dict(replay_buffer_kwargs=dict(storage_path=str(tmp_path / "replay")))
+    agent(**kwargs).learn(5).save(tmp_path / "model")
+    with pytest.warns(UserWarning, match="holds 5 entries already"):
+        agent(**kwargs)
+    Dreamer.load(tmp_path / "model")

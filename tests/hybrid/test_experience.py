@@ -199,6 +199,13 @@ class TestOtherSources:
         (e,) = read_episodes(model.replay_buffer)
         np.testing.assert_array_equal(e.obs["obs"], image.transpose(0, 3, 1, 2))
 
+    def test_a_saved_replay_is_read(self, tmp_path):
+        sac = SAC("MlpPolicy", Line(), buffer_size=50, learning_starts=50, device="cpu").learn(12)
+        sac.save_replay_buffer(tmp_path / "replay")
+        model = small()
+        add_experience(model, tmp_path / "replay.pkl")
+        assert sum(map(len, read_episodes(model.replay_buffer))) == 12
+
     def test_a_missing_minari_names_the_command(self):
         with pytest.raises(ImportError, match=r"pip install \"minari"):
             add_experience(small(), "mujoco/hopper/expert-v0")

@@ -504,6 +504,10 @@ class TestRefused:
         with pytest.raises(ValueError, match=message):
             dreamer.to_model_free(algorithm, **kwargs)
 
+    def test_the_name_of_an_algorithm(self, dreamer: Dreamer):
+        with pytest.raises(TypeError, match="'PPO' is no algorithm of SB3: give its class"):
+            dreamer.to_model_free("PPO")
+
     def test_an_empty_replay(self):
         with pytest.raises(ValueError, match="needs experience, and the replay holds 0 entries"):
             Dreamer("MlpPolicy", pendulum(), **SMALL).to_model_free(SAC)

@@ -19,8 +19,7 @@ from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, TensorD
 from stable_baselines3.common.vec_env import VecEnv
 
 from sb3_dreamer.environments import NoteStep, check_spaces, check_statistics, check_wrapping, deaths_told, step_named
-from sb3_dreamer.files import FileLike, check_parameters, in_place_of_pickles, read_settings, written_aside
-from sb3_dreamer.knobs import check_known
+from sb3_dreamer.files import FileLike, check_known, check_parameters, in_place_of_pickles, read_settings, written_aside
 from sb3_dreamer.policies import DreamerPolicy, PolicyState
 from sb3_dreamer.replay import SequenceReplayBuffer, read_replay
 from sb3_dreamer.types import Imitation

@@ -243,3 +243,15 @@ def written_aside(path: FileLike, suffix: str) -> Iterator[Any]:
         aside.replace(path)
     finally:
         aside.unlink(missing_ok=True)
+
+
+def check_known(agent: type, saved: Mapping[str, Any], given: Mapping[str, Any]) -> None:
+    """Refuse settings that no agent has: SB3's ``load`` would take them and nothing would read them.
+
+    :param agent: its class.
+    :param saved: what its file holds.
+    :param given: to be set.
+    :raises TypeError: naming them.
+    """
+    if unknown := sorted(given.keys() - saved.keys() - inspect.signature(agent).parameters.keys()):
+        raise TypeError(f"load() got {', '.join(unknown)}, which {agent.__name__} does not have")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import math
 from collections.abc import Callable, Mapping
 from numbers import Integral, Real
@@ -52,18 +51,6 @@ KNOBS: dict[str, Check] = {
     "ent_coef": number(0),
     "center_advantage": (lambda x: isinstance(x, bool), "True or False"),
 }
-
-
-def check_known(agent: type, saved: Mapping[str, Any], given: Mapping[str, Any]) -> None:
-    """Refuse settings that no agent has: SB3's ``load`` would take them and nothing would read them.
-
-    :param agent: its class.
-    :param saved: what its file holds.
-    :param given: to be set.
-    :raises TypeError: naming them.
-    """
-    if unknown := sorted(given.keys() - saved.keys() - inspect.signature(agent).parameters.keys()):
-        raise TypeError(f"load() got {', '.join(unknown)}, which {agent.__name__} does not have")
 
 
 def check_knobs(settings: Mapping[str, Any]) -> None:

@@ -363,7 +363,7 @@ def test_spaces_without_a_code_are_refused(space: spaces.Space) -> None:
 
 def test_tuples_of_actions_are_refused() -> None:
     env = Random(spaces.Discrete(2), spaces.Tuple([spaces.Discrete(2), spaces.Discrete(3)]))
-    with pytest.raises(ValueError, match="actions of Tuple.* are not supported"):
+    with pytest.raises(ValueError, match=r"actions of Tuple.* are not supported"):
         Dreamer("MlpPolicy", env, **DEBUG)
 
 

@@ -232,6 +232,8 @@ def main() -> None:
     parser.add_argument("--dreamer", nargs="*", default=[], metavar="key=value", help="arguments of Dreamer")
     parser.add_argument("--out", type=Path, default=Path("runs/hybrid.csv"), help="rows are appended")
     args = parser.parse_args()
+    if args.init is not None and len(args.envs) * len(args.seeds) > 1:
+        parser.error("--init is one Dreamer: give the one environment and seed that it is of, --envs and --seeds")
     th.set_num_threads(args.threads)
     args.out = args.out.absolute()
 

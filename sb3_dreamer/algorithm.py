@@ -131,6 +131,11 @@ class SequenceAlgorithm(OffPolicyAlgorithm):
         """Whether somebody else has used the environments since the last step, for an evaluation perhaps."""
         return any(now is not then for now, then in zip(self._reset_infos(), self._resets, strict=False))
 
+    def begin_where_others_reset(self) -> None:
+        """Begin anew where somebody else has used the environments: what they left is of no episode of this run."""
+        if self._reset_by_others():
+            self.begin_episodes()
+
     def begin_episodes(self) -> None:
         """Reset the environments, and end what was under way in the replay."""
         assert self.env is not None
@@ -162,8 +167,7 @@ class SequenceAlgorithm(OffPolicyAlgorithm):
     def _sample_action(
         self, learning_starts: int, action_noise: ActionNoise | None = None, n_envs: int = 1
     ) -> tuple[np.ndarray, np.ndarray]:
-        if self._reset_by_others():
-            self.begin_episodes()
+        self.begin_where_others_reset()
         with step_named(self.num_timesteps):
             self.replay_buffer.check(self.original_obs)
         last_obs: Any = self._last_obs
@@ -264,8 +268,8 @@ class SequenceAlgorithm(OffPolicyAlgorithm):
         check_known(cls, settings, kwargs)
         if not trusted:
             custom_objects = in_place_of_pickles(settings, cls.policy_aliases, cls, {**kwargs, **custom_objects})
-        wrapped = None if env is None else cls._wrap_env(env)
-        return super().load(path, wrapped, device, custom_objects, print_system_info, force_reset, **kwargs)
+        made: Any = env  # by _wrap_env, where it is an id
+        return super().load(path, made, device, custom_objects, print_system_info, force_reset, **kwargs)
 
     def load_replay_buffer(self, path: FileLike, truncate_last_traj: bool = True) -> None:
         """Go on with a saved replay; the next entry begins an episode.

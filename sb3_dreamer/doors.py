@@ -17,7 +17,7 @@ class Doors:
     """From other agents to Dreamer, from Dreamer to other agents, and on after an interruption. Of Dreamer alone."""
 
     @classmethod
-    def resume(cls: type[Self], folder: str | pathlib.Path, env: GymEnv, **kwargs: Any) -> Self:
+    def resume(cls: type[Self], folder: str | pathlib.Path, env: GymEnv | str, **kwargs: Any) -> Self:
         """Go on from the newest checkpoint of a ``ResumeCallback``, see :func:`sb3_dreamer.resume.resume`."""
         from sb3_dreamer.resume import resume
 

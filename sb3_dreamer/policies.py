@@ -204,12 +204,12 @@ class DreamerPolicy(BasePolicy):
     ) -> State:
         """The n model states after seeing the observations; arguments as in :meth:`act`.
 
-        What an episode begins with is written, not multiplied with zero: a state that is not finite would stay so.
+        An episode begins with zeros, the initial state: written, since a state that is not finite times zero stays so.
         """
         rssm = self.world_model.rssm
         if is_first is not None:
             packed, prev_action = (x.masked_fill(is_first.unsqueeze(-1), 0.0) for x in (packed, prev_action))
-        return rssm.observe_step(rssm.unpack(packed), self.world_model.embed(obs), prev_action, is_first, sample)
+        return rssm.observe_step(rssm.unpack(packed), self.world_model.embed(obs), prev_action, None, sample)
 
     @th.inference_mode()
     def latents(self, state: PolicyState | None) -> np.ndarray:

@@ -124,8 +124,7 @@ def save_checkpoint(model: Dreamer, folder: Path, keep: int) -> Path:
 
     :raises OSError: if the disk is full; the checkpoints before stay.
     """
-    if model._reset_by_others():  # what an evaluation has left is of no episode of the run
-        model.begin_episodes()
+    model.begin_where_others_reset()
     for leftover in folder.glob(".[0-9]*_step_*.part"):
         shutil.rmtree(leftover)
     there = checkpoints(folder)
@@ -147,12 +146,12 @@ def save_checkpoint(model: Dreamer, folder: Path, keep: int) -> Path:
     return path
 
 
-def resume(cls: type[SelfDreamer], folder: str | Path, env: GymEnv, **kwargs: Any) -> SelfDreamer:
+def resume(cls: type[SelfDreamer], folder: str | Path, env: GymEnv | str, **kwargs: Any) -> SelfDreamer:
     """The agent of the newest complete checkpoint, ready for ``learn(..., reset_num_timesteps=False)``.
 
     :param cls: Dreamer.
     :param folder: where :class:`ResumeCallback` wrote.
-    :param env: an environment like the one before, wrapped the same way.
+    :param env: an environment like the one before, wrapped the same way, or its id.
     :param kwargs: further arguments of ``Dreamer.load``.
     :raises FileNotFoundError: if the folder has no complete checkpoint.
     :raises ValueError: if the replay has another number of environments, other spaces, or sequences of another length.

@@ -56,11 +56,14 @@ def action_spec_of(space: spaces.Space) -> Spec:
 
 def observation_specs(space: spaces.Space) -> dict[str, Spec]:
     """Specs by key; a space that is no Dict has the single key "obs"."""
-    if not isinstance(space, spaces.Dict):
-        return {"obs": spec_of(space)}
-    if not space.spaces:
+    if not (parts := parts_of(space)):
         raise ValueError("a Dict without a key cannot be observed: give it at least one")
-    return {key: spec_of(sub) for key, sub in space.spaces.items()}
+    return {key: spec_of(sub) for key, sub in parts.items()}
+
+
+def parts_of(space: spaces.Space) -> dict[str, spaces.Space]:
+    """Spaces by key; one that is no Dict has the single key "obs"."""
+    return space.spaces if isinstance(space, spaces.Dict) else {"obs": space}
 
 
 def by_key(observation: Any) -> Any:
@@ -103,7 +106,7 @@ def check_counted_from_zero(space: spaces.Space) -> None:
 
     :raises ValueError: for a space with a start, or a Dict with one.
     """
-    for part in space.spaces.values() if isinstance(space, spaces.Dict) else [space]:
+    for part in parts_of(space).values():
         if np.any(getattr(part, "start", 0)):
             raise ValueError(
                 f"SB3's algorithms count from 0 and can neither act in nor observe {part}: wrap the environment in "
@@ -134,7 +137,7 @@ def into_space(space: spaces.Space, numbers: np.ndarray) -> np.ndarray:
 
 def observations(space: spaces.Space, decoded: Mapping[str, th.Tensor]) -> dict[str, np.ndarray]:
     """What the decoder says (n, *shape) by key, as observations of the space, see :func:`into_space`."""
-    parts = space.spaces if isinstance(space, spaces.Dict) else {"obs": space}
+    parts = parts_of(space)
     return {key: into_space(parts[key], part.float().cpu().numpy()) for key, part in decoded.items()}
 
 

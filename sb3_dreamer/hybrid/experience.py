@@ -25,7 +25,7 @@ from sb3_dreamer.replay import (
     split_transitions,
     write_episode,
 )
-from sb3_dreamer.spaces import by_key
+from sb3_dreamer.spaces import by_key, parts_of
 
 CHUNK = 16  # updates between two looks at how far it is
 
@@ -223,13 +223,9 @@ def _one_episode(
     if len(rows) > 0:
         action = buffer.actions[rows, env].reshape(len(rows), *(buffer.action_space.shape or ()))
         whole = {key: np.concatenate([part, next_obs[key][-1:]]) for key, part in obs.items()}
-        space = buffer.observation_space
-        whole = {key: part.reshape(len(part), *(_part(space, key).shape or ())) for key, part in whole.items()}
+        parts = parts_of(buffer.observation_space)
+        whole = {key: part.reshape(len(part), *(parts[key].shape or ())) for key, part in whole.items()}
         yield Episode(whole, action, buffer.rewards[rows, env], terminal=done and not time_out)
-
-
-def _part(space: spaces.Space, key: str) -> spaces.Space:
-    return space.spaces[key] if isinstance(space, spaces.Dict) else space
 
 
 # -- Minari ------------------------------------------------------------------------------------------------------------
@@ -257,9 +253,9 @@ def _as_wrapped(space: spaces.Space) -> spaces.Space:
 
 
 def _minari_episode(model: Dreamer, recorded: Any) -> Episode:
-    seen, space = by_key(recorded.observations), model.observation_space
+    seen, parts = by_key(recorded.observations), parts_of(model.observation_space)
     return Episode(
-        obs={key: maybe_transpose(np.asarray(part), _part(space, key)) for key, part in seen.items()},
+        obs={key: maybe_transpose(np.asarray(part), parts[key]) for key, part in seen.items()},
         action=np.asarray(model.policy.replay_action(recorded.actions)),
         reward=np.asarray(recorded.rewards),
         terminal=bool(recorded.terminations[-1]),

@@ -9,7 +9,7 @@ from typing import Any, Literal, TypeVar
 
 import numpy as np
 from gymnasium import spaces
-from stable_baselines3.common.base_class import BaseAlgorithm, maybe_make_env
+from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.buffers import ReplayBuffer
 from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 from stable_baselines3.common.type_aliases import GymEnv
@@ -65,7 +65,6 @@ def to_model_free(
     :raises TypeError: for what is no algorithm.
     """
     require_replay(model, "to_model_free()")
-    env = None if env is None else maybe_make_env(env, model.verbose)
     target: Any = _new_student(model, algorithm, env, on, kwargs)
     wanted_entropy = getattr(target, "target_entropy", None)
     off_policy = isinstance(target, OffPolicyAlgorithm)
@@ -92,7 +91,7 @@ def to_model_free(
     return target
 
 
-def _shared(one: GymEnv, other: VecEnv | None) -> bool:
+def _shared(one: GymEnv | str, other: VecEnv | None) -> bool:
     """Whether both step an environment of the same, whatever is wrapped around it."""
     vectors = [getattr(env, "unwrapped", env) for env in (one, other)]
     mine, theirs = ({id(env), *(id(sub.unwrapped) for sub in getattr(env, "envs", ()))} for env in vectors)
@@ -100,7 +99,7 @@ def _shared(one: GymEnv, other: VecEnv | None) -> bool:
 
 
 def _new_student(
-    model: Dreamer, algorithm: type[Algorithm], env: GymEnv | None, on: str, kwargs: dict[str, Any]
+    model: Dreamer, algorithm: type[Algorithm], env: GymEnv | str | None, on: str, kwargs: dict[str, Any]
 ) -> Algorithm:
     """An untrained algorithm with settings that suit one that can act already.
 

@@ -211,31 +211,53 @@ def runs(args: argparse.Namespace) -> Iterator[Runner]:
             yield Runner(args, env, seed)
 
 
+def command_line() -> argparse.ArgumentParser:
+    """What all comparisons take, and what one of them takes besides."""
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument("--envs", nargs="+", default=ENVS)
+    common.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    common.add_argument("--first", type=int, default=30_000, help="steps of the agent that comes first")
+    common.add_argument("--then", type=int, default=30_000, help="steps of the one that takes over")
+    common.add_argument("--eval-every", type=int, default=2_500)
+    common.add_argument("--eval-episodes", type=int, default=10)
+    common.add_argument("--threads", type=int, default=1)
+    common.add_argument("--dreamer", nargs="*", default=[], metavar="key=value", help="arguments of Dreamer")
+    common.add_argument("--out", type=Path, default=Path("runs/hybrid.csv"), help="rows are appended")
+
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    comparisons = parser.add_subparsers(dest="comparison", required=True)
+    one = {name: comparisons.add_parser(name, parents=[common], description=told.__doc__)
+           for name, told in COMPARISONS.items()}  # fmt: skip
+    one["hand-over"].add_argument("--init", type=Path, help="a Dreamer: the --out of benchmarks/learn.py")
+    one["hand-over"].add_argument("--normalize", action="store_true", help="VecNormalize around the successors")
+    one["hand-over"].add_argument(
+        "--successors", nargs="+", choices=("sac", "crossq", "ppo"), default=("sac", "crossq")
+    )
+    for name in ("warm-start", "guard"):
+        one[name].add_argument("--teacher", choices=("ppo", "sac"), default="ppo", help="or fallback")
+    for name in ("warm-start", "dream"):
+        one[name].add_argument("--teacher-steps", type=int, default=10_000, help="in which the world model watches")
+    one["dream"].add_argument("--dreams", type=int, default=128)
+    one["dream"].add_argument("--horizon", type=int, default=128)
+    return parser
+
+
+def read_command_line() -> argparse.Namespace:
+    """The arguments; what a saved Dreamer has decided is not among them."""
+    parser = command_line()
+    args = parser.parse_args()
+    args.out = args.out.absolute()
+    if args.comparison == "hand-over" and args.init is not None:
+        if len(args.envs) * len(args.seeds) > 1:
+            parser.error("--init is one Dreamer: give the one environment and seed that it is of, --envs and --seeds")
+        del args.first
+    return args
+
+
 def main() -> None:
     """Read the command line, run, and tell the means over the seeds."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("comparison", choices=COMPARISONS)
-    parser.add_argument("--envs", nargs="+", default=ENVS)
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--first", type=int, default=30_000, help="steps of the agent that comes first")
-    parser.add_argument("--then", type=int, default=30_000, help="steps of the one that takes over")
-    parser.add_argument("--init", type=Path, help="hand-over: the --out of a Dreamer of benchmarks/learn.py")
-    parser.add_argument("--normalize", action="store_true", help="hand-over: VecNormalize around the successors")
-    parser.add_argument("--successors", nargs="+", choices=("sac", "crossq", "ppo"), default=("sac", "crossq"))
-    parser.add_argument("--teacher", choices=("ppo", "sac"), default="ppo")
-    parser.add_argument("--teacher-steps", type=int, default=10_000, help="steps in which the world model watches")
-    parser.add_argument("--dreams", type=int, default=128)
-    parser.add_argument("--horizon", type=int, default=128)
-    parser.add_argument("--eval-every", type=int, default=2_500)
-    parser.add_argument("--eval-episodes", type=int, default=10)
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--dreamer", nargs="*", default=[], metavar="key=value", help="arguments of Dreamer")
-    parser.add_argument("--out", type=Path, default=Path("runs/hybrid.csv"), help="rows are appended")
-    args = parser.parse_args()
-    if args.init is not None and len(args.envs) * len(args.seeds) > 1:
-        parser.error("--init is one Dreamer: give the one environment and seed that it is of, --envs and --seeds")
+    args = read_command_line()
     th.set_num_threads(args.threads)
-    args.out = args.out.absolute()
 
     verdicts: dict[str, list[Row]] = {}
     for run in runs(args):

@@ -148,13 +148,10 @@ class DreamerPolicy(BasePolicy):
         :param episode_start: (n,) true where a new episode begins; None: nowhere.
         :param deterministic: the expected latents and the most likely action, no random numbers drawn.
         :return: actions in the space's units, clipped to its bounds; the next state.
-        :raises ValueError: for observations of another space or that are not finite, a Gym ``(obs, info)`` tuple, or a
-            state of other environments.
+        :raises ValueError: for observations of another space or with other keys, or that are not finite, a Gym ``(obs,
+            info)`` tuple, or a state of other environments.
         """
-        if isinstance(observation, tuple) and len(observation) == 2 and isinstance(observation[1], dict):
-            raise ValueError(
-                "predict() got the tuple (observation, info) of Gymnasium's reset(); pass the observation alone"
-            )
+        self._check_form(observation)
         obs, vectorized = self.obs_to_tensor(observation)
         obs = by_key(obs)
         if bad := [key for key, part in obs.items() if not part.isfinite().all()]:
@@ -177,6 +174,18 @@ class DreamerPolicy(BasePolicy):
         actions = self.decode_action(encoded.cpu().numpy())
         new_state = (packed_next.cpu().numpy(), self.encode_action(actions))  # as the replay has it: integers rounded
         return actions if vectorized else actions[0], new_state
+
+    def _check_form(self, observation: Any) -> None:
+        """Refuse what SB3's own checks stumble over: the tuple of a reset, another kind or other keys than a Dict's."""
+        if isinstance(observation, tuple) and len(observation) == 2 and isinstance(observation[1], dict):
+            raise ValueError(
+                "predict() got the tuple (observation, info) of Gymnasium's reset(); pass the observation alone"
+            )
+        if isinstance(self.observation_space, spaces.Dict):
+            expected = sorted(self.observation_space.spaces)
+            given = sorted(observation) if isinstance(observation, dict) else type(observation).__name__
+            if given != expected:
+                raise ValueError(f"predict() got {given}, observations of this agent are a dict with {expected}")
 
     def act(
         self,

@@ -183,6 +183,13 @@ def test_dict_observations_are_taken_single_and_batched():
     model.predict(batch, state, np.array([False, True, False]))
 
 
+@pytest.mark.parametrize("given", [dict(b=1), dict(a=np.zeros(3), b=1, c=1), np.zeros(3, np.float32), {}])
+def test_an_observation_with_other_keys_is_refused(given):
+    model = Dreamer("MultiInputPolicy", Spaces(spaces.Dict(a=LINE, b=spaces.Discrete(4)), FORCE), **DEBUG)
+    with pytest.raises(ValueError, match=r"predict\(\) got .*, observations .* are a dict with \['a', 'b'\]"):
+        model.predict(given)
+
+
 def test_evaluate_policy_works_on_several_environments(model):
     env = DummyVecEnv([lambda: Monitor(Spaces(LINE, FORCE))] * 3)
     mean, std = evaluate_policy(model, env, n_eval_episodes=5, warn=False)

@@ -13,6 +13,7 @@ set ``RAY_worker_niceness=0`` before Ray starts, or the simulators wait for the 
 
 from __future__ import annotations
 
+import copy
 import math
 import warnings
 from collections.abc import Callable, Iterable, Sequence
@@ -36,16 +37,17 @@ class Worker(DummyVecEnv):
 
     def begin(self, seeds: list[int | None], options: list[dict[str, Any]]) -> tuple[VecEnvObs, list[dict[str, Any]]]:
         """Reset all with these seeds and options: first observations and infos."""
-        self._seeds, self._options = seeds, options
+        self._seeds, self._options = seeds, copy.deepcopy(options)  # what Ray hands over cannot be written to
         return self.reset(), self.reset_infos
 
     def move(self, actions: np.ndarray) -> tuple[VecEnvStepReturn, list[dict[str, Any] | None]]:
         """One step of all, and the infos of the resets that it brought."""
-        step = self.step(np.array(actions))  # what Ray hands over cannot be written to
+        step = self.step(np.array(actions))
         return step, [info if done else None for info, done in zip(self.reset_infos, step[2], strict=True)]
 
     def of_one(self, index: int, method: str, /, *args: Any, **kwargs: Any) -> Any:
         """What ``get_attr``, ``set_attr``, ``env_method`` or ``env_is_wrapped`` says for one environment."""
+        args, kwargs = copy.deepcopy((args, kwargs))
         answer = getattr(self, method)(*args, indices=index, **kwargs)
         return None if answer is None else answer[0]
 

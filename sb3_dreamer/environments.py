@@ -7,11 +7,12 @@ from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
+from gymnasium import spaces
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.running_mean_std import RunningMeanStd
 from stable_baselines3.common.vec_env import VecEnv, VecNormalize, unwrap_vec_normalize
 
-from sb3_dreamer.spaces import action_spec_of, check_action_bounds, observation_specs
+from sb3_dreamer.spaces import action_spec_of, check_action_bounds, observation_specs, parts_of
 
 
 def check_spaces(env: Any) -> None:
@@ -31,14 +32,29 @@ def check_spaces(env: Any) -> None:
 def check_wrapping(env: VecEnv) -> None:
     """Refuse wrappers that change the observations after VecNormalize: the replay keeps what comes before it.
 
-    :raises ValueError: if there is such a wrapper.
+    :raises ValueError: if there is such a wrapper, or if it takes images for vectors.
     """
     normalize = unwrap_vec_normalize(env)
+    if normalize is not None and (images := _normalised_images(normalize)):
+        raise ValueError(
+            f"VecNormalize makes {images} vectors of numbers, no longer images: give it norm_obs=False, or "
+            "norm_obs_keys=[...] with the vectors alone"
+        )
     if normalize is not None and normalize.observation_space != env.observation_space:
         raise ValueError(
             f"VecNormalize sees {normalize.observation_space}, the agent sees {env.observation_space}, but the replay "
             "keeps what comes before VecNormalize: so wrap it last, VecNormalize(VecTransposeImage(VecFrameStack(...)))"
         )
+
+
+def _normalised_images(normalize: VecNormalize) -> list[str]:
+    """Keys of the images that it normalises; what shows them is that their bounds are its own since then."""
+    if not normalize.norm_obs:
+        return []
+    parts, clip = parts_of(normalize.observation_space), normalize.clip_obs
+    keys = parts if normalize.norm_obs_keys is None else normalize.norm_obs_keys
+    boxes = {key: part for key in keys if isinstance(part := parts[key], spaces.Box) and len(part.shape) == 3}
+    return [key for key, box in boxes.items() if np.all(box.low == -clip) and np.all(box.high == clip)]
 
 
 def statistics(normalize: VecNormalize) -> dict[str, RunningMeanStd]:

@@ -36,7 +36,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import torch as th
-from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.callbacks import BaseCallback, EventCallback
 from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.type_aliases import GymEnv
 from stable_baselines3.common.vec_env import VecEnv, VecFrameStack, VecMonitor, VecNormalize
@@ -63,7 +63,9 @@ class ResumeCallback(BaseCallback):
     :param every: environment steps between them.
     :param keep: how many of the newest to keep.
     :param verbose: 1 tells of each.
-    :raises ValueError: when the training starts, if the folder belongs to another run.
+    :raises ValueError: when the training starts, if the folder belongs to another run; inside of another callback that
+        decides when to call it, since ``every`` does that.
+    :raises TypeError: when the training starts, if ``resume_state()`` gives what a checkpoint cannot hold.
     """
 
     model: Dreamer
@@ -75,8 +77,16 @@ class ResumeCallback(BaseCallback):
         self.folder, self.every, self.keep = Path(folder), every, keep
         self._saved_at = 0
 
+    def _init_callback(self) -> None:
+        if isinstance(self.parent, EventCallback):
+            raise ValueError(
+                f"ResumeCallback inside of {type(self.parent).__name__} would never save: give it to learn() itself, "
+                "it saves after so many steps by its every="
+            )
+
     def _on_training_start(self) -> None:
         claim(self.folder, self.model)
+        _to_tensors(run_state(self.model))
         self._saved_at = self.model.num_timesteps
 
     def _on_rollout_start(self) -> None:
@@ -297,18 +307,27 @@ def _stacks(wrapper: VecEnvWrapper) -> dict[str, Any]:
 
 
 def _to_tensors(value: Any) -> Any:
-    if isinstance(value, np.ndarray):
+    """Plain data only.
+
+    :raises TypeError: for anything else, which torch would write and refuse to read.
+    """
+    if isinstance(value, np.ndarray | np.generic):
         return th.from_numpy(np.array(value))
-    if isinstance(value, np.generic):
-        return value.item()
     if isinstance(value, dict):
         return {key: _to_tensors(one) for key, one in value.items()}
-    return type(value)(map(_to_tensors, value)) if isinstance(value, list | tuple) else value
+    if type(value) in (list, tuple):
+        return type(value)(map(_to_tensors, value))
+    if value is None or isinstance(value, int | float | complex | str | bytes):
+        return value
+    raise TypeError(
+        f"a checkpoint cannot hold the {type(value).__name__} that resume_state() of an environment gives: it takes "
+        "arrays, numbers, strings, bytes, and tuples, lists and dicts of these"
+    )
 
 
 def _to_arrays(value: Any) -> Any:
     if isinstance(value, th.Tensor):
-        return value.numpy()
+        return value.numpy()[()]  # one number is a NumPy number again, of its own type
     if isinstance(value, dict):
         return {key: _to_arrays(one) for key, one in value.items()}
     return type(value)(map(_to_arrays, value)) if isinstance(value, list | tuple) else value

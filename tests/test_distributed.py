@@ -93,6 +93,24 @@ def test_environments_may_write_into_their_actions():
     assert actions == 1
 
 
+def test_environments_may_write_into_what_they_are_given():
+    class Keeping(gym.Wrapper):
+        def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> Any:
+            assert options is not None
+            options["kept"] += 1
+            return super().reset(seed=seed)
+
+        def put(self, kept: np.ndarray) -> float:
+            kept += 1
+            return float(kept[0])
+
+    env = RayVecEnv([lambda: Keeping(gym.make("Pendulum-v1"))])
+    env.set_options({"kept": np.zeros(1000)})
+    env.reset()
+    assert env.env_method("put", np.full(1000, 4.0)) == [5.0]
+    env.close()
+
+
 def test_seeds_are_used_once(three: RayVecEnv):
     three.seed(3)
     assert not np.array_equal(three.reset(), three.reset())

@@ -1,5 +1,6 @@
 """Runs that stop and go on: bit for bit where the environment can be restored, after a kill from a whole checkpoint."""
 
+import collections
 import pickle
 import random
 import signal
@@ -14,7 +15,7 @@ import pytest
 import torch as th
 from gymnasium import spaces
 from gymnasium.wrappers import TimeLimit
-from stable_baselines3.common.callbacks import CallbackList, CheckpointCallback, EvalCallback
+from stable_baselines3.common.callbacks import CallbackList, CheckpointCallback, EvalCallback, EveryNTimesteps
 from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.vec_env import DummyVecEnv, VecFrameStack, VecMonitor, VecNormalize
 
@@ -60,7 +61,23 @@ class Forgetful(Walk):
     resume_state = set_resume_state = property()
 
 
+class Choices(Walk):
+    """The walk with choices for actions, seen by key."""
+
+    observation_space = spaces.Dict(x=Walk.observation_space)
+    action_space = spaces.Discrete(3)
+
+    def reset(self, *, seed=None, options=None):
+        obs, info = super().reset(seed=seed)
+        return {"x": obs}, info
+
+    def step(self, action):
+        obs, *rest = super().step([action - 1])
+        return {"x": obs}, *rest
+
+
 WRAPPED = {
+    "choices": lambda n: DummyVecEnv([Choices] * n),
     "plain": lambda n: DummyVecEnv([Walk] * n),
     "normalised": lambda n: VecNormalize(DummyVecEnv([Walk] * n)),
     "stacked": lambda n: VecFrameStack(DummyVecEnv([Walk] * n), 3),
@@ -69,8 +86,8 @@ WRAPPED = {
 }
 
 
-def fresh(name: str, n_envs: int, **settings) -> Dreamer:
-    return Dreamer("MlpPolicy", WRAPPED[name](n_envs), **{**DEBUG, **settings})
+def fresh(name: str, n_envs: int, policy: str = "MlpPolicy", **settings) -> Dreamer:
+    return Dreamer(policy, WRAPPED[name](n_envs), **{**DEBUG, **settings})
 
 
 def in_new_process(code: str) -> None:
@@ -122,7 +139,7 @@ def test_a_checkpoint_after_an_evaluation_in_the_same_environments_begins_an_epi
         np.testing.assert_array_equal(one.obs["obs"], other.obs["obs"])
 
 
-@pytest.mark.parametrize("name", WRAPPED)
+@pytest.mark.parametrize("name", WRAPPED.keys() - {"choices"})
 def test_a_resumed_run_equals_one_that_was_never_stopped(name: str, tmp_path) -> None:
     resumed, whole = cut_and_whole(name, 2, 40, 40, tmp_path)
     assert whole._n_updates == resumed._n_updates > 20
@@ -176,9 +193,44 @@ def test_several_resumes_in_a_row_change_nothing(tmp_path) -> None:
     assert_same(parameters(whole), parameters(model))
 
 
-def test_the_discrete_and_the_transformer_resume_exactly_too(tmp_path) -> None:
-    resumed, whole = cut_and_whole("plain", 1, 33, 20, tmp_path, rssm_type="transformer")
+@pytest.mark.parametrize("settings", [dict(rssm_type="transformer"), dict(policy="MultiInputPolicy")])
+def test_the_transformer_choices_and_dicts_resume_exactly_too(settings: dict, tmp_path) -> None:
+    name = "plain" if "rssm_type" in settings else "choices"
+    resumed, whole = cut_and_whole(name, 1, 33, 20, tmp_path, **settings)
     assert_same(parameters(whole), parameters(resumed))
+
+
+def test_numbers_of_numpy_keep_their_type(tmp_path) -> None:
+    class Single(Walk):
+        def resume_state(self):
+            return {**super().resume_state(), "one": np.float32(0.1), "whole": np.int64(3), "true": np.bool_(True)}
+
+        def set_resume_state(self, state):
+            super().set_resume_state(state)
+            self.told = state
+
+    Dreamer("MlpPolicy", DummyVecEnv([Single]), **DEBUG).learn(12, callback=ResumeCallback(tmp_path, every=5))
+    told = Dreamer.resume(tmp_path, DummyVecEnv([Single]), device="cpu").env.get_attr("told")[0]
+    assert (told["one"], told["one"].dtype) == (np.float32(0.1), np.float32)
+    assert (told["whole"], told["whole"].dtype) == (3, np.int64)
+    assert isinstance(told["true"], np.bool_)
+
+
+def test_what_a_checkpoint_cannot_hold_is_said_before_the_first_step(tmp_path) -> None:
+    class Odd(Walk):
+        def resume_state(self):
+            return {"newest": collections.deque([1.0])}
+
+    model = Dreamer("MlpPolicy", DummyVecEnv([Odd]), **DEBUG)
+    with pytest.raises(TypeError, match=r"a checkpoint cannot hold the deque that resume_state\(\)"):
+        model.learn(12, callback=ResumeCallback(tmp_path, every=5))
+    assert model.num_timesteps == 0
+
+
+def test_it_is_not_called_by_another_callback(tmp_path) -> None:
+    inside = EveryNTimesteps(5, ResumeCallback(tmp_path, every=5))
+    with pytest.raises(ValueError, match="ResumeCallback inside of EveryNTimesteps would never save"):
+        fresh("plain", 1).learn(12, callback=inside)
 
 
 def test_it_holds_in_a_new_process(tmp_path) -> None:

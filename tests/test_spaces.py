@@ -373,6 +373,15 @@ def test_what_changes_observations_belongs_inside_of_vecnormalize() -> None:
         Dreamer("MultiInputPolicy", env, **DEBUG)
 
 
+@pytest.mark.parametrize("policy", ["MultiInputPolicy", "CnnPolicy"])
+def test_images_are_not_normalised_as_if_they_were_vectors(policy: str) -> None:
+    space = image(48, 40, 3)
+    space = spaces.Dict(camera=space) if policy == "MultiInputPolicy" else space
+    env = VecTransposeImage(DummyVecEnv([lambda: Random(space)]))
+    with pytest.raises(ValueError, match=r"VecNormalize makes \['(camera|obs)'\] vectors of numbers"):
+        Dreamer(policy, VecNormalize(env), **DEBUG)
+
+
 def test_a_box_of_actions_is_a_vector_even_where_it_might_be_an_image():
     space = spaces.Box(0, 255, (1, 2, 2), np.uint8)
     assert spec_of(space).kind == "image"

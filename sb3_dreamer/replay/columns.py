@@ -224,7 +224,7 @@ class EntryCode:
         :param envs: (n,) numbers of the environments where an episode ended.
         :raises ValueError: for what a column refuses, and without a last observation.
         """
-        missing = [int(env) for env in envs if "terminal_observation" not in infos[env]]
+        missing = [int(env) for env in envs if infos[env].get("terminal_observation") is None]
         if missing:
             raise ValueError(f"done without infos[i]['terminal_observation'] for i in {missing}, use an SB3 VecEnv")
         last = [infos[env]["terminal_observation"] for env in envs]

@@ -52,7 +52,7 @@ def register_dm_control(arguments: list[str]) -> None:
 
     :param arguments: of the command line.
     """
-    if any(word.startswith("dm_control/") for word in arguments) and find_spec("shimmy"):
+    if any("dm_control/" in word for word in arguments) and find_spec("shimmy"):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # without a display, importing dm_control warns of it
             gym.register_envs(import_module("shimmy"))

@@ -132,11 +132,13 @@ def test_other_errors_keep_the_zoo_s_message(error):
     assert caught.value is error
 
 
-def test_tasks_of_dm_control_are_known_once_one_is_named():
+@pytest.mark.parametrize("named", ["dm_control/walker-walk-v0", "--env=dm_control/walker-walk-v0"])
+def test_tasks_of_dm_control_are_known_once_one_is_named(named: str):
     code = (
+        f"named = {named!r}\n"
         "import gymnasium as gym\n"
         "from sb3_dreamer.zoo.bridges import register_dm_control\n"
-        "for words in (['--env', 'Pendulum-v1'], ['--env', 'dm_control/walker-walk-v0']):\n"
+        "for words in (['--env', 'Pendulum-v1'], [named]):\n"
         "    register_dm_control(words)\n"
         "    print('dm_control/walker-walk-v0' in gym.registry)\n"
     )

@@ -177,7 +177,7 @@ class SequenceAlgorithm(OffPolicyAlgorithm):
             assert self._online_state is not None
             self._online_state = (self._online_state[0], self.policy.encode_action(actions))
         if self._cloning is not None:
-            self._cloning.go_on_asking(self)
+            self._cloning.go_on_asking(self, actions)
         return actions, self.policy.replay_action(actions)
 
     @property

@@ -19,7 +19,7 @@ class Planner:
         the policy is dreamed `horizon` steps ahead      its actions and their deviations, a first plan
         `iterations` times                               `n_candidates` plans are drawn around the plan, all are
                                                          dreamed, the `n_elites` best are the next plan
-        the first action of the last plan is taken
+        the first action of the last plan is taken, or the policy's own where that plan is worth no more
 
     A plan is worth the lambda-return of its dream, with which the policy was trained. Dreams are without chance: two
     samples of one would differ by more than two plans do. It takes the place of a policy wherever one is used, in
@@ -76,14 +76,17 @@ class Planner:
             starts = unpack(now.repeat_interleave(self.n_candidates, 0))
             chance = th.Generator(now.device).manual_seed(0) if deterministic else None
             for _ in range(self.iterations):
-                shape = len(now), self.n_candidates, *mean.shape[1:]
+                shape = 1, self.n_candidates, *mean.shape[1:]  # the same for all, whoever is asked beside them
                 noise = th.randn(shape, device=now.device, generator=chance)
                 noise[:, 0] = 0
                 plans = (mean[:, None] + std[:, None] * noise).clamp(-1, 1)
                 best = self.worth(starts, plans.flatten(0, 1)).view(len(now), -1).topk(self.n_elites).indices
                 elites = plans.gather(1, best[..., None, None].expand(-1, -1, *mean.shape[1:]))
                 mean, std = elites.mean(1), elites.std(1, correction=0)
-        return (mean[:, 0] if deterministic else elites[:, 0, 0]).float().cpu().numpy()
+            plan = mean if deterministic else elites[:, 0]
+            own = dream.action
+            better = self.worth(unpack(now), plan) > self.worth(unpack(now), own)
+        return th.where(better[:, None], plan[:, 0], own[:, 0]).float().cpu().numpy()
 
     def worth(self, starts: State, plans: th.Tensor) -> th.Tensor:
         """The lambda-return of each plan: N states, actions (N, H, A) -> (N,)."""

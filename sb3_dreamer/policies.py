@@ -281,8 +281,10 @@ class DreamerPolicy(BasePolicy):
         if isinstance(self.action_space, spaces.Box):
             actions = self.scale_action(actions)
         elif self.action_spec.kind == "discrete":
-            columns = (np.asarray(actions).reshape(n, -1) - self.action_spec.first).T
-            codes = zip(columns, self.action_spec.classes, strict=True)
+            choices = np.asarray(actions).reshape(n, -1) - self.action_spec.first
+            if ((choices < 0) | (choices >= self.action_spec.classes)).any():
+                raise ValueError(f"{actions} are not all actions of {self.action_space}")
+            codes = zip(choices.T, self.action_spec.classes, strict=True)
             return np.concatenate([np.eye(k, dtype=np.float32)[c] for c, k in codes], -1)
         return np.asarray(actions, np.float32).reshape(n, -1)
 

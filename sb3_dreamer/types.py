@@ -131,8 +131,8 @@ class Dream:
 class Imitation(Protocol):
     """What a warm start leaves an agent with: a teacher that it goes on asking, and imitates less and less."""
 
-    def go_on_asking(self, model: Any) -> None:
-        """Note what the teacher would do now, in each environment of the agent."""
+    def go_on_asking(self, model: Any, taken: np.ndarray) -> None:
+        """Note what the teacher would do now, in each environment of the agent, which takes these actions."""
 
     def share(self, n_updates: int) -> float:
         """Of the teacher in what the actor learns, after some updates."""

@@ -34,19 +34,45 @@ def test_the_search_finds_the_first_action_of_the_best_plans(model: Dreamer, wan
 
 def test_each_environment_has_a_plan_of_its_own(model: Dreamer, monkeypatch) -> None:
     planner = Planner(model, horizon=2, n_candidates=256, iterations=3)
-    goals = th.tensor([-0.5, 0.0, 0.5]).repeat_interleave(256)
-    monkeypatch.setattr(planner, "worth", lambda starts, plans: -(plans[:, 0, 0] - goals).square())
+    goals = th.tensor([-0.5, 0.0, 0.5])
+
+    def near(starts, plans):
+        return -(plans[:, 0, 0] - goals.repeat_interleave(len(plans) // 3)).square()
+
+    monkeypatch.setattr(planner, "worth", near)
     np.testing.assert_allclose(planner.plan(states(model))[:, 0], [-0.5, 0.0, 0.5], atol=0.05)
 
 
 def test_where_no_plan_is_better_the_policy_keeps_its_own(model: Dreamer, monkeypatch) -> None:
     packed = states(model)
-    planner = Planner(model, n_elites=1, iterations=3)  # candidate 0 of each is the plan as it is
-    monkeypatch.setattr(planner, "worth", lambda starts, plans: (th.arange(len(plans)) % 64 == 0).float())
+    planner = Planner(model)
+    monkeypatch.setattr(planner, "worth", lambda starts, plans: th.zeros(len(plans)))
     with th.inference_mode():
         features = model.policy.world_model.rssm.unpack(th.as_tensor(packed)).features
         own = model.policy.actor(features).mode().clamp(-1, 1)
-    np.testing.assert_allclose(planner.plan(packed), own, atol=0.02)
+    np.testing.assert_allclose(planner.plan(packed), own, atol=1e-6)
+    np.testing.assert_allclose(planner.plan(packed, deterministic=False), own, atol=1e-6)
+
+
+def test_a_plan_does_not_depend_on_who_is_asked_beside_it(model: Dreamer) -> None:
+    packed, planner = states(model, 1), Planner(model, horizon=3)
+    np.testing.assert_allclose(planner.plan(packed.repeat(4, 0)), planner.plan(packed).repeat(4, 0), atol=1e-5)
+
+
+def test_the_worth_of_a_longer_plan_is_its_lambda_return(model: Dreamer) -> None:
+    world_model, critic, decay = model.policy.world_model, model.policy.critic, model.gae_lambda
+    state, plans = world_model.rssm.unpack(th.as_tensor(states(model))), th.full((3, 2, 1), 0.3)
+    with th.inference_mode():
+        worth = Planner(model, horizon=2).worth(state, plans)
+        told = []
+        for action in plans.unbind(1):
+            state = world_model.rssm.imagine_step(state, action, sample=False)
+            features = state.features
+            told.append(
+                (world_model.predict_reward(features), world_model.predict_discount(features), critic.value(features))
+            )
+    (r1, d1, v1), (r2, d2, v2) = told
+    th.testing.assert_close(worth, r1 + d1 * ((1 - decay) * v1 + decay * (r2 + d2 * v2)))
 
 
 def test_a_plan_is_worth_the_rewards_of_its_dream_and_the_value_behind_it(model: Dreamer) -> None:

@@ -73,6 +73,11 @@ def main(argv: list[str] | None = None) -> Path:
     env = make_env(args.env, args.vecnormalize, args.seed)
     # its replay stays empty, and so takes no memory; not one on disk, which may hold the data of the training
     model = Dreamer.load(args.model, env=env, buffer_size=env.num_envs * 100_000, replay_buffer_kwargs={})
+    if model.learned_normalised and args.vecnormalize is None:
+        raise SystemExit(
+            f"{args.model} learned from what a VecNormalize made of the observations, and dreams of nothing else: give "
+            "its statistics, --vecnormalize PATH"
+        )
     model.set_random_seed(args.seed)
     acting = model.get_env()  # as load() has wrapped it: images, channels first
     assert acting is not None

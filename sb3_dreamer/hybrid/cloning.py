@@ -74,13 +74,15 @@ class Cloning:
         self.answers.note(model.replay_buffer.heads(), model.policy.encode_action(actions))
         return actions
 
-    def go_on_asking(self, model: Dreamer) -> None:
+    def go_on_asking(self, model: Dreamer, taken: np.ndarray) -> None:
         """As :meth:`ask`, in ``learn()``: a teacher that fails is forgotten, and the next ``learn()`` goes on.
 
+        :param taken: (n_envs, *shape) actions that the model takes meanwhile.
         :raises RuntimeError: that it has failed.
         """
         try:
             self.ask(model)
+            self.guide.memory = self.guide.told(self.guide.memory, taken)
         except Exception as error:
             model._cloning = None
             raise RuntimeError(

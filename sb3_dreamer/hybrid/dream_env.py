@@ -11,7 +11,7 @@ from stable_baselines3.common.vec_env import VecEnv
 from stable_baselines3.common.vec_env.base_vec_env import VecEnvIndices, VecEnvObs, VecEnvStepReturn
 
 from sb3_dreamer.dreamer import Dreamer
-from sb3_dreamer.hybrid.experience import require_replay
+from sb3_dreamer.hybrid.experience import require_replay, require_statistics
 from sb3_dreamer.hybrid.real_states import imagined_observations, real_states, unpacked
 from sb3_dreamer.nets.layers import mixed_precision
 from sb3_dreamer.policies import PolicyState
@@ -47,6 +47,7 @@ class DreamVecEnv(VecEnv):
         if start is None:
             require_replay(model, "DreamVecEnv")
         else:
+            require_statistics(model, "DreamVecEnv")
             shape, width = np.shape(start[0]), model.policy.world_model.rssm.packed_width
             if len(shape) != 2 or 0 in shape or shape[1] != width:
                 raise ValueError(

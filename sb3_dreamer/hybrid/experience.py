@@ -81,16 +81,25 @@ def require_replay(model: Dreamer, who: str) -> None:
 
     :raises ValueError: naming what is missing; the environment too, if its VecNormalize made what the model has seen.
     """
-    if model.env is None and model.learned_normalised:
-        raise ValueError(
-            f"{who} needs the statistics of VecNormalize that this model has learned with: load it with its "
-            "environment, load(path, env=VecNormalize.load(statistics, env))"
-        )
+    if model.env is None:
+        require_statistics(model, who)
     replay = model.replay_buffer
     if not replay.can_sample():
         raise ValueError(
             f"{who} needs experience, and the replay holds {replay.size()} entries, too few for a sequence of "
             f"{replay.sequence_length}: call learn(), warm_start(), add_experience() or load_replay_buffer() first"
+        )
+
+
+def require_statistics(model: Dreamer, who: str) -> None:
+    """Refuse a model that knows what a VecNormalize makes of observations, and has none.
+
+    :raises ValueError: with what to do.
+    """
+    if model.learned_normalised and model.get_vec_normalize_env() is None:
+        raise ValueError(
+            f"{who} needs the statistics of VecNormalize that this model has learned with: load it with its "
+            "environment, load(path, env=VecNormalize.load(statistics, env))"
         )
 
 

@@ -12,6 +12,7 @@ from stable_baselines3.common.vec_env import VecNormalize
 
 from sb3_dreamer.behavior.imagination import imagine
 from sb3_dreamer.dreamer import Dreamer
+from sb3_dreamer.hybrid.experience import require_statistics
 from sb3_dreamer.hybrid.guide import Guide
 from sb3_dreamer.hybrid.real_states import imagined_observations, unpacked
 from sb3_dreamer.nets.layers import mixed_precision
@@ -81,6 +82,7 @@ class Guard:
             raise ValueError(f"horizon={horizon}, n_dreams={n_dreams} and every={every} have to be at least 1")
         if not 0 <= max_risk <= 1:
             raise ValueError(f"max_risk={max_risk} has to be from 0 to 1")
+        require_statistics(model, "Guard")
         self.model, self.fallback = model, Guide(model, fallback, vec_normalize, deterministic=True, role="fallback")
         self.horizon, self.n_dreams, self.max_risk, self.every = horizon, n_dreams, max_risk, every
         self.unsafe = unsafe
@@ -108,14 +110,16 @@ class Guard:
             taken_over[due] = self.risk(packed[due]) > self.max_risk
         original = observation if normalize is None else normalize.unnormalize_obs(observation)
         instead, memory = self.fallback.act(original, None if state is None else state.memory, starts)
+        shape = n, *(self.model.action_space.shape or ())
+        own, other = actions.reshape(shape), np.reshape(instead, shape)
+        taken = np.where(taken_over.reshape(-1, *[1] * (own.ndim - 1)), other, own).astype(own.dtype)
         if taken_over.any():
-            single = actions.shape == self.model.action_space.shape
-            batch, other = (a[None] if single else a for a in (actions, instead))
-            batch = np.where(taken_over.reshape(-1, *[1] * (batch.ndim - 1)), other, batch).astype(batch.dtype)
-            actions, encoded = batch[0] if single else batch, policy.encode_action(batch)
+            encoded = policy.encode_action(taken)
+        memory = self.fallback.told(memory, taken)
         self.decisions += n
         self.taken_over += int(taken_over.sum())
-        return actions, GuardState(packed, encoded, np.where(due, self.every, holds) - 1, taken_over, memory)
+        holds = np.where(due, self.every, holds) - 1
+        return taken.reshape(actions.shape), GuardState(packed, encoded, holds, taken_over, memory)
 
     @th.inference_mode()
     def risk(self, packed: np.ndarray) -> np.ndarray:

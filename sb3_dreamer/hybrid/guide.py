@@ -16,6 +16,7 @@ from stable_baselines3.common.save_util import load_from_zip_file
 from stable_baselines3.common.vec_env import VecEnv, VecNormalize
 
 from sb3_dreamer.dreamer import Dreamer
+from sb3_dreamer.policies import DreamerPolicy
 from sb3_dreamer.spaces import check_counted_from_zero
 
 
@@ -77,6 +78,11 @@ class Guide:
         """What the teacher would do: original observations (n, .) -> actions (n, *shape), its memory of them."""
         shown = obs if self.normalize is None else self.normalize.normalize_obs(obs)
         return self.teacher.predict(shown, memory, starts, self.deterministic)
+
+    def told(self, memory: Any, taken: np.ndarray) -> Any:
+        """Its memory once these actions (n, *shape) were taken: a Dreamer's holds them, others see what they did."""
+        policy = getattr(self.teacher, "policy", self.teacher)
+        return (memory[0], policy.encode_action(taken)) if isinstance(policy, DreamerPolicy) else memory
 
 
 def _check_predict(teacher: Any, role: str) -> None:

@@ -114,6 +114,7 @@ def _step(model: Dreamer, cloning: Cloning, teacher_acts: bool) -> None:
     assert state is not None
     actions = answers if teacher_acts else actions
     model._online_state = (state[0], policy.encode_action(actions))
+    cloning.guide.memory = cloning.guide.told(cloning.guide.memory, actions)
     stored = policy.replay_action(actions)
     with deaths_told(env):
         outcome = env.step(actions)

@@ -221,3 +221,11 @@ def test_the_policy_can_be_called_as_those_of_sb3(model):
     action = model.policy(model.policy.obs_to_tensor(np.zeros((2, *model.observation_space.shape), np.float32))[0])
     assert action.shape == (2, *model.action_space.shape)
     assert action.abs().max() <= 1
+
+
+@pytest.mark.parametrize("wrong", [1, 5])
+def test_choices_that_there_are_not_are_refused(wrong: int):
+    model = Dreamer("MlpPolicy", Spaces(LINE, spaces.Discrete(3, start=2)), **DEBUG)
+    np.testing.assert_array_equal(model.policy.encode_action(np.array([2, 4])), [[1, 0, 0], [0, 0, 1]])
+    with pytest.raises(ValueError, match=r"are not all actions of Discrete\(3, start=2\)"):
+        model.policy.encode_action(np.array([2, wrong]))

@@ -13,7 +13,8 @@ from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.vec_env import VecMonitor, VecNormalize
 
 from sb3_dreamer import Dreamer
-from sb3_dreamer.hybrid import Guard
+from sb3_dreamer.dreams.__main__ import main as dreams
+from sb3_dreamer.hybrid import DreamVecEnv, Guard
 from sb3_dreamer.world_model import WorldModel
 from tests.hybrid.conftest import SMALL, pendulum
 
@@ -82,6 +83,50 @@ def test_the_fallback_acts_where_it_is_not_and_the_model_is_told_what_was_really
     np.testing.assert_array_equal(action, [[2.0], [2.0]])
     np.testing.assert_array_equal(state.action, [[1.0], [1.0]])  # encoded: of the bounds -2 and 2
     assert (guard.decisions, guard.taken_over) == (2, 2)
+
+
+def test_a_dreamer_that_falls_back_knows_what_was_done_and_not_what_it_would_have_done(dreamer: Dreamer):
+    other = Dreamer("MlpPolicy", "Pendulum-v1", **SMALL | dict(seed=5))
+    guard, starts = Guard(dreamer, other, horizon=2), np.array([False, False])
+    with continues_with(dreamer, 1.0):
+        done, state = guard.predict(observe(2), deterministic=True)
+        np.testing.assert_allclose(state.memory[1], done / 2, atol=1e-6)
+        _, state = guard.predict(observe(2), state, starts, deterministic=True)
+    _, (packed, would) = other.predict(observe(2), deterministic=True)
+    assert not np.allclose(would, done / 2, atol=1e-3)
+    _, (packed, _) = other.predict(observe(2), (packed, done / 2), starts, deterministic=True)
+    np.testing.assert_allclose(state.memory[0], packed, atol=1e-5)
+
+
+def test_a_fallback_may_leave_out_the_axis_of_its_one_action(dreamer: Dreamer):
+    fallback = Constant(dreamer)
+    fallback.predict = lambda obs, *_: (np.array([0.25, 1.0], np.float32), None)
+    with continues_with(dreamer, 0.0):
+        actions, _ = Guard(dreamer, fallback, horizon=2).predict(observe(2))
+    np.testing.assert_array_equal(actions, [[0.25], [1.0]])
+
+
+def test_dreamer_remembers_under_a_guard(dreamer: Dreamer):
+    guard, starts, state, own = Guard(dreamer, Constant(dreamer), horizon=2), np.array([False]), None, None
+    with continues_with(dreamer, 1.0):
+        for _ in range(3):
+            actions, state = guard.predict(observe(), state, starts, deterministic=True)
+            alone, own = dreamer.predict(observe(), own, starts, deterministic=True)
+            np.testing.assert_array_equal(actions, alone)
+    np.testing.assert_array_equal(state.packed, own[0])
+
+
+def test_a_model_that_learned_normalised_is_not_used_without_its_statistics(tmp_path):
+    env = VecNormalize(pendulum())
+    Dreamer("MlpPolicy", env, **SMALL).learn(60).save(tmp_path / "model")
+    raw = Dreamer.load(tmp_path / "model", env=pendulum())
+    with pytest.raises(ValueError, match="Guard needs the statistics of VecNormalize"):
+        Guard(raw, Constant(raw))
+    alone = Dreamer.load(tmp_path / "model")
+    with pytest.raises(ValueError, match="DreamVecEnv needs the statistics of VecNormalize"):
+        DreamVecEnv(alone, 4, start=alone.policy.initial_state(1))
+    with pytest.raises(SystemExit, match="learned from what a VecNormalize made of the observations"):
+        dreams([str(tmp_path / "model.zip"), "--env", "Pendulum-v1", "--out", str(tmp_path / "page")])
 
 
 @pytest.mark.parametrize("acts", [0.0, 1.0])

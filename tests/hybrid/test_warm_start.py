@@ -278,6 +278,20 @@ class TestTeachers:
             told = model.warm_start(tmp_path / "sac.zip", 60, vec_normalize=False, updates=0)
             assert told.num_timesteps == 60
 
+    def test_another_dreamer_is_told_what_the_student_does(self, monkeypatch: pytest.MonkeyPatch):
+        teacher, model, told = fresh(seed=5), fresh(), []
+        predict = teacher.predict
+
+        def noted(obs, state, *args):
+            told.append(None if state is None else state[1])
+            return predict(obs, state, *args)
+
+        monkeypatch.setattr(teacher, "predict", noted)
+        model.warm_start(teacher, 40, updates=0).learn(5, reset_num_timesteps=False)
+        taken = model.replay_buffer._storage.arrays["action"][:44]
+        assert len(told) == 45
+        np.testing.assert_allclose(np.concatenate(told[1:40]), taken[:39], atol=1e-6)
+
     @pytest.mark.parametrize("saved", [False, True])
     def test_another_dreamer_is_a_teacher_too(self, saved: bool, tmp_path: Path):
         teacher: Any = Dreamer("MlpPolicy", pendulum(), **{**SMALL, "seed": 3}).learn(60)

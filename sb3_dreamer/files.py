@@ -31,6 +31,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
+import torch as th
 from gymnasium import spaces
 from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.save_util import open_path
@@ -255,3 +256,34 @@ def check_known(agent: type, saved: Mapping[str, Any], given: Mapping[str, Any])
     """
     if unknown := sorted(given.keys() - saved.keys() - inspect.signature(agent).parameters.keys()):
         raise TypeError(f"load() got {', '.join(unknown)}, which {agent.__name__} does not have")
+
+
+# -- plain data --------------------------------------------------------------------------------------------------------
+
+
+def to_tensors(value: Any) -> Any:
+    """Plain data with its arrays as tensors, which is what torch reads without running code.
+
+    :raises TypeError: for anything else, which torch would write and refuse to read.
+    """
+    if isinstance(value, np.ndarray | np.generic):
+        return th.from_numpy(np.array(value))
+    if isinstance(value, dict):
+        return {key: to_tensors(one) for key, one in value.items()}
+    if type(value) in (list, tuple):
+        return type(value)(map(to_tensors, value))
+    if value is None or isinstance(value, int | float | complex | str | bytes):
+        return value
+    raise TypeError(
+        f"a checkpoint cannot hold the {type(value).__name__} that resume_state() of an environment gives: it takes "
+        "arrays, numbers, strings, bytes, and tuples, lists and dicts of these"
+    )
+
+
+def to_arrays(value: Any) -> Any:
+    """What :func:`to_tensors` was given."""
+    if isinstance(value, th.Tensor):
+        return value.numpy()[()]  # one number is a NumPy number again, of its own type
+    if isinstance(value, dict):
+        return {key: to_arrays(one) for key, one in value.items()}
+    return type(value)(map(to_arrays, value)) if isinstance(value, list | tuple) else value

@@ -43,7 +43,7 @@ from stable_baselines3.common.vec_env import VecEnv, VecFrameStack, VecMonitor, 
 from stable_baselines3.common.vec_env.base_vec_env import VecEnvWrapper
 
 from sb3_dreamer.environments import statistics
-from sb3_dreamer.files import read_settings
+from sb3_dreamer.files import read_settings, to_arrays, to_tensors
 
 if TYPE_CHECKING:
     from sb3_dreamer.dreamer import Dreamer
@@ -86,7 +86,7 @@ class ResumeCallback(BaseCallback):
 
     def _on_training_start(self) -> None:
         claim(self.folder, self.model)
-        _to_tensors(run_state(self.model))
+        to_tensors(run_state(self.model))
         self._saved_at = self.model.num_timesteps
 
     def _on_rollout_start(self) -> None:
@@ -145,7 +145,7 @@ def save_checkpoint(model: Dreamer, folder: Path, keep: int) -> Path:
     model.save(part / "model.zip")
     model.save_replay_buffer(part / "replay_buffer.pkl")
     model.replay_buffer.flush()
-    th.save(_to_tensors(run_state(model)), part / "state.pth")
+    th.save(to_tensors(run_state(model)), part / "state.pth")
     for file in part.iterdir():
         _sync(file)
     _sync(part)
@@ -174,7 +174,7 @@ def resume(cls: type[SelfDreamer], folder: str | Path, env: GymEnv | str, **kwar
     model = cls.load(there[-1] / "model.zip", env=env, **kwargs)
     # load_replay_buffer would end the episode under way
     model.replay_buffer = model.read_replay(there[-1] / "replay_buffer.pkl")
-    restore_run_state(model, _to_arrays(th.load(there[-1] / "state.pth", weights_only=True)))
+    restore_run_state(model, to_arrays(th.load(there[-1] / "state.pth", weights_only=True)))
     return model
 
 
@@ -301,33 +301,3 @@ def _stacks(wrapper: VecEnvWrapper) -> dict[str, Any]:
     """SB3's stacks of observations by key."""
     stacked = wrapper.stacked_obs
     return dict(getattr(stacked, "sub_stacked_observations", None) or {"": stacked})
-
-
-# -- arrays and tensors: torch reads only the latter without running code ----------------------------------------------
-
-
-def _to_tensors(value: Any) -> Any:
-    """Plain data only.
-
-    :raises TypeError: for anything else, which torch would write and refuse to read.
-    """
-    if isinstance(value, np.ndarray | np.generic):
-        return th.from_numpy(np.array(value))
-    if isinstance(value, dict):
-        return {key: _to_tensors(one) for key, one in value.items()}
-    if type(value) in (list, tuple):
-        return type(value)(map(_to_tensors, value))
-    if value is None or isinstance(value, int | float | complex | str | bytes):
-        return value
-    raise TypeError(
-        f"a checkpoint cannot hold the {type(value).__name__} that resume_state() of an environment gives: it takes "
-        "arrays, numbers, strings, bytes, and tuples, lists and dicts of these"
-    )
-
-
-def _to_arrays(value: Any) -> Any:
-    if isinstance(value, th.Tensor):
-        return value.numpy()[()]  # one number is a NumPy number again, of its own type
-    if isinstance(value, dict):
-        return {key: _to_arrays(one) for key, one in value.items()}
-    return type(value)(map(_to_arrays, value)) if isinstance(value, list | tuple) else value

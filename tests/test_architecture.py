@@ -58,7 +58,7 @@ LIBRARIES = {
     "spaces": {"torch", "numpy", "gymnasium", "stable_baselines3"},
     "policies": {"torch", "numpy", "gymnasium", "stable_baselines3"},
     "environments": {"gymnasium", "numpy", "stable_baselines3"},
-    "files": {"numpy", "gymnasium", "stable_baselines3"},
+    "files": {"numpy", "torch", "gymnasium", "stable_baselines3"},
     "algorithm": {"torch", "numpy", "gymnasium", "stable_baselines3"},
     "knobs": set(),
     "metrics": {"torch"},

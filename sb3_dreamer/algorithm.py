@@ -107,12 +107,8 @@ class SequenceAlgorithm(OffPolicyAlgorithm):
     def note_step(self, infos: list[dict[str, Any]]) -> None:
         """To be called after each step of the environments, before anybody else touches them or their statistics."""
         if (normalize := self._vec_normalize_env) is not None:  # as in SB3, what it clips of the last one is lost
-            infos = [
-                {**info, "terminal_observation": normalize.unnormalize_obs(info["terminal_observation"])}
-                if "terminal_observation" in info
-                else info
-                for info in infos
-            ]
+            last = "terminal_observation"
+            infos = [{**info, last: normalize.unnormalize_obs(info[last])} if last in info else info for info in infos]
             self._originals = normalize.get_original_obs(), normalize.get_original_reward(), infos
         self._note_resets()
 
@@ -235,9 +231,15 @@ class SequenceAlgorithm(OffPolicyAlgorithm):
     # -- keeping -------------------------------------------------------------------------------------------------------
 
     def save(self, path: FileLike, exclude: Iterable[str] | None = None, include: Iterable[str] | None = None) -> None:
-        """As in every SB3 algorithm, but the file appears whole or not at all: an older one survives a crash."""
+        """As in every SB3 algorithm, but the file appears whole or not at all: an older one survives a crash.
+
+        :raises ValueError: for the replay in ``include``, which has a file of its own.
+        """
+        included = list(include or ())
+        if "replay_buffer" in included:
+            raise ValueError("the replay has a file of its own: call save_replay_buffer(path)")
         with written_aside(path, "zip") as file:
-            super().save(file, exclude, include)
+            super().save(file, exclude, included)
 
     def save_replay_buffer(self, path: FileLike) -> None:
         """Save the replay; the file appears whole or not at all."""

@@ -6,7 +6,7 @@ import numpy as np
 import torch as th
 
 from sb3_dreamer.behavior.imagination import imagine, imagine_actions, lambda_returns
-from sb3_dreamer.dreamer import Dreamer
+from sb3_dreamer.dreamer import Dreamer, require_dreamer
 from sb3_dreamer.nets.distributions import BoundedNormal
 from sb3_dreamer.nets.layers import mixed_precision
 from sb3_dreamer.policies import PolicyState
@@ -31,11 +31,13 @@ class Planner:
     :param n_elites: how many of them make the next plan.
     :param iterations: how often.
     :raises ValueError: for other actions, and senseless numbers.
+    :raises TypeError: for a model that is no Dreamer.
     """
 
     def __init__(
         self, model: Dreamer, horizon: int = 5, n_candidates: int = 64, n_elites: int = 8, iterations: int = 2
     ) -> None:
+        require_dreamer(model, "Planner")
         if model.policy.action_spec.kind != "vector":
             raise ValueError(f"plans are drawn around actions of a Box, these are of {model.action_space}")
         if min(horizon, n_elites, iterations) < 1:

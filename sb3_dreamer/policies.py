@@ -152,10 +152,7 @@ class DreamerPolicy(BasePolicy):
             info)`` tuple, or a state of other environments.
         """
         self._check_form(observation)
-        obs, vectorized = self.obs_to_tensor(observation)
-        obs = by_key(obs)
-        if bad := [key for key, part in obs.items() if not part.isfinite().all()]:
-            raise ValueError(f"predict() got {bad[0]} with a number that is NaN or infinite; the state stays as it was")
+        obs, vectorized = self.finite_obs(observation, "predict()")
         n = len(next(iter(obs.values())))
         packed, prev_action = self.initial_state(n) if state is None else state
         if len(packed) != n:
@@ -174,6 +171,17 @@ class DreamerPolicy(BasePolicy):
         actions = self.decode_action(encoded.cpu().numpy())
         new_state = (packed_next.cpu().numpy(), self.encode_action(actions))  # as the replay has it: integers rounded
         return actions if vectorized else actions[0], new_state
+
+    def finite_obs(self, observation: Any, who: str) -> tuple[dict[str, th.Tensor], bool]:
+        """Observations as tensors by key, (n, *shape) each, and whether they came as a batch.
+
+        :raises ValueError: where one is not finite, as what ``who`` was given.
+        """
+        tensors, vectorized = self.obs_to_tensor(observation)
+        obs = by_key(tensors)
+        if bad := [key for key, part in obs.items() if not part.isfinite().all()]:
+            raise ValueError(f"{who} got {bad[0]} with a number that is NaN or infinite; the state stays as it was")
+        return obs, vectorized
 
     def _check_form(self, observation: Any) -> None:
         """Refuse what SB3's own checks stumble over: the tuple of a reset, another kind or other keys than a Dict's."""

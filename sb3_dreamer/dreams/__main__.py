@@ -19,8 +19,16 @@ from stable_baselines3.common.vec_env import VecEnv, VecNormalize
 from sb3_dreamer.dreamer import Dreamer
 from sb3_dreamer.dreams.collect import collect
 from sb3_dreamer.dreams.extras import MissingExtra
+from sb3_dreamer.dreams.figures import check_dims
 from sb3_dreamer.dreams.report import write_report
 from sb3_dreamer.dreams.videos import Body
+
+
+def positive(text: str) -> int:
+    """A whole number of at least 1."""
+    if (number := int(text)) < 1:
+        raise argparse.ArgumentTypeError(f"{text} has to be at least 1")
+    return number
 
 
 def parser() -> argparse.ArgumentParser:
@@ -30,11 +38,11 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--env", required=True, help="id of the environment, as in gymnasium.make")
     parser.add_argument("--out", type=Path, default=Path("dreams"), help="folder for the page")
     parser.add_argument("--vecnormalize", type=Path, help="statistics that VecNormalize.save wrote, if trained with it")
-    parser.add_argument("--steps", type=int, default=2_000, help="fresh steps in the environment")
-    parser.add_argument("--sequences", type=int, default=32, help="sequences drawn from them")
-    parser.add_argument("--context", type=int, default=15, help="entries that the model sees")
-    parser.add_argument("--horizon", type=int, default=50, help="steps that it dreams on")
-    parser.add_argument("--samples", type=int, default=32, help="dreams of each sequence")
+    parser.add_argument("--steps", type=positive, default=2_000, help="fresh steps in the environment")
+    parser.add_argument("--sequences", type=positive, default=32, help="sequences drawn from them")
+    parser.add_argument("--context", type=positive, default=15, help="entries that the model sees")
+    parser.add_argument("--horizon", type=positive, default=50, help="steps that it dreams on")
+    parser.add_argument("--samples", type=positive, default=32, help="dreams of each sequence")
     parser.add_argument("--dims", nargs="*", help='dimensions to plot, such as "obs[3]"; default: the largest errors')
     parser.add_argument("--random-actions", action="store_true", help="chance acts instead of the model")
     parser.add_argument("--seed", type=int, default=0)
@@ -78,6 +86,10 @@ def main(argv: list[str] | None = None) -> Path:
             f"{args.model} learned from what a VecNormalize made of the observations, and dreams of nothing else: give "
             "its statistics, --vecnormalize PATH"
         )
+    try:
+        check_dims(model.policy.world_model.decoder.specs, args.dims)
+    except ValueError as error:
+        raise SystemExit(f"--dims: {error}") from error
     model.set_random_seed(args.seed)
     acting = model.get_env()  # as load() has wrapped it: images, channels first
     assert acting is not None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Container
 from dataclasses import dataclass
 
 import numpy as np
@@ -50,9 +51,14 @@ class HorizonError:
 
 
 def horizon_errors(loop: OpenLoop) -> dict[str, HorizonError]:
-    """Observation key -> its errors; those of the reward under "reward", unless an observation has that name."""
+    """Observation key -> its errors; those of the reward under its :func:`reward_name`."""
     errors = {key: horizon_error(pair, loop.specs[key], loop) for key, pair in loop.obs.items()}
-    return {**errors, "reward": horizon_error(loop.reward, REWARD, loop)} if "reward" not in errors else errors
+    return {**errors, reward_name(loop.obs): horizon_error(loop.reward, REWARD, loop)}
+
+
+def reward_name(keys: Container[str]) -> str:
+    """What errors of the reward are called beside those of observations with these keys."""
+    return "reward of the task" if "reward" in keys else "reward"
 
 
 def horizon_error(observed: Pair, spec: Spec, loop: OpenLoop) -> HorizonError:

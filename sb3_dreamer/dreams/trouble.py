@@ -10,7 +10,7 @@ import torch as th
 
 from sb3_dreamer.behavior.imagination import imagine, lambda_returns
 from sb3_dreamer.dreamer import Dreamer
-from sb3_dreamer.dreams.horizon import HorizonError
+from sb3_dreamer.dreams.horizon import HorizonError, reward_name
 from sb3_dreamer.types import Batch
 
 DEAD = 0.01  # nats; a latent that tells less than this about the data is dead
@@ -39,7 +39,8 @@ def signs_of(
     states, post = world_model.observe(batch)
     _, info = world_model.rssm.kl_loss(states, post)
     classes, stoch = post.shape[-2:]
-    starts = th.randperm(batch.reward.numel(), device=batch.reward.device)[:STARTS]
+    alive = (~batch.is_terminal.flatten()).nonzero().squeeze(-1)
+    starts = alive[th.randperm(len(alive), device=alive.device)[:STARTS]]
     dream = imagine(world_model, policy.actor, states.flatten()[starts], model.imagination_horizon)
     returns = lambda_returns(dream.reward, dream.discount, policy.critic.value(dream.features), model.gae_lambda)
     ratio = {key: error.ratio(model.imagination_horizon) for key, error in errors.items()}
@@ -54,7 +55,7 @@ def signs_of(
         "return_scale": policy.return_scale.scale.item(),
         "too_sure": float(np.mean([errors[key].too_sure for key in batch.obs])),
         "error_ratio": float(np.mean(ratios)) if ratios else float("nan"),
-        "reward_error_ratio": ratio.get("reward", float("nan")),
+        "reward_error_ratio": ratio[reward_name(batch.obs)],
     }
 
 

@@ -16,6 +16,7 @@ from sb3_dreamer.hybrid.real_states import imagined_observations, real_states, u
 from sb3_dreamer.nets.layers import mixed_precision
 from sb3_dreamer.policies import PolicyState
 from sb3_dreamer.spaces import as_observation
+from sb3_dreamer.world_model.rssm import State
 
 STARTS_PER_ENV = 16
 LEAST_CONTEXT = 64  # entries of each real environment that are filtered to get there
@@ -39,6 +40,7 @@ class DreamVecEnv(VecEnv):
     :param start: the state that ``model.predict`` returned for the newest observation; of several environments, dreams
         begin at each of them by chance. Their first observation is what the model decodes.
     :raises ValueError: for a replay with nothing to start from, a state of another model, and senseless numbers.
+    :raises TypeError: for a model that is no Dreamer.
     """
 
     def __init__(self, model: Dreamer, n_envs: int = 1024, horizon: int = 64, start: PolicyState | None = None) -> None:
@@ -53,10 +55,13 @@ class DreamVecEnv(VecEnv):
                 raise ValueError(
                     f"start is of shape {shape}, not (n, {width}): give what predict() of this model returned"
                 )
+            if not np.isfinite(start[0]).all():
+                raise ValueError("start holds a number that is NaN or infinite, and so would all dreams from there")
         self.model, self.horizon = model, horizon
         self._given = None if start is None else th.tensor(np.asarray(start[0], np.float32), device=model.device)
         super().__init__(n_envs, model.observation_space, model.action_space)
         self._age = np.zeros(n_envs, int)
+        self._state: State | None = None
         self._actions = np.zeros(0)
 
     def reset(self) -> VecEnvObs:
@@ -83,7 +88,12 @@ class DreamVecEnv(VecEnv):
 
     @th.inference_mode()
     def step_wait(self) -> VecEnvStepReturn:
-        """Dream one step on."""
+        """Dream one step on.
+
+        :raises RuntimeError: before the first ``reset()``.
+        """
+        if self._state is None:
+            raise RuntimeError("these dreams have not begun: call reset() before step()")
         model, policy = self.model.policy.world_model, self.model.policy
         device = self.model.device
         actions = th.as_tensor(policy.encode_action(self._actions), device=device)
@@ -111,6 +121,7 @@ class DreamVecEnv(VecEnv):
                 "terminal_observation": as_observation(self.observation_space, last),
                 "TimeLimit.truncated": not terminal[i],
             }
+        assert self._state is not None
         drawn = self._draw(len(ended))
         packed = self.model.policy.world_model.rssm.pack(self._state)
         packed[th.as_tensor(ended, device=packed.device)] = self._starts[th.as_tensor(drawn, device=packed.device)]

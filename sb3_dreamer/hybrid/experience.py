@@ -14,7 +14,7 @@ from stable_baselines3.common.save_util import load_from_pkl
 from stable_baselines3.common.utils import configure_logger
 from stable_baselines3.common.vec_env import VecTransposeImage
 
-from sb3_dreamer.dreamer import Dreamer
+from sb3_dreamer.dreamer import Dreamer, require_dreamer
 from sb3_dreamer.environments import check_statistics
 from sb3_dreamer.hybrid.progress import Advance, progress
 from sb3_dreamer.replay import (
@@ -80,7 +80,9 @@ def require_replay(model: Dreamer, who: str) -> None:
     """Refuse a replay that has no sequence to serve.
 
     :raises ValueError: naming what is missing; the environment too, if its VecNormalize made what the model has seen.
+    :raises TypeError: for a model that is no Dreamer.
     """
+    require_dreamer(model, who)
     if model.env is None:
         require_statistics(model, who)
     replay = model.replay_buffer
@@ -95,7 +97,9 @@ def require_statistics(model: Dreamer, who: str) -> None:
     """Refuse a model that knows what a VecNormalize makes of observations, and has none.
 
     :raises ValueError: with what to do.
+    :raises TypeError: for a model that is no Dreamer.
     """
+    require_dreamer(model, who)
     if model.learned_normalised and model.get_vec_normalize_env() is None:
         raise ValueError(
             f"{who} needs the statistics of VecNormalize that this model has learned with: load it with its "

@@ -63,6 +63,7 @@ class Guard:
     :param unsafe: observations (N, .) in the environment's units, as dreamed -> (N,) bool, for what does not end an
         episode and still must not happen.
     :raises ValueError: for a fallback that cannot act there, and senseless numbers.
+    :raises TypeError: for a model that is no Dreamer, and a fallback that is nothing that acts.
     """
 
     def __init__(
@@ -76,13 +77,13 @@ class Guard:
         every: int = 10,
         unsafe: Callable[[Any], np.ndarray] | None = None,
     ) -> None:
+        require_statistics(model, "Guard")
         if model.env is None:
             raise ValueError("Guard needs a model with an environment: give one to load() or to set_env()")
         if min(horizon, n_dreams, every) < 1:
             raise ValueError(f"horizon={horizon}, n_dreams={n_dreams} and every={every} have to be at least 1")
         if not 0 <= max_risk <= 1:
             raise ValueError(f"max_risk={max_risk} has to be from 0 to 1")
-        require_statistics(model, "Guard")
         self.model, self.fallback = model, Guide(model, fallback, vec_normalize, deterministic=True, role="fallback")
         self.horizon, self.n_dreams, self.max_risk, self.every = horizon, n_dreams, max_risk, every
         self.unsafe = unsafe

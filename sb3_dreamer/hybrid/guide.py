@@ -45,7 +45,6 @@ class Guide:
         if isinstance(teacher, str | pathlib.Path):
             teacher, normalised = load_policy(teacher, model.device)
         _check_predict(teacher, role)
-        check_counted_from_zero(env.action_space)
         if vec_normalize is None and hasattr(teacher, "get_vec_normalize_env"):
             vec_normalize = teacher.get_vec_normalize_env()
         if vec_normalize is None and normalised:
@@ -55,6 +54,9 @@ class Guide:
             )
         if isinstance(vec_normalize, str | pathlib.Path):
             vec_normalize = _load_statistics(vec_normalize, env)
+        policy = getattr(teacher, "policy", teacher)
+        if isinstance(policy, BasePolicy) and not isinstance(policy, DreamerPolicy):
+            check_counted_from_zero(env.action_space)
         self.teacher, self.normalize = teacher, vec_normalize or None
         self.deterministic = deterministic
         self.memory: Any = None  # of a recurrent teacher

@@ -11,8 +11,7 @@ from gymnasium import spaces
 from stable_baselines3.common.vec_env import VecEnv
 from stable_baselines3.common.vec_env.base_vec_env import VecEnvIndices, VecEnvObs, VecEnvStepReturn
 
-from sb3_dreamer.dreamer import Dreamer
-from sb3_dreamer.spaces import by_key
+from sb3_dreamer.dreamer import Dreamer, require_dreamer
 
 
 class LatentVecEnv(VecEnv):
@@ -22,9 +21,13 @@ class LatentVecEnv(VecEnv):
 
     :param model: a trained Dreamer; it filters, and does not learn here.
     :param env: environments of its spaces, for example ``model.get_env()``.
+    :raises TypeError: for a model that is no Dreamer, and an environment that is no VecEnv.
     """
 
     def __init__(self, model: Dreamer, env: VecEnv) -> None:
+        require_dreamer(model, "LatentVecEnv")
+        if not isinstance(env, VecEnv):
+            raise TypeError(f"LatentVecEnv goes around a VecEnv, not {type(env).__name__}: make_vec_env() makes one")
         self.model, self.env = model, env
         width = model.policy.world_model.feature_width
         super().__init__(env.num_envs, spaces.Box(-np.inf, np.inf, (width,), np.float32), env.action_space)
@@ -59,7 +62,7 @@ class LatentVecEnv(VecEnv):
     def _see(self, obs: Any, is_first: np.ndarray) -> tuple[th.Tensor, np.ndarray]:
         """The next states (n, L) and their features (n, F)."""
         policy = self.model.policy
-        tensors = by_key(policy.obs_to_tensor(obs)[0])
+        tensors, _ = policy.finite_obs(obs, "LatentVecEnv")
         first = th.as_tensor(is_first, device=self.model.device)
         state = policy.observe(tensors, self._packed, self._action, first, sample=False)
         return policy.world_model.rssm.pack(state), state.features.cpu().numpy()

@@ -125,6 +125,12 @@ def test_include_and_exclude_are_heeded(model):
     assert np.array_equal(data["_last_obs"], model._last_obs)
 
 
+def test_the_replay_has_a_file_of_its_own(model, tmp_path):
+    with pytest.raises(ValueError, match=r"call save_replay_buffer\(path\)"):
+        model.save(tmp_path / "model", include=["replay_buffer"])
+    assert not list(tmp_path.iterdir())
+
+
 # -- environments ------------------------------------------------------------------------------------------------------
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import gymnasium as gym
 import numpy as np
 import pytest
+from gymnasium.envs.classic_control import PendulumEnv
 from stable_baselines3 import PPO
 from stable_baselines3.common.logger import configure
 from stable_baselines3.common.vec_env import DummyVecEnv
@@ -93,6 +94,25 @@ def test_the_command_writes_the_page(tmp_path: Path, capsys: pytest.CaptureFixtu
     text = page.read_text("utf-8")
     assert "Dreams of model in Pendulum-v1" in text
     assert "No video of the body" in text
+
+
+@pytest.mark.parametrize(
+    ("wrong", "says"),
+    [
+        (["--sequences", "0"], "--sequences: 0 has to be at least 1"),
+        (["--samples", "-2"], "--samples: -2 has to be at least 1"),
+        (["--horizon", "0"], "--horizon: 0 has to be at least 1"),
+        (["--dims", "obs[9]"], r"--dims: dims ['obs[9]'] are unknown; there are obs[0], obs[1], obs[2]"),
+    ],
+)
+def test_the_command_refuses_what_it_cannot_draw_before_a_step_is_made(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, wrong: list[str], says: str
+):
+    Dreamer("MlpPolicy", "Pendulum-v1", **TINY).save(tmp_path / "model.zip")
+    monkeypatch.setattr(PendulumEnv, "step", None)
+    with pytest.raises(SystemExit) as refused:
+        main([str(tmp_path / "model.zip"), "--env", "Pendulum-v1", *wrong])
+    assert says in f"{refused.value} {capsys.readouterr().err}"
 
 
 class Pictures(gym.ObservationWrapper[np.ndarray, np.int64, np.ndarray]):

@@ -1,10 +1,15 @@
+from dataclasses import replace
+from typing import Any
+
+import gymnasium as gym
 import numpy as np
 import pytest
 import torch as th
 from stable_baselines3.common.vec_env import DummyVecEnv
 
 from sb3_dreamer import Dreamer
-from sb3_dreamer.dreams import collect, find_trouble, horizon_errors, open_loop, signs_of
+from sb3_dreamer.behavior.imagination import imagine
+from sb3_dreamer.dreams import collect, find_trouble, horizon_errors, open_loop, signs_of, trouble
 from sb3_dreamer.dreams.trouble import TROUBLES, RealReturns, information, returns_to_go
 from tests.dreams.dial import Dial
 
@@ -80,6 +85,51 @@ def test_real_returns_keep_environments_apart_and_the_newest_episodes():
     assert real.mean == 2.0  # of 1 + 2 / 2 and 2
     real.add(np.array([0.0, 10.0]), np.array([False, True]), [{}, {"TimeLimit.truncated": True}])
     np.testing.assert_allclose(real.mean, 20.0)
+
+
+class Named(gym.Wrapper):
+    """The dial as a Dict, one key of which is called as the reward is."""
+
+    def __init__(self) -> None:
+        super().__init__(Dial())
+        self.observation_space = gym.spaces.Dict(reward=self.env.observation_space)
+
+    def reset(self, **kwargs: Any) -> Any:
+        obs, info = self.env.reset(**kwargs)
+        return {"reward": obs}, info
+
+    def step(self, action: Any) -> Any:
+        obs, *rest = self.env.step(action)
+        return {"reward": obs}, *rest
+
+
+def test_an_observation_called_reward_does_not_hide_the_reward_of_the_task():
+    model = Dreamer("MultiInputPolicy", Named(), model_size="debug", seed=0)
+    replay, _ = collect(model, DummyVecEnv([Named]), 120, sequence_length=24)
+    batch = replay.peek(4)
+    errors = horizon_errors(open_loop(model.policy, batch, samples=4))
+    assert errors.keys() == {"reward", "reward of the task"}
+    sign = signs_of(model, batch, errors)["reward_error_ratio"]
+    assert sign == errors["reward of the task"].ratio(model.imagination_horizon)
+    assert sign != errors["reward"].ratio(model.imagination_horizon)
+
+
+def test_dreams_begin_where_an_episode_goes_on(monkeypatch: pytest.MonkeyPatch):
+    model = Dreamer("MlpPolicy", Dial(), model_size="debug", seed=0)
+    replay, _ = collect(model, DummyVecEnv([Dial]), 120, sequence_length=24)
+    batch = replay.peek(4)
+    over = th.zeros_like(batch.is_terminal)
+    over[:, 3:] = True
+    begun: list[int] = []
+
+    def note(world_model: Any, actor: Any, start: Any, horizon: int) -> Any:
+        begun.append(len(start.features))
+        return imagine(world_model, actor, start, horizon)
+
+    monkeypatch.setattr(trouble, "imagine", note)
+    errors = horizon_errors(open_loop(model.policy, batch, samples=4))
+    signs_of(model, replace(batch, is_terminal=over), errors)
+    assert begun == [12]
 
 
 def test_signs_of_an_untrained_model():

@@ -6,8 +6,11 @@ import torch as th
 from stable_baselines3 import PPO
 
 from sb3_dreamer import Dreamer
-from sb3_dreamer.hybrid import DreamVecEnv
+from sb3_dreamer.hybrid import DreamVecEnv, Guard, LatentVecEnv
+from sb3_dreamer.hybrid.dream_env import STARTS_PER_ENV
+from sb3_dreamer.hybrid.real_states import real_states
 from sb3_dreamer.nets import layers
+from sb3_dreamer.planning import Planner
 from tests.hybrid.conftest import SMALL, pendulum
 
 
@@ -20,6 +23,21 @@ def test_dreams_begin_at_real_moments(dreamer: Dreamer):
     stored = dreamer.replay_buffer._storage.arrays["obs/obs"]
     assert obs.shape == (8, 3)
     assert all((stored == one).all(-1).any() for one in obs)
+
+
+def test_the_state_is_of_the_same_moment_as_the_observation(dreamer: Dreamer):
+    env = DreamVecEnv(dreamer, 16, horizon=1)
+    real = real_states(dreamer, 16 * STARTS_PER_ENV)
+
+    def check(obs: np.ndarray) -> None:
+        for packed, one in zip(dreamer.policy.world_model.rssm.pack(env._state), obs, strict=True):
+            (moment,) = (real.packed == packed).all(-1).nonzero().flatten().tolist()
+            np.testing.assert_array_equal(real.obs["obs"][moment], one)
+
+    check(env.reset())
+    obs, _, dones, _ = env.step(push(env))
+    assert dones.all()
+    check(obs)
 
 
 def test_a_step_is_the_models(monkeypatch: pytest.MonkeyPatch):
@@ -74,6 +92,24 @@ def test_the_model_ends_dreams_that_it_thinks_are_over(dreamer: Dreamer):
     assert not any(info["TimeLimit.truncated"] for info in infos)
 
 
+def test_ends_are_drawn_with_their_probability(dreamer: Dreamer, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(
+        dreamer.policy.world_model, "predict_continue", lambda features: th.full(features.shape[:-1], 0.7)
+    )
+    th.manual_seed(0)
+    env = DreamVecEnv(dreamer, 2_000)
+    env.reset()
+    _, _, dones, infos = env.step(push(env))
+    assert abs(dones.mean() - 0.3) < 4 * np.sqrt(0.3 * 0.7 / 2_000)
+    assert not any(infos[i]["TimeLimit.truncated"] for i in np.flatnonzero(dones))
+
+
+def test_a_step_before_the_first_reset_is_refused(dreamer: Dreamer):
+    env = DreamVecEnv(dreamer, 2)
+    with pytest.raises(RuntimeError, match=r"call reset\(\) before step\(\)"):
+        env.step(push(env))
+
+
 def test_ppo_trains_in_it_unchanged_and_the_model_stays_as_it_is(dreamer: Dreamer):
     before = {name: value.clone() for name, value in dreamer.policy.state_dict().items()}
     steps = dreamer.num_timesteps
@@ -91,6 +127,16 @@ def test_senseless_numbers_are_refused(dreamer: Dreamer, n_envs: int, horizon: i
 def test_one_dream_of_an_agent_with_many_environments():
     model = Dreamer("MlpPolicy", pendulum(20), **SMALL).learn(800)
     assert DreamVecEnv(model, n_envs=1, horizon=5).reset().shape == (1, 3)
+
+
+@pytest.mark.parametrize(
+    "use",
+    [Planner, DreamVecEnv, lambda ppo: Guard(ppo, ppo), lambda ppo: LatentVecEnv(ppo, ppo.env)],
+    ids=["Planner", "DreamVecEnv", "Guard", "LatentVecEnv"],
+)
+def test_an_algorithm_without_a_world_model_is_refused(use):
+    with pytest.raises(TypeError, match="uses the world model of a Dreamer, and PPO has none"):
+        use(PPO("MlpPolicy", pendulum(), device="cpu"))
 
 
 def test_an_empty_replay_is_refused():
@@ -131,6 +177,12 @@ class TestFromTheRobotsPresentMoment:
     def test_a_state_of_another_model_is_refused(self, dreamer: Dreamer, shape: tuple[int, ...]):
         with pytest.raises(ValueError, match="give what predict"):
             DreamVecEnv(dreamer, 2, start=(np.zeros(shape, np.float32), np.zeros((2, 1), np.float32)))
+
+    def test_a_state_that_is_not_finite_is_refused(self, dreamer: Dreamer):
+        packed, action = dreamer.policy.initial_state(1)
+        packed[0, 3] = np.nan
+        with pytest.raises(ValueError, match="NaN or infinite"):
+            DreamVecEnv(dreamer, 2, start=(packed, action))
 
     def test_an_empty_state_is_refused(self, dreamer: Dreamer):
         packed, action = dreamer.policy.initial_state(0)

@@ -4,9 +4,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import gymnasium as gym
 import numpy as np
 import pytest
 import torch as th
+from gymnasium import spaces
 from sb3_contrib import RecurrentPPO
 from stable_baselines3 import PPO, SAC
 from stable_baselines3.common.evaluation import evaluate_policy
@@ -222,6 +224,35 @@ def test_a_controller_of_ones_own_needs_no_more_than_predict(dreamer: Dreamer):
 
     with continues_with(dreamer, 0.0):
         assert Guard(dreamer, Still(), horizon=2).predict(observe(2))[0].tolist() == [[0.0], [0.0]]
+
+
+class FromTwo(gym.Env[np.ndarray, np.int64]):
+    """Choices that are counted from 2."""
+
+    observation_space = spaces.Box(-1, 1, (3,), np.float32)
+    action_space = spaces.Discrete(2, start=2)
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> Any:
+        super().reset(seed=seed)
+        return np.zeros(3, np.float32), {}
+
+    def step(self, action: np.int64) -> Any:
+        assert action in self.action_space
+        return np.zeros(3, np.float32), 1.0, False, False, {}
+
+
+def test_choices_may_begin_elsewhere_where_no_algorithm_of_sb3_counts_them():
+    class Second:
+        def predict(self, obs, state=None, episode_start=None, deterministic=False):
+            return np.full(len(obs), 3), None
+
+    model = Dreamer("MlpPolicy", FromTwo(), **SMALL)
+    with continues_with(model, 0.0):
+        for fallback in (Second(), model):
+            assert Guard(model, fallback, horizon=2).predict(observe(2))[0].min() >= 2
+        assert Guard(model, Second(), horizon=2).predict(observe(2))[0].tolist() == [3, 3]
+    with pytest.raises(ValueError, match="count from 0"):
+        Guard(model, PPO("MlpPolicy", "CartPole-v1", device="cpu"))
 
 
 def test_it_can_be_evaluated_as_any_policy(dreamer: Dreamer):

@@ -440,6 +440,18 @@ class TestLatents:
         expected = dreamer.policy.world_model.rssm.unpack(th.as_tensor(packed)).features[0]
         np.testing.assert_allclose(seen[0]["terminal_observation"], expected, atol=1e-6)
 
+    def test_a_number_that_is_not_finite_is_told_and_does_not_stay_in_the_memory(self, dreamer: Dreamer):
+        env = LatentVecEnv(dreamer, pendulum())
+        env.reset()
+        before = env._packed.clone()
+        with pytest.raises(ValueError, match="LatentVecEnv got obs with a number that is NaN"):
+            env._see(np.float32([[np.nan, 0.0, 0.0]]), np.zeros(1, bool))
+        assert th.equal(env._packed, before)
+
+    def test_only_vectors_of_environments_are_seen_through(self, dreamer: Dreamer):
+        with pytest.raises(TypeError, match=r"goes around a VecEnv, not TimeLimit: make_vec_env\(\) makes one"):
+            LatentVecEnv(dreamer, gym.make("Pendulum-v1"))
+
     def test_the_features_are_those_of_predict(self, dreamer: Dreamer):
         env = LatentVecEnv(dreamer, pendulum())
         env.seed(3)

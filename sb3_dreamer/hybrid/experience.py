@@ -133,7 +133,7 @@ def episodes_of(model: Dreamer, source: Any, time_limit: int | None = None) -> I
     :raises TypeError: for a source of no known kind.
     """
     if isinstance(source, str | pathlib.Path):
-        is_replay = str(source).endswith(".pkl")
+        is_replay = str(source).endswith(".pkl") or pathlib.Path(f"{source}.pkl").exists()
         source = load_from_pkl(source) if is_replay else _load_minari(str(source))
     if isinstance(source, SequenceReplayBuffer):
         check_same_spaces(model, source.observation_space, source.action_space, "the replay")

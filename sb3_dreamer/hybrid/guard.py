@@ -16,7 +16,7 @@ from sb3_dreamer.hybrid.experience import require_statistics
 from sb3_dreamer.hybrid.guide import Guide
 from sb3_dreamer.hybrid.real_states import imagined_observations, unpacked
 from sb3_dreamer.nets.layers import mixed_precision
-from sb3_dreamer.spaces import as_observation
+from sb3_dreamer.spaces import as_observation, by_key
 
 
 class GuardState(NamedTuple):
@@ -110,6 +110,9 @@ class Guard:
         if due.any():
             taken_over[due] = self.risk(packed[due]) > self.max_risk
         original = observation if normalize is None else normalize.unnormalize_obs(observation)
+        if actions.shape == self.model.action_space.shape:  # one observation alone
+            parts = {key: np.asarray(part)[None] for key, part in by_key(original).items()}
+            original = as_observation(self.model.observation_space, parts)
         instead, memory = self.fallback.act(original, None if state is None else state.memory, starts)
         shape = n, *(self.model.action_space.shape or ())
         own, other = actions.reshape(shape), np.reshape(instead, shape)

@@ -91,7 +91,15 @@ def _check_predict(teacher: Any, role: str) -> None:
     predict = getattr(teacher, "predict", None)
     if not callable(predict):
         raise TypeError(f"the {role} is {teacher!r}, which has no predict(): give a model of SB3 or the path of one")
-    if "action_masks" in inspect.signature(predict).parameters:
+    signature = inspect.signature(predict)
+    try:
+        signature.bind("observation", "state", "episode_start", "deterministic")
+    except TypeError as error:
+        raise TypeError(
+            f"the {role} has predict{signature}: it is called as SB3's is, predict(observation, state, episode_start, "
+            "deterministic), and gives (actions, state)"
+        ) from error
+    if "action_masks" in signature.parameters:
         raise ValueError(
             f"the {role} chooses among the actions that masks leave it, and Dreamer knows no masks: it would take "
             "forbidden ones. Use one whose environment understands every action"

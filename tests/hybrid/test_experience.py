@@ -199,11 +199,12 @@ class TestOtherSources:
         (e,) = read_episodes(model.replay_buffer)
         np.testing.assert_array_equal(e.obs["obs"], image.transpose(0, 3, 1, 2))
 
-    def test_a_saved_replay_is_read(self, tmp_path):
+    @pytest.mark.parametrize("name", ["replay.pkl", "replay"])
+    def test_a_saved_replay_is_read(self, tmp_path, name):
         sac = SAC("MlpPolicy", Line(), buffer_size=50, learning_starts=50, device="cpu").learn(12)
         sac.save_replay_buffer(tmp_path / "replay")
         model = small()
-        add_experience(model, tmp_path / "replay.pkl")
+        add_experience(model, tmp_path / name)
         assert sum(map(len, read_episodes(model.replay_buffer))) == 12
 
     def test_a_missing_minari_names_the_command(self):

@@ -223,7 +223,18 @@ def test_a_controller_of_ones_own_needs_no_more_than_predict(dreamer: Dreamer):
             return np.zeros((len(obs), 1), np.float32), None
 
     with continues_with(dreamer, 0.0):
-        assert Guard(dreamer, Still(), horizon=2).predict(observe(2))[0].tolist() == [[0.0], [0.0]]
+        guard = Guard(dreamer, Still(), horizon=2)
+        assert guard.predict(observe(2))[0].tolist() == [[0.0], [0.0]]
+        assert guard.predict(observe()[0])[0].tolist() == [0.0]  # it is always asked about a batch
+
+
+def test_a_controller_that_cannot_be_called_as_sb3s_is_refused(dreamer: Dreamer):
+    class Simple:
+        def predict(self, obs):
+            return np.zeros((len(obs), 1), np.float32)
+
+    with pytest.raises(TypeError, match=r"the fallback has predict\(obs\): it is called as SB3's is"):
+        Guard(dreamer, Simple())
 
 
 class FromTwo(gym.Env[np.ndarray, np.int64]):

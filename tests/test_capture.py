@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -14,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from sb3_dreamer import Dreamer
 from sb3_dreamer.capture import CapturedUpdate, map_tensors
 from sb3_dreamer.dreamer import READ_BY_UPDATE
+from sb3_dreamer.knobs import KNOBS
 from sb3_dreamer.nets import optim
 from sb3_dreamer.nets.optim import LaProp
 from sb3_dreamer.replay import SequenceReplayBuffer, columns
@@ -161,6 +164,11 @@ def test_each_setting_that_an_update_reads_is_recorded_anew(knob: str) -> None:
     model.pretrain(1)
     assert model._captured is not None
     assert model._captured[1].calls == 1
+
+
+def test_no_setting_that_an_update_reads_is_forgotten() -> None:
+    read = set(re.findall(r"self\.(\w+)", inspect.getsource(Dreamer.update)))
+    assert read & KNOBS.keys() <= set(READ_BY_UPDATE)
 
 
 def test_new_settings_and_new_parameters_are_recorded_anew() -> None:

@@ -235,6 +235,21 @@ class TestRing:
         assert starts(batch)[:2] == [0, 3]
         assert batch.obs["obs"].shape == (5, 3, 1)
 
+    def test_new_entries_of_all_environments_wait_in_the_queue(self):
+        buffer = make(40, n_envs=4)
+        for number in range(9):
+            buffer.add(np.full((4, 1), number), None, np.zeros((4, 1)), np.zeros(4), np.zeros(4), [{}] * 4)
+        fresh = buffer.sample(24).index[:12]
+        assert fresh.tolist() == [[env, start] for start in (0, 3, 6) for env in range(4)]
+
+    def test_what_begins_since_a_moment_is_served_alone_and_the_queue_left_as_it_was(self):
+        buffer = make(100)
+        walk(buffer, 0, 10)
+        assert set(starts(buffer.sample(200, since=np.array([5])))) == {5, 6, 7}
+        assert buffer.can_sample(np.array([7]))
+        assert not buffer.can_sample(np.array([8]))
+        assert starts(buffer.sample(1)) == [0]
+
     def test_the_queue_skips_what_was_overwritten(self):
         buffer = make(8)
         walk(buffer, 0, 23)  # queued: 0, 3, ..., 18; 16 is the first start served
@@ -274,6 +289,17 @@ class TestLatents:
         walk(buffer, 10, 12)
         batch = buffer.sample(200)
         assert dict(zip(starts(batch), batch.start.flatten().tolist())) == {5: 0, 6: 15, 7: 16, 8: 17, 9: 0}
+
+    def test_each_environment_gets_its_own(self):
+        buffer = make(16, n_envs=2, latent_size=1)
+        infos = [{}, {"terminal_observation": np.array([9.0])}]
+        for number in range(5):  # environment 1 ends each episode at once: it has ten entries, and rows for eight
+            done = np.array([False, True])
+            buffer.add(np.full((2, 1), number), None, np.zeros((2, 1)), np.zeros(2), done, infos, np.zeros((2, 1)))
+        refreshed = th.tensor([[[1.0], [2.0], [3.0]], [[4.0], [5.0], [6.0]]])
+        buffer.update_latents(np.array([[0, 0], [1, 1]]), refreshed)
+        latents = buffer._storage.arrays["latent"].reshape(2, 8)
+        assert latents.tolist() == [[1, 2, 3, 0, 0, 0, 0, 0], [0, 0, 5, 6, 0, 0, 0, 0]]  # entry 1 is overwritten
 
     def test_latents_are_kept_as_float16_and_clipped_to_it(self):
         buffer = make(latent_size=1)

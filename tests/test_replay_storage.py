@@ -15,7 +15,7 @@ import pytest
 import torch as th
 from gymnasium import spaces
 
-from sb3_dreamer.replay import SequenceReplayBuffer
+from sb3_dreamer.replay import SequenceReplayBuffer, columns
 
 WIDE = spaces.Box(-np.inf, np.inf, (500,), np.float32)
 STICK = spaces.Box(-1.0, 1.0, (2,), np.float32)
@@ -110,6 +110,13 @@ class TestFolder:
         buffer.update_latents(np.array([[0, 2]]), th.full((1, LENGTH, 3), 7.0))
         batch = make(tmp_path).sample(100)
         assert {float(start[0]) for start, index in zip(batch.start, batch.index) if 3 <= index[1] <= 6} == {7.0}
+
+    def test_flushed_latents_reach_them_though_they_are_still_on_the_way(self, tmp_path, monkeypatch):
+        monkeypatch.setattr(columns.HalfLatents, "on_the_way", property(lambda self: True))
+        buffer = fill(tmp_path, 4)
+        buffer.update_latents(np.array([[0, 0]]), th.ones(1, LENGTH, 3))
+        buffer.flush()
+        assert np.load(tmp_path / "latent.npy", mmap_mode="r")[:4].tolist() == np.ones((4, 3)).tolist()
 
     def test_the_files_are_plain_numpy_arrays(self, tmp_path):
         fill(tmp_path, 3)
@@ -281,6 +288,15 @@ class TestDeath:
         torn = died and n % per_entry > 0
         assert reopened.size() == 20 - torn
         assert served(reopened) == set(range(newest - 19 + torn, newest))
+
+    def test_neither_is_one_torn_at_the_first_turn_of_the_ring(self, tmp_path):
+        buffer = fill(tmp_path, 20)
+        buffer._storage.arrays = Dying(buffer._storage.arrays, 3)  # entry 20 takes the place of entry 0
+        with pytest.raises(Death):
+            add(buffer, 20)
+        reopened = make(tmp_path)
+        assert reopened.size() == 19
+        assert served(reopened) == set(range(2, 20))
 
     @pytest.mark.skipif(sys.platform == "win32", reason="needs SIGKILL")
     @pytest.mark.parametrize("kills", [2, pytest.param(30, marks=pytest.mark.slow)])

@@ -1,8 +1,8 @@
 import pytest
 import torch as th
 
-from sb3_dreamer.behavior.actor_critic import advantages
-from sb3_dreamer.types import Dream
+from sb3_dreamer.behavior.actor_critic import Actor, Critic, advantages
+from sb3_dreamer.types import SIZES, Dream, Spec
 
 
 def dream_of(discount: list[list[float]]) -> Dream:
@@ -48,3 +48,25 @@ def test_dreams_that_are_over_do_not_count_in_the_mean():
 def test_no_gradient_reaches_the_critic_through_the_advantage(center: bool):
     values = VALUES.clone().requires_grad_()
     assert not advantages(dream_of([[1.0, 1.0, 1.0]] * 2), RETURNS, values, th.tensor(1.0), center).requires_grad
+
+
+def test_an_actor_begins_with_actions_near_the_middle():
+    th.manual_seed(0)
+    actor = Actor(8, Spec("vector", (2,)), SIZES["debug"])
+    assert actor(th.randn(100, 8)).mode().abs().max() < 0.1
+
+
+def test_the_slow_critic_begins_as_the_critic():
+    critic = Critic(3, SIZES["debug"])
+    th.testing.assert_close(critic.slow.state_dict(), critic.fast.state_dict(), rtol=0, atol=0)
+
+
+def test_the_slow_critic_follows_by_its_share_where_the_critic_has_learned():
+    critic = Critic(3, SIZES["debug"])
+    for slow, fast in zip(critic.slow.parameters(), critic.fast.parameters(), strict=True):
+        slow.data.zero_()
+        fast.data.fill_(1.0)
+    for learned, expected in ((True, 0.1), (False, 0.1), (True, 0.19)):
+        critic.update_slow(0.9, th.tensor(learned))
+        for slow in critic.slow.parameters():
+            th.testing.assert_close(slow.data, th.full_like(slow, expected))

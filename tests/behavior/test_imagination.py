@@ -9,7 +9,7 @@ import torch as th
 
 from sb3_dreamer.behavior import imagination
 from sb3_dreamer.behavior.actor_critic import Actor, weights
-from sb3_dreamer.behavior.imagination import ReturnScale, imagine, imagine_actions, lambda_returns
+from sb3_dreamer.behavior.imagination import ReturnScale, draw_starts, imagine, imagine_actions, lambda_returns
 from sb3_dreamer.types import SIZES, Dream, Spec
 from sb3_dreamer.world_model import WorldModel
 
@@ -57,6 +57,13 @@ def test_the_return_scale_is_a_moving_percentile_range_and_never_below_one() -> 
 def test_the_last_state_of_a_dream_has_no_weight_and_a_likely_end_lowers_those_after_it() -> None:
     dream = Dream(th.zeros(1, 4, 2), th.zeros(1, 3, 1), row(0, 0, 0, 0), row(1.0, 0.5, 0.5, 1.0))
     assert weights(dream).tolist() == [[1.0, 0.5, 0.25, 0.0]]
+
+
+def test_starts_are_drawn_from_all_states_and_none_twice() -> None:
+    draws = [draw_starts(6, 3, th.device("cpu")).tolist() for _ in range(200)]
+    assert all(len(set(draw)) == 3 for draw in draws)
+    assert set().union(*draws) == set(range(6))
+    assert draw_starts(4, None, th.device("cpu")).tolist() == [0, 1, 2, 3]
 
 
 def test_a_dream_starts_at_its_start_and_given_its_own_actions_it_is_the_same_dream() -> None:

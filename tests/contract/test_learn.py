@@ -197,6 +197,11 @@ def test_learning_starts_that_do_not_fit_into_the_replay_still_begin():
     assert agent(buffer_size=20, learning_starts=100).learn(30)._n_updates > 0
 
 
+def test_nor_do_those_that_fit_into_it_but_not_into_the_rows_of_all_environments_stop_it():
+    env = DummyVecEnv([lambda: Count(1000)] * 3)
+    assert agent(env, buffer_size=29, learning_starts=28).learn(60)._n_updates > 0  # three times nine rows
+
+
 def test_the_replay_takes_no_memory_before_the_first_step():
     model = agent(buffer_size=10**9)
     assert model.replay_buffer.nbytes == 0
@@ -214,6 +219,13 @@ def test_learning_on_stays_in_the_episode():
     flags = stored(model)["flags"]
     assert np.flatnonzero(flags & FIRST).tolist() == [0, 11, 22]
     assert not np.array_equal(model._online_state[0], state)
+
+
+def test_learning_on_leaves_an_episode_whole_where_that_of_another_environment_has_just_ended():
+    model = agent(DummyVecEnv([lambda: Count(100), lambda: Count(5)])).learn(10)
+    model.learn(4, reset_num_timesteps=False)
+    assert np.flatnonzero(stored(model, 0)["flags"] & FIRST).tolist() == [0]
+    assert np.flatnonzero(stored(model, 1)["flags"] & FIRST).tolist() == [0, 6]
 
 
 def test_learning_anew_resets_and_cuts_the_stream_but_keeps_what_was_learned():
@@ -266,6 +278,22 @@ def test_the_recurrent_state_is_reset_where_an_episode_begins(monkeypatch):
     monkeypatch.setattr(model.policy, "act", lambda *args: seen.append(bool(args[3])) or act(*args))
     model.learn(24)
     assert np.flatnonzero(seen).tolist() == [0, 10, 20]
+
+
+def test_and_where_others_have_reset_the_environments(monkeypatch):
+    class Reset(BaseCallback):
+        def _on_rollout_start(self) -> None:
+            if self.num_timesteps == 5:
+                self.training_env.reset()
+
+        def _on_step(self) -> bool:
+            return True
+
+    model, seen = agent(), []
+    act = model.policy.act
+    monkeypatch.setattr(model.policy, "act", lambda *args: seen.append(args[3] is not None) or act(*args))
+    model.learn(12, Reset())
+    assert np.flatnonzero(seen).tolist() == [0, 5]
 
 
 # -- seeds -------------------------------------------------------------------------------------------------------------

@@ -97,6 +97,31 @@ class TestEpisodes:
         assert told(read_episodes(buffer)) == [([2.0, 3.0, 4.0, 5.0, 6.0], False)]
         assert told(read_episodes(buffer, newest=3)) == [([4.0, 5.0, 6.0], False)]
 
+    def test_an_episode_written_into_one_under_way_ends_that_one(self):
+        buffer = SequenceReplayBuffer(40, LINE, STICK, "cpu", sequence_length=7)
+        one, going_on, info = np.zeros((1, 1)), np.zeros(1, bool), [{}]
+        for obs, reward in ((1, 5), (2, 6)):
+            buffer.add(np.full((1, 1), obs), None, one, np.array([reward]), going_on, info)
+        write_episode(buffer, episode(10, 2, terminal=True))
+        for obs, reward in ((20, 9), (21, 0)):
+            buffer.add(np.full((1, 1), obs), None, one, np.array([reward]), going_on, info)
+        batch = buffer.sample(1)
+        assert batch.obs["obs"].flatten().tolist() == [1, 2, 10, 11, 12, 20, 21]
+        assert batch.reward.flatten().tolist() == pytest.approx([0, 5, 0, 1.1, 1.2, 0, 9])
+        assert batch.is_first.int().tolist() == [[1, 0, 1, 0, 0, 1, 0]]
+        assert batch.is_last.int().tolist() == [[0, 1, 0, 0, 1, 0, 0]]
+        assert batch.is_terminal.int().tolist() == [[0, 0, 0, 0, 1, 0, 0]]
+
+    def test_the_newest_entries_are_those_of_all_environments_together(self):
+        buffer = SequenceReplayBuffer(80, LINE, STICK, "cpu", n_envs=2, sequence_length=3)
+        for number in range(10):
+            buffer.add(np.full((2, 1), number), None, np.zeros((2, 1)), np.zeros(2), np.zeros(2), [{}, {}])
+        assert [e.obs["obs"].flatten().tolist() for e in read_episodes(buffer, newest=6)] == [[7, 8, 9]] * 2
+
+    def test_a_part_ends_for_good_only_where_the_whole_does(self):
+        whole = episode(0, 5, terminal=True)
+        assert told([whole.part(0, 3), whole.part(3, 5)]) == [([0, 1, 2, 3], False), ([3, 4, 5], True)]
+
     def test_integers_come_back_with_the_start_of_their_space(self):
         buffer = SequenceReplayBuffer(40, LINE, spaces.Discrete(3, start=5), "cpu", sequence_length=3)
         actions = np.array([5, 7, 6])

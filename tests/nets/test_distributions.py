@@ -93,6 +93,12 @@ def test_noise_picks_the_class_whose_share_of_the_unit_interval_it_falls_into() 
     assert sample_onehot_with(probs, noise).argmax(-1).tolist() == [0, 1, 2, 2]
 
 
+def test_noise_just_below_one_picks_a_class_too() -> None:
+    th.manual_seed(0)
+    probs, noise = th.randn(500, 5, 8).softmax(1), th.full((500, 1, 8), 1 - 2**-24)
+    assert th.equal(sample_onehot_with(probs, noise, 1).sum(1), th.ones(500, 8))
+
+
 def test_straight_through_has_the_value_of_the_sample_and_the_gradient_of_the_probabilities() -> None:
     probs = th.tensor([0.2, 0.8], requires_grad=True)
     value = straight_through(th.tensor([1.0, 0.0]), probs)
@@ -142,3 +148,19 @@ def test_bits_are_independent_coins() -> None:
     assert float(policy.log_prob(th.tensor([[1.0, 1.0]]))) == pytest.approx(expected, rel=1e-4)
     coin = -(0.995 * math.log(0.995) + 0.005 * math.log(0.005))
     assert float(policy.entropy()) == pytest.approx(math.log(2) + coin, rel=1e-4)
+
+
+def test_several_choices_have_the_entropy_of_all() -> None:
+    assert OneHots(th.zeros(1, 5), (2, 3)).entropy().tolist() == pytest.approx([math.log(2) + math.log(3)])
+
+
+def test_policies_sample_with_their_probabilities_mean_and_deviation() -> None:
+    th.manual_seed(0)
+    bits = Bits(th.tensor([2.0, -1.0]).expand(20_000, 2))
+    assert th.allclose(bits.sample().mean(0), bits.prob[0], atol=0.015)
+    choices = OneHots(th.tensor([0.0, 1.0, 2.0, 0.0, -1.0]).expand(20_000, 5), (2, 3))
+    assert th.allclose(choices.sample().mean(0), th.cat([p[0] for p in choices.probs]), atol=0.015)
+    normal = BoundedNormal(th.tensor([0.5, -0.5, -3.0, 1.0]).expand(20_000, 4))
+    sample = normal.sample()
+    assert th.allclose(sample.mean(0), normal.mean[0], atol=0.03)
+    assert th.allclose(sample.std(0), normal.std[0], rtol=0.03)

@@ -35,6 +35,11 @@ def test_weights_have_unit_variance_over_fan_in_and_no_tails() -> None:
     assert float(weight.abs().max()) <= 2 * 1.1368 / 20 + 1e-6
 
 
+def test_weights_of_blocks_have_it_over_the_inputs_of_the_whole_layer() -> None:
+    th.manual_seed(0)
+    assert float(BlockLinear(400, 800, blocks=4).weight.detach().std()) == pytest.approx(1 / 20, rel=0.02)
+
+
 @pytest.mark.parametrize(("inputs", "outputs"), [(30, 8), (8, 30)])
 def test_blocks_that_do_not_divide_a_layer_are_refused(inputs: int, outputs: int) -> None:
     with pytest.raises(ValueError, match=rf"blocks=4 do not divide a layer of {inputs} inputs and {outputs} outputs"):

@@ -118,6 +118,13 @@ def test_nothing_before_an_episode_start_reaches_the_states_after_it(rssm: RSSM)
     assert not th.equal(before.features[0, 3:], after.features[0, 3:])  # no reset
 
 
+def test_noise_just_below_one_draws_a_class_too() -> None:
+    th.manual_seed(0)
+    logits, noise = th.randn(500, 5, 8), th.full((500, 1, 8), 1 - 2**-24)
+    drawn = scan.draw(logits, scan.class_limits(noise[None], 5)[0]).view(500, 5, 8)
+    assert th.equal(drawn.sum(1), th.ones(500, 8))
+
+
 def test_a_packed_state_unpacks_to_itself_and_zeros_are_the_state_before_an_episode(rssm: RSSM) -> None:
     *_, start = inputs()
     for again in (rssm.unpack(rssm.pack(start)), rssm.restore(rssm.latents(start))):

@@ -185,8 +185,8 @@ def read_progress(folder: Path) -> tuple[Run, Progress]:
     return Run(**stored["run"]), Progress(**stored["progress"])
 
 
-def load_checkpoint(out: Path, run: Run, env: VecEnv) -> tuple[BaseAlgorithm, Progress] | None:
-    """The agent as `save_checkpoint` left it, or None where there is no checkpoint."""
+def load_checkpoint(out: Path, run: Run, env: VecEnv, decisions: int) -> tuple[BaseAlgorithm, Progress] | None:
+    """The agent as `save_checkpoint` left it, drawing anew from there on, or None where there is no checkpoint."""
     folder = checkpoint_folder(out)
     if folder is None:
         return None
@@ -194,8 +194,12 @@ def load_checkpoint(out: Path, run: Run, env: VecEnv) -> tuple[BaseAlgorithm, Pr
     if stored != Run(**json.loads(json.dumps(run._asdict()))):
         raise SystemExit(f"{out} holds another run, {stored}: choose another --out or remove the folder")
     model = algorithm(run.algo).load(folder / "model.zip", env=env)
+    rows = getattr(model, "buffer_size", decisions)
+    if "buffer_size" not in run.overrides and rows < decisions:
+        raise SystemExit(f"{out} holds a run of {rows} steps, as many as its replay: choose another --out")
     if hasattr(model, "load_replay_buffer"):
         model.load_replay_buffer(folder / "replay.pkl")
+    model.set_random_seed(run.seed + progress.step)  # or the first episodes would come once more
     return model, progress
 
 
@@ -274,7 +278,8 @@ def train(run: Run, out: Path, args: argparse.Namespace) -> None:
     """Learn, evaluate, write a row, save; until `args.steps` simulator steps are done."""
     repeat = action_repeat(run.env)
     env = training_env(run, out)
-    model, progress = load_checkpoint(out, run, env) or (new_model(run, env, args.steps // repeat), Progress())
+    decisions = args.steps // repeat
+    model, progress = load_checkpoint(out, run, env, decisions) or (new_model(run, env, decisions), Progress())
     model.set_logger(configure(str(out / f"log_from_{progress.step}"), ["csv"]))
     results = Results(out / "results.csv", constant_columns(run, args), progress.step)
     episodes, saved = EpisodeReturns(), progress.step

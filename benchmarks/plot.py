@@ -50,7 +50,9 @@ def read_results(paths: list[Path]) -> pd.DataFrame:
 def _curve_name(algo: str, settings: str) -> str:
     known = json.loads(settings)
     normalized = ["normalized"] * known.get("normalize", False)
-    return ", ".join([algo, *normalized, *(f"{key}={value}" for key, value in known.get("overrides", {}).items())])
+    origins = [f"{key}={known[key]}" for key in ("init", "eval_env") if known.get(key)]
+    overrides = [f"{key}={value}" for key, value in known.get("overrides", {}).items()]
+    return ", ".join([algo, *normalized, *origins, *overrides])
 
 
 def read_references(paths: list[Path], algorithms: list[str] | None) -> pd.DataFrame:
@@ -72,7 +74,7 @@ def _read_reference(path: Path) -> pd.DataFrame:
 
 def draw_curve(axes: Axes, runs: pd.DataFrame, name: str, colour: str, column: str) -> None:
     """Seeds thin, their mean at the steps that all of them have reached."""
-    by_seed = runs.pivot_table(index="step", columns="seed", values=column).dropna(how="all")
+    by_seed = runs.pivot(index="step", columns="seed", values=column).dropna(how="all")
     for seed in by_seed:
         single = by_seed[seed].dropna()
         axes.plot(single.index, single, color=colour, linewidth=0.8, alpha=0.45)
@@ -86,6 +88,8 @@ def draw_reference(axes: Axes, points: pd.DataFrame, name: str, style: tuple[str
     """Published points up to the end of our runs or the first one after it."""
     points = points.dropna(subset=["mean_return"]).sort_values("env_steps")
     shown = points.head(points["env_steps"].searchsorted(0.98 * last_step) + 1)
+    if shown.empty:
+        return
     colour, marker = style
     label = f"published {name} ({shown['n_seeds'].iloc[0]:.0f} seeds; {shown['source'].iloc[0]})"
     axes.plot(shown["env_steps"], shown["mean_return"], "--", color=colour, marker=marker, markersize=6, label=label)

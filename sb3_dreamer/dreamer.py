@@ -294,12 +294,3 @@ class Dreamer(Doors, SequenceAlgorithm):
 
     def _excluded_save_params(self) -> list[str]:
         return [*super()._excluded_save_params(), "_metrics", "_captured"]
-
-
-def require_dreamer(model: Any, who: str) -> None:
-    """Refuse another algorithm where a world model is needed.
-
-    :raises TypeError: naming what was given.
-    """
-    if not isinstance(model, Dreamer):
-        raise TypeError(f"{who} uses the world model of a Dreamer, and {type(model).__name__} has none: give a Dreamer")

@@ -9,10 +9,11 @@ from typing import Any
 import numpy as np
 from gymnasium import spaces
 from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.preprocessing import is_image_space
 from stable_baselines3.common.running_mean_std import RunningMeanStd
 from stable_baselines3.common.vec_env import VecEnv, VecNormalize, unwrap_vec_normalize
 
-from sb3_dreamer.spaces import action_spec_of, check_action_bounds, observation_specs, parts_of
+from sb3_dreamer.spaces import action_spec_of, check_action_bounds, observation_specs
 
 
 def check_spaces(env: Any) -> None:
@@ -48,12 +49,17 @@ def check_wrapping(env: VecEnv) -> None:
 
 
 def _normalised_images(normalize: VecNormalize) -> list[str]:
-    """Keys of the images that it normalises; what shows them is that their bounds are its own since then."""
+    """Keys of the images that it normalises.
+
+    Of a Dict it has overwritten the original parts: what shows images there is that their bounds are its own.
+    """
     if not normalize.norm_obs:
         return []
-    parts, clip = parts_of(normalize.observation_space), normalize.clip_obs
-    keys = parts if normalize.norm_obs_keys is None else normalize.norm_obs_keys
-    boxes = {key: part for key in keys if isinstance(part := parts[key], spaces.Box) and len(part.shape) == 3}
+    original, clip = normalize.venv.observation_space, normalize.clip_obs
+    if not isinstance(original, spaces.Dict):
+        return ["obs"] if is_image_space(original) else []
+    keys = original.keys() if normalize.norm_obs_keys is None else normalize.norm_obs_keys
+    boxes = {key: part for key in keys if isinstance(part := original[key], spaces.Box) and len(part.shape) == 3}
     return [key for key, box in boxes.items() if np.all(box.low == -clip) and np.all(box.high == clip)]
 
 

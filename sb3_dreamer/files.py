@@ -186,6 +186,10 @@ def in_place_of_pickles(
     }
     if lost := sorted(replaced.keys() & defaults.keys()):
         warnings.warn(f"{lost} of the saved agent are pickled and were not read, the defaults stand in", stacklevel=3)
+    folders: dict[str, Any] = {"tensorboard_log": None, "replay_buffer_kwargs": {}}  # of another's choosing
+    if lost := sorted(key for key, nothing in folders.items() if settings.get(key) and key not in given):
+        warnings.warn(f"{lost} of the saved agent name folders and were not read: give your own", stacklevel=3)
+    replaced |= folders
     replaced |= {key: space_from(described[key]) for key in ("observation_space", "action_space")}
     return {**replaced, "policy_class": policies[described["policy"]], "train_freq": 1, **given}
 

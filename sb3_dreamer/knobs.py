@@ -22,6 +22,16 @@ def whole(least: int) -> Check:
     return lambda x: _is(x, Integral) and int(x) >= least, f"a whole number of at least {least}"
 
 
+def as_whole(name: str, value: Any, least: int) -> int:
+    """An argument that counts something; as in ``learn(1e5)`` it may come as a float.
+
+    :raises ValueError: for another one, naming it.
+    """
+    if not (_is(value, Real) and float(value).is_integer() and value >= least):
+        raise ValueError(f"{name}={value!r} has to be a whole number of at least {least}")
+    return int(value)
+
+
 def number(low: float, high: float = math.inf) -> Check:
     """Numbers within bounds; NaN and infinity never pass."""
     words = f"a number of at least {low:g}" if high == math.inf else f"a number within [{low:g}, {high:g}]"
@@ -68,8 +78,10 @@ def check_knobs(settings: Mapping[str, Any]) -> None:
             "one dream has no mean to differ from: imagination_starts=2 or more, or center_advantage=False"
         )
     buffer_class = settings["replay_buffer_class"]
-    if buffer_class is not None and not issubclass(buffer_class, SequenceReplayBuffer):
+    sequences = isinstance(buffer_class, type) and issubclass(buffer_class, SequenceReplayBuffer)
+    if buffer_class is not None and not sequences:
+        name = getattr(buffer_class, "__name__", repr(buffer_class))
         raise ValueError(
-            f"replay_buffer_class={buffer_class.__name__} is no SequenceReplayBuffer: a world model learns from "
+            f"replay_buffer_class={name} is no SequenceReplayBuffer: a world model learns from "
             "sequences, leave it out (goals relabelled in hindsight, as HER does, do not fit into them)"
         )

@@ -5,15 +5,17 @@ from __future__ import annotations
 import numpy as np
 import torch as th
 
+from sb3_dreamer.acting import ActsWithDreamer, require_dreamer
 from sb3_dreamer.behavior.imagination import imagine, imagine_actions, lambda_returns
-from sb3_dreamer.dreamer import Dreamer, require_dreamer
+from sb3_dreamer.dreamer import Dreamer
+from sb3_dreamer.knobs import as_whole
 from sb3_dreamer.nets.distributions import BoundedNormal
 from sb3_dreamer.nets.layers import mixed_precision
 from sb3_dreamer.policies import PolicyState
 from sb3_dreamer.world_model.rssm import State
 
 
-class Planner:
+class Planner(ActsWithDreamer):
     """The cross-entropy method, as in PlaNet (Hafner et al. 2019), around the policy and with the critic at the end::
 
         the policy is dreamed `horizon` steps ahead      its actions and their deviations, a first plan
@@ -40,12 +42,10 @@ class Planner:
         require_dreamer(model, "Planner")
         if model.policy.action_spec.kind != "vector":
             raise ValueError(f"plans are drawn around actions of a Box, these are of {model.action_space}")
-        if min(horizon, n_elites, iterations) < 1:
-            raise ValueError(f"horizon={horizon}, n_elites={n_elites} and iterations={iterations} must be at least 1")
-        if n_candidates < n_elites:
-            raise ValueError(f"n_elites={n_elites} cannot be chosen among n_candidates={n_candidates}: take more")
-        self.model, self.horizon, self.iterations = model, horizon, iterations
-        self.n_candidates, self.n_elites = n_candidates, n_elites
+        self.model = model
+        given = {"horizon": horizon, "n_elites": n_elites, "iterations": iterations}
+        self.horizon, self.n_elites, self.iterations = (as_whole(*item, least=1) for item in given.items())
+        self.n_candidates = as_whole("n_candidates", n_candidates, least=self.n_elites)
 
     def predict(
         self,

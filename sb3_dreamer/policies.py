@@ -149,24 +149,18 @@ class DreamerPolicy(BasePolicy):
         :param deterministic: the expected latents and the most likely action, no random numbers drawn.
         :return: actions in the space's units, clipped to its bounds; the next state.
         :raises ValueError: for observations of another space or with other keys, or that are not finite, a Gym ``(obs,
-            info)`` tuple, or a state of other environments.
+            info)`` tuple, or a state of other environments or of another agent.
         """
         self._check_form(observation)
         obs, vectorized = self.finite_obs(observation, "predict()")
         n = len(next(iter(obs.values())))
-        packed, prev_action = self.initial_state(n) if state is None else state
-        if len(packed) != n:
-            raise ValueError(
-                f"the state is of {len(packed)} environments, the observation of {n}: pass what the last call returned "
-                "for the same environments, or state=None where all of them begin an episode"
-            )
+        packed, prev_action = self.initial_state(n) if state is None else self._checked_state(state, n)
         is_first = np.zeros(n, bool) if episode_start is None else np.array(episode_start, bool).flatten()
         if len(is_first) != n:
             raise ValueError(f"episode_start is of {len(is_first)} environments, the observation of {n}")
-        device = next(iter(obs.values())).device
         with th.inference_mode():
-            carried, before = (th.as_tensor(x, device=device) for x in (packed, prev_action))
-            starts = th.as_tensor(is_first, device=device) if is_first.any() else None
+            carried, before = (th.as_tensor(x, dtype=th.float32, device=self.device) for x in (packed, prev_action))
+            starts = th.as_tensor(is_first, device=self.device) if is_first.any() else None
             encoded, packed_next = self.act(obs, carried, before, starts, deterministic)
         actions = self.decode_action(encoded.cpu().numpy())
         new_state = (packed_next.cpu().numpy(), self.encode_action(actions))  # as the replay has it: integers rounded
@@ -175,10 +169,10 @@ class DreamerPolicy(BasePolicy):
     def finite_obs(self, observation: Any, who: str) -> tuple[dict[str, th.Tensor], bool]:
         """Observations as tensors by key, (n, *shape) each, and whether they came as a batch.
 
-        :raises ValueError: where one is not finite, as what ``who`` was given.
+        :raises ValueError: where one is not finite, in float32, as what ``who`` was given.
         """
         tensors, vectorized = self.obs_to_tensor(observation)
-        obs = by_key(tensors)
+        obs = {key: part.float() if part.is_floating_point() else part for key, part in by_key(tensors).items()}
         if bad := [key for key, part in obs.items() if not part.isfinite().all()]:
             raise ValueError(f"{who} got {bad[0]} with a number that is NaN or infinite; the state stays as it was")
         return obs, vectorized
@@ -194,6 +188,17 @@ class DreamerPolicy(BasePolicy):
             given = sorted(observation) if isinstance(observation, dict) else type(observation).__name__
             if given != expected:
                 raise ValueError(f"predict() got {given}, observations of this agent are a dict with {expected}")
+
+    def _checked_state(self, state: Any, n: int) -> PolicyState:
+        """Refuse a state of another number of environments, of another agent, or of no agent at all."""
+        expected = [part.shape for part in self.initial_state(n)]
+        given = [np.shape(part) for part in state] if isinstance(state, tuple | list) else type(state).__name__
+        if given != expected:
+            raise ValueError(
+                f"predict() got a state of {given}, expected {expected}: pass what the last call returned for the same "
+                "environments, or state=None where all of them begin an episode"
+            )
+        return state
 
     def act(
         self,
@@ -292,8 +297,8 @@ class DreamerPolicy(BasePolicy):
             choices = np.asarray(actions).reshape(n, -1) - self.action_spec.first
             if ((choices < 0) | (choices >= self.action_spec.classes)).any():
                 raise ValueError(f"{actions} are not all actions of {self.action_space}")
-            codes = zip(choices.T, self.action_spec.classes, strict=True)
-            return np.concatenate([np.eye(k, dtype=np.float32)[c] for c, k in codes], -1)
+            chosen = [c[:, None] == np.arange(k) for c, k in zip(choices.T, self.action_spec.classes, strict=True)]
+            return np.concatenate(chosen, -1, dtype=np.float32)
         return np.asarray(actions, np.float32).reshape(n, -1)
 
 

@@ -19,6 +19,7 @@ from gymnasium import spaces
 from stable_baselines3.common.preprocessing import maybe_transpose
 
 from sb3_dreamer import Dreamer
+from sb3_dreamer.acting import require_statistics
 from sb3_dreamer.replay import Episode, read_episodes, split_transitions
 from sb3_dreamer.spaces import as_observation, by_key
 
@@ -42,9 +43,12 @@ class TianshouPolicy(Policy):
 
     :param model: Dreamer; observations come as its environment gives them, a VecNormalize is applied here.
     :param deterministic: act without chance.
+    :raises ValueError: where the model needs the statistics of a VecNormalize, and has none.
+    :raises TypeError: for a model that is no Dreamer.
     """
 
     def __init__(self, model: Dreamer, deterministic: bool = True) -> None:
+        require_statistics(model, "TianshouPolicy")
         super().__init__(model.action_space, model.observation_space, action_bound_method=None)
         self.model, self.deterministic = model, deterministic
 

@@ -43,6 +43,7 @@ CORE = {
         "environments",
         "files",
     },
+    "acting": {"dreamer"},
 }
 WINGS = {"resume", "hybrid", "zoo", "dreams", "planning", "tianshou", "distributed"}
 # `__init__` stands for what the package itself exports, as in `from sb3_dreamer import Dreamer`
@@ -65,6 +66,7 @@ LIBRARIES = {
     "capture": {"torch"},
     "doors": {"stable_baselines3"},
     "dreamer": {"torch", "numpy", "gymnasium", "stable_baselines3"},
+    "acting": {"numpy", "gymnasium", "stable_baselines3"},
     "__init__": set(),
 }
 

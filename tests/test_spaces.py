@@ -1,5 +1,7 @@
 """Every kind of space that SB3's algorithms are pointed at: it trains, acts inside its space, saves, and reads back."""
 
+import pickle
+
 import gymnasium as gym
 import numpy as np
 import pytest
@@ -12,6 +14,7 @@ from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.vec_env import DummyVecEnv, VecFrameStack, VecNormalize, VecTransposeImage
 
 from sb3_dreamer import Dreamer
+from sb3_dreamer.replay import SequenceReplayBuffer
 from sb3_dreamer.replay.columns import ActionCode
 from sb3_dreamer.spaces import action_spec_of, into_space, observation_specs, policy_for, spec_of
 from sb3_dreamer.types import SIZES, Spec
@@ -380,6 +383,17 @@ def test_images_are_not_normalised_as_if_they_were_vectors(policy: str) -> None:
     env = VecTransposeImage(DummyVecEnv([lambda: Random(space)]))
     with pytest.raises(ValueError, match=r"VecNormalize makes \['(camera|obs)'\] vectors of numbers"):
         Dreamer(policy, VecNormalize(env), **DEBUG)
+
+
+def test_a_grid_of_numbers_is_no_image_that_was_normalised() -> None:
+    grid = spaces.Box(-10, 10, (3, 4, 4), np.float32)
+    env = VecNormalize(DummyVecEnv([lambda: Random(grid)]), clip_obs=10)
+    Dreamer("MlpPolicy", env, **DEBUG).learn(20)
+
+
+def test_many_choices_cost_no_more_than_their_number() -> None:
+    buffer = SequenceReplayBuffer(20, spaces.Discrete(2), spaces.Discrete(5000), "cpu", sequence_length=3)
+    assert len(pickle.dumps(buffer)) < 20_000
 
 
 def test_a_box_of_actions_is_a_vector_even_where_it_might_be_an_image():

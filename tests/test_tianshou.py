@@ -148,6 +148,12 @@ def test_observations_are_normalised_as_in_training():
     assert not np.array_equal(ours, model.predict(obs, deterministic=True)[0])
 
 
+def test_statistics_that_are_missing_are_asked_for(tmp_path):
+    Dreamer("MlpPolicy", VecNormalize(DummyVecEnv([Clock])), **SMALL).learn(60).save(tmp_path / "model")
+    with pytest.raises(ValueError, match="TianshouPolicy needs the statistics of VecNormalize"):
+        TianshouPolicy(Dreamer.load(tmp_path / "model"))
+
+
 def test_dict_observations_are_understood():
     model = small(DictClock).learn(60)
     seen = {"obs": np.array([[3.0], [1.0]], np.float32), "episode": np.array([[1.0], [2.0]], np.float32)}

@@ -50,11 +50,14 @@ def parser() -> argparse.ArgumentParser:
 
 
 def make_env(env_id: str, vecnormalize: Path | None, seed: int) -> VecEnv:
-    """One environment of the task, normalised as in training, its statistics left as they are."""
-    env = make_vec_env(env_id, seed=seed)
+    """One environment of the task, wrapped and normalised as in training, its statistics left as they are."""
+    env = Dreamer._wrap_env(make_vec_env(env_id, seed=seed))  # images, channels first
     if vecnormalize is None:
         return env
-    normalized = VecNormalize.load(str(vecnormalize), env)
+    try:
+        normalized = VecNormalize.load(str(vecnormalize), env)
+    except AssertionError as error:  # SB3 has no words for it
+        raise SystemExit(f"{vecnormalize} holds statistics of other observations than {env_id}'s: {error}") from error
     normalized.training = False
     return normalized
 
@@ -91,7 +94,7 @@ def main(argv: list[str] | None = None) -> Path:
     except ValueError as error:
         raise SystemExit(f"--dims: {error}") from error
     model.set_random_seed(args.seed)
-    acting = model.get_env()  # as load() has wrapped it: images, channels first
+    acting = model.get_env()
     assert acting is not None
     replay, real_return = collect(model, acting, args.steps, args.context + args.horizon, args.random_actions)
     batch = replay.peek(args.sequences)

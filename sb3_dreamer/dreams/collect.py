@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import numpy as np
 from gymnasium import spaces
 from stable_baselines3.common.preprocessing import is_image_space
@@ -34,6 +37,19 @@ def collect(
         latent_size=model.policy.world_model.rssm.latent_width,
     )
     returns = RealReturns(model.gamma, newest=10**6)
+    with statistics_kept(env):
+        _act(model, env, n_steps, random_actions, buffer, returns)
+    return buffer, returns.mean
+
+
+def _act(
+    model: Dreamer,
+    env: VecEnv,
+    n_steps: int,
+    random_actions: bool,
+    buffer: SequenceReplayBuffer,
+    returns: RealReturns,
+) -> None:
     obs, state, start = env.reset(), None, np.ones(env.num_envs, bool)
     for _ in range(n_steps):
         actions, state = model.predict(obs, state, start)  # type: ignore[arg-type]
@@ -48,7 +64,20 @@ def collect(
         obs = next_obs
     if env is model.env:
         model._last_obs = None  # whoever goes on there resets it first
-    return buffer, returns.mean
+
+
+@contextmanager
+def statistics_kept(env: VecEnv) -> Iterator[None]:
+    """Within this, a VecNormalize learns nothing from what it sees."""
+    normalize = unwrap_vec_normalize(env)
+    if normalize is None:
+        yield
+        return
+    training, normalize.training = normalize.training, False
+    try:
+        yield
+    finally:
+        normalize.training = training
 
 
 def given_space(space: spaces.Space, env: VecEnv) -> spaces.Space:

@@ -10,9 +10,11 @@ import torch as th
 from stable_baselines3.common.vec_env import VecEnv
 from stable_baselines3.common.vec_env.base_vec_env import VecEnvIndices, VecEnvObs, VecEnvStepReturn
 
+from sb3_dreamer.acting import require_statistics
 from sb3_dreamer.dreamer import Dreamer
-from sb3_dreamer.hybrid.experience import require_replay, require_statistics
+from sb3_dreamer.hybrid.experience import require_replay
 from sb3_dreamer.hybrid.real_states import imagined_observations, real_states, unpacked
+from sb3_dreamer.knobs import as_whole
 from sb3_dreamer.nets.layers import mixed_precision
 from sb3_dreamer.policies import PolicyState
 from sb3_dreamer.spaces import as_observation
@@ -44,8 +46,7 @@ class DreamVecEnv(VecEnv):
     """
 
     def __init__(self, model: Dreamer, n_envs: int = 1024, horizon: int = 64, start: PolicyState | None = None) -> None:
-        if n_envs < 1 or horizon < 1:
-            raise ValueError(f"n_envs={n_envs} and horizon={horizon} have to be at least 1")
+        n_envs, horizon = as_whole("n_envs", n_envs, least=1), as_whole("horizon", horizon, least=1)
         if start is None:
             require_replay(model, "DreamVecEnv")
         else:

@@ -14,9 +14,11 @@ from stable_baselines3.common.save_util import load_from_pkl
 from stable_baselines3.common.utils import configure_logger
 from stable_baselines3.common.vec_env import VecTransposeImage
 
-from sb3_dreamer.dreamer import Dreamer, require_dreamer
+from sb3_dreamer.acting import require_dreamer, require_statistics
+from sb3_dreamer.dreamer import Dreamer
 from sb3_dreamer.environments import check_statistics
 from sb3_dreamer.hybrid.progress import Advance, progress
+from sb3_dreamer.knobs import as_whole
 from sb3_dreamer.replay import (
     Episode,
     SequenceReplayBuffer,
@@ -69,8 +71,7 @@ def pretrain(model: Dreamer, updates: int, progress_bar: bool = False) -> None:
     :raises ValueError: if the replay cannot serve a sequence, or for less than one update.
     """
     require_replay(model, "pretrain()")
-    if updates < 1:
-        raise ValueError(f"updates={updates} has to be at least 1")
+    updates = as_whole("updates", updates, least=1)
     prepare_training(model)
     with progress(updates, "pretrain", progress_bar) as advance:
         train_until(model, model._n_updates + updates, advance)
@@ -90,20 +91,6 @@ def require_replay(model: Dreamer, who: str) -> None:
         raise ValueError(
             f"{who} needs experience, and the replay holds {replay.size()} entries, too few for a sequence of "
             f"{replay.sequence_length}: call learn(), warm_start(), add_experience() or load_replay_buffer() first"
-        )
-
-
-def require_statistics(model: Dreamer, who: str) -> None:
-    """Refuse a model that knows what a VecNormalize makes of observations, and has none.
-
-    :raises ValueError: with what to do.
-    :raises TypeError: for a model that is no Dreamer.
-    """
-    require_dreamer(model, who)
-    if model.learned_normalised and model.get_vec_normalize_env() is None:
-        raise ValueError(
-            f"{who} needs the statistics of VecNormalize that this model has learned with: load it with its "
-            "environment, load(path, env=VecNormalize.load(statistics, env))"
         )
 
 
@@ -133,7 +120,8 @@ def episodes_of(model: Dreamer, source: Any, time_limit: int | None = None) -> I
     :raises TypeError: for a source of no known kind.
     """
     if isinstance(source, str | pathlib.Path):
-        is_replay = str(source).endswith(".pkl") or pathlib.Path(f"{source}.pkl").exists()
+        files = source, f"{source}.pkl"
+        is_replay = str(source).endswith(".pkl") or any(pathlib.Path(file).is_file() for file in files)
         source = load_from_pkl(source) if is_replay else _load_minari(str(source))
     if isinstance(source, SequenceReplayBuffer):
         check_same_spaces(model, source.observation_space, source.action_space, "the replay")

@@ -10,11 +10,12 @@ import numpy as np
 import torch as th
 from stable_baselines3.common.vec_env import VecNormalize
 
+from sb3_dreamer.acting import ActsWithDreamer, require_statistics
 from sb3_dreamer.behavior.imagination import imagine
 from sb3_dreamer.dreamer import Dreamer
-from sb3_dreamer.hybrid.experience import require_statistics
 from sb3_dreamer.hybrid.guide import Guide
 from sb3_dreamer.hybrid.real_states import imagined_observations, unpacked
+from sb3_dreamer.knobs import as_whole
 from sb3_dreamer.nets.layers import mixed_precision
 from sb3_dreamer.spaces import as_observation, by_key
 
@@ -36,7 +37,7 @@ class GuardState(NamedTuple):
     memory: Any
 
 
-class Guard:
+class Guard(ActsWithDreamer):
     """Dreamer acts as long as its own dreams end well; then a fallback controller, until the episode ends::
 
         every `every` steps        the policy is dreamed `horizon` steps ahead, `n_dreams` times
@@ -80,13 +81,12 @@ class Guard:
         require_statistics(model, "Guard")
         if model.env is None:
             raise ValueError("Guard needs a model with an environment: give one to load() or to set_env()")
-        if min(horizon, n_dreams, every) < 1:
-            raise ValueError(f"horizon={horizon}, n_dreams={n_dreams} and every={every} have to be at least 1")
         if not 0 <= max_risk <= 1:
             raise ValueError(f"max_risk={max_risk} has to be from 0 to 1")
         self.model, self.fallback = model, Guide(model, fallback, vec_normalize, deterministic=True, role="fallback")
-        self.horizon, self.n_dreams, self.max_risk, self.every = horizon, n_dreams, max_risk, every
-        self.unsafe = unsafe
+        self.max_risk, self.unsafe = max_risk, unsafe
+        given = {"horizon": horizon, "n_dreams": n_dreams, "every": every}
+        self.horizon, self.n_dreams, self.every = (as_whole(*item, least=1) for item in given.items())
         self.decisions = self.taken_over = 0  # how often it was asked, and how often the fallback acted
 
     def predict(
@@ -124,6 +124,10 @@ class Guard:
         self.taken_over += int(taken_over.sum())
         holds = np.where(due, self.every, holds) - 1
         return taken.reshape(actions.shape), GuardState(packed, encoded, holds, taken_over, memory)
+
+    def told(self, memory: GuardState, taken: np.ndarray) -> GuardState:
+        """As :meth:`~sb3_dreamer.acting.ActsWithDreamer.told`."""
+        return memory._replace(action=self.model.policy.encode_action(taken))
 
     @th.inference_mode()
     def risk(self, packed: np.ndarray) -> np.ndarray:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import pathlib
+import pickle
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -15,9 +16,10 @@ from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.save_util import load_from_zip_file
 from stable_baselines3.common.vec_env import VecEnv, VecNormalize
 
+from sb3_dreamer.acting import ActsWithDreamer
 from sb3_dreamer.dreamer import Dreamer
 from sb3_dreamer.policies import DreamerPolicy
-from sb3_dreamer.spaces import check_counted_from_zero
+from sb3_dreamer.spaces import by_key, check_counted_from_zero, parts_of
 
 
 class Guide:
@@ -41,7 +43,9 @@ class Guide:
         role: str = "teacher",
     ) -> None:
         env = raw_env(model)
-        normalised = isinstance(teacher, BaseAlgorithm) and saw_normalised(vars(teacher))
+        normalised = getattr(teacher, "learned_normalised", False)
+        if isinstance(teacher, BaseAlgorithm):
+            normalised |= saw_normalised(vars(teacher))
         if isinstance(teacher, str | pathlib.Path):
             teacher, normalised = load_policy(teacher, model.device)
         _check_predict(teacher, role)
@@ -52,22 +56,18 @@ class Guide:
                 f"the {role} was trained with VecNormalize and cannot act without its statistics: "
                 "give vec_normalize=, the VecNormalize or the path that its save() wrote to; False, if this is wrong"
             )
-        if isinstance(vec_normalize, str | pathlib.Path):
-            vec_normalize = _load_statistics(vec_normalize, env)
+        self.normalize = _statistics(vec_normalize, env, role) if vec_normalize else None
         policy = getattr(teacher, "policy", teacher)
         if isinstance(policy, BasePolicy) and not isinstance(policy, DreamerPolicy):
             check_counted_from_zero(env.action_space)
-        self.teacher, self.normalize = teacher, vec_normalize or None
-        self.deterministic = deterministic
+        self.teacher, self.deterministic = teacher, deterministic
         self.memory: Any = None  # of a recurrent teacher
-        shown = self.normalize.observation_space if self.normalize else env.observation_space
-        for name, given, own in (
-            ("observations", shown, getattr(teacher, "observation_space", shown)),
-            ("actions", env.action_space, getattr(teacher, "action_space", env.action_space)),
-        ):
-            if given != own:
+        for name in ("observation", "action"):
+            given = getattr(env, f"{name}_space")
+            own = getattr(teacher, f"{name}_space", given)
+            if own not in (given, getattr(self.normalize, f"{name}_space", given)):
                 raise ValueError(
-                    f"the {role}'s {name} are {own}, here they are {given}: "
+                    f"the {role}'s {name}s are {own}, here they are {given}: "
                     "use the environment and the wrappers that it was trained with"
                 )
 
@@ -84,7 +84,9 @@ class Guide:
     def told(self, memory: Any, taken: np.ndarray) -> Any:
         """Its memory once these actions (n, *shape) were taken: a Dreamer's holds them, others see what they did."""
         policy = getattr(self.teacher, "policy", self.teacher)
-        return (memory[0], policy.encode_action(taken)) if isinstance(policy, DreamerPolicy) else memory
+        if isinstance(policy, DreamerPolicy):
+            return memory[0], policy.encode_action(taken)
+        return self.teacher.told(memory, taken) if isinstance(self.teacher, ActsWithDreamer) else memory
 
 
 def _check_predict(teacher: Any, role: str) -> None:
@@ -106,11 +108,21 @@ def _check_predict(teacher: Any, role: str) -> None:
         )
 
 
-def _load_statistics(path: str | pathlib.Path, env: VecEnv) -> VecNormalize:
-    try:
-        return VecNormalize.load(str(path), env)
-    except AssertionError as error:  # SB3 has no words for it
-        raise ValueError(f"{path} holds statistics of other observations than {env.observation_space}") from error
+def _statistics(given: VecNormalize | str | pathlib.Path, env: VecEnv, role: str) -> VecNormalize:
+    """A VecNormalize or what its save() wrote; without its load(), which asks for the same wrappers inside of it.
+
+    :raises ValueError: if it normalises other observations than there are in these environments.
+    """
+    if isinstance(given, str | pathlib.Path):
+        with pathlib.Path(given).open("rb") as file:
+            given = pickle.load(file)
+    if not isinstance(given, VecNormalize):
+        raise ValueError(f"the {role}'s statistics are a {type(given).__name__}: give a VecNormalize")
+    shapes = {key: part.shape for key, part in parts_of(env.observation_space).items()}
+    for key, one in by_key(given.obs_rms).items() if given.norm_obs else ():
+        if one.mean.shape != shapes.get(key):
+            raise ValueError(f"the {role}'s statistics are of other observations than {env.observation_space}")
+    return given
 
 
 def raw_env(model: Dreamer) -> VecEnv:
@@ -152,8 +164,9 @@ def load_policy(path: str | pathlib.Path, device: th.device) -> tuple[BasePolicy
     data, params, _ = load_from_zip_file(path, device=device)
     if data is None or "policy" not in params:
         raise ValueError(f"{path} holds no algorithm of SB3: give the file that its save() wrote")
-    if "described" in data:
-        return Dreamer.load(path, device=device), data.get("learned_normalised", False)
+    if "described" in data:  # it brings neither its seed nor the folder of its replay
+        teacher = Dreamer.load(path, device=device, seed=None, replay_buffer_kwargs={})
+        return teacher, teacher.learned_normalised
     kwargs = dict(data["policy_kwargs"])
     if data.get("use_sde"):
         kwargs["use_sde"] = True

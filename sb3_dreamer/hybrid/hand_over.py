@@ -22,6 +22,7 @@ from sb3_dreamer.hybrid.lessons import Moments, latent_observations, lessons_fro
 from sb3_dreamer.hybrid.progress import progress
 from sb3_dreamer.hybrid.real_states import RealStates, real_states
 from sb3_dreamer.hybrid.students import NORMED_RELU, start_slowly, student_of, teach, teach_critics
+from sb3_dreamer.knobs import as_whole
 from sb3_dreamer.replay import Episode, read_episodes
 from sb3_dreamer.spaces import as_observation, by_key, check_actions_of_sb3, check_counted_from_zero, policy_for
 
@@ -65,11 +66,12 @@ def to_model_free(
     :raises TypeError: for what is no algorithm.
     """
     require_replay(model, "to_model_free()")
+    updates, critic_updates = as_whole("updates", updates, least=0), as_whole("critic_updates", critic_updates, least=0)
     target: Any = _new_student(model, algorithm, env, on, kwargs)
     wanted_entropy = getattr(target, "target_entropy", None)
     off_policy = isinstance(target, OffPolicyAlgorithm)
-    if off_policy and transitions < (least := 2 * max(model.n_envs, target.n_envs)):
-        raise ValueError(f"transitions={transitions} has to be at least {least}, two entries of each environment")
+    if off_policy:  # two entries of each environment
+        transitions = as_whole("transitions", transitions, least=2 * max(model.n_envs, target.n_envs))
     with progress(updates + critic_updates * off_policy, algorithm.__name__, progress_bar) as advance:
         real = real_states(model, NEWEST)
         lessons = lessons_from(model, real, target.gamma, on == "latents")
@@ -111,7 +113,7 @@ def _new_student(
         raise ValueError(f'on="{on}" is unknown; use "observations" or "latents"')
     if env is None and model.env is None:
         raise ValueError("this model was loaded without an environment: give env=, or load it with one")
-    known = inspect.signature(algorithm.__init__).parameters
+    known = _arguments(algorithm)
     settings: dict[str, Any] = {"device": model.device}
     if "learning_starts" in known:
         settings["learning_starts"] = 0  # otherwise it would begin with random actions
@@ -141,6 +143,18 @@ def _new_student(
     return target
 
 
+def _arguments(algorithm: type[BaseAlgorithm]) -> set[str]:
+    """Names of its constructor's arguments, and of those that it hands on to the classes that it is derived from."""
+    known: set[str] = set()
+    for base in algorithm.__mro__:
+        if "__init__" in vars(base):
+            parameters = inspect.signature(vars(base)["__init__"]).parameters
+            known |= parameters.keys()
+            if not any(one.kind is one.VAR_KEYWORD for one in parameters.values()):
+                break
+    return known
+
+
 def _check_env(model: Dreamer, env: Any, on: str) -> None:
     if env.observation_space != model.observation_space or env.action_space != model.action_space:
         raise ValueError(
@@ -158,7 +172,7 @@ def _check_env(model: Dreamer, env: Any, on: str) -> None:
             "VecNormalize is around one of env and Dreamer's environment only: wrap env as Dreamer's is. Around env "
             'alone it may change what on="observations" sees, but not the rewards: norm_reward=False'
         )
-    for name in ("norm_obs", "norm_obs_keys", "norm_reward", "clip_obs", "clip_reward", "epsilon"):
+    for name in ("norm_obs", "norm_obs_keys", "norm_reward", "clip_obs", "clip_reward", "epsilon", "gamma"):
         if (here := getattr(own, name, None)) != (there := getattr(other, name, None)):
             raise ValueError(
                 f"VecNormalize has {name}={there} around env and {here} around Dreamer's environment: what the new "

@@ -8,10 +8,11 @@ from typing import Any
 import numpy as np
 import torch as th
 from gymnasium import spaces
-from stable_baselines3.common.vec_env import VecEnv
+from stable_baselines3.common.vec_env import VecEnv, unwrap_vec_normalize
 from stable_baselines3.common.vec_env.base_vec_env import VecEnvIndices, VecEnvObs, VecEnvStepReturn
 
-from sb3_dreamer.dreamer import Dreamer, require_dreamer
+from sb3_dreamer.acting import require_dreamer
+from sb3_dreamer.dreamer import Dreamer
 
 
 class LatentVecEnv(VecEnv):
@@ -21,6 +22,7 @@ class LatentVecEnv(VecEnv):
 
     :param model: a trained Dreamer; it filters, and does not learn here.
     :param env: environments of its spaces, for example ``model.get_env()``.
+    :raises ValueError: for other spaces, and where the model needs the statistics of a VecNormalize and there is none.
     :raises TypeError: for a model that is no Dreamer, and an environment that is no VecEnv.
     """
 
@@ -28,6 +30,11 @@ class LatentVecEnv(VecEnv):
         require_dreamer(model, "LatentVecEnv")
         if not isinstance(env, VecEnv):
             raise TypeError(f"LatentVecEnv goes around a VecEnv, not {type(env).__name__}: make_vec_env() makes one")
+        for name in ("observation_space", "action_space"):
+            if (given := getattr(env, name)) != (own := getattr(model, name)):
+                raise ValueError(f"env has the {name} {given}, the model {own}: wrap it as the model's environment")
+        if model.learned_normalised and unwrap_vec_normalize(env) is None:
+            raise ValueError("the model has learned with VecNormalize: give the environment with its statistics around")
         self.model, self.env = model, env
         width = model.policy.world_model.feature_width
         super().__init__(env.num_envs, spaces.Box(-np.inf, np.inf, (width,), np.float32), env.action_space)
@@ -48,7 +55,8 @@ class LatentVecEnv(VecEnv):
     def step_wait(self) -> VecEnvStepReturn:
         """Receive observations and filter them; the last one of an episode goes through the filter as well."""
         obs, rewards, dones, infos = self.env.step_wait()
-        infos = list(infos)  # SubprocVecEnv's are a tuple
+        self.reset_infos = self.env.reset_infos  # SubprocVecEnv makes new ones
+        infos = list(infos)  # and these are a tuple there
         ended = np.flatnonzero(dones)
         if ended.size:
             last = self._with_last(obs, ended, infos)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,14 +12,15 @@ from gymnasium import spaces
 from sb3_dreamer.behavior.imagination import imagine, lambda_returns
 from sb3_dreamer.dreamer import Dreamer
 from sb3_dreamer.replay import Episode, read_episodes
-from sb3_dreamer.spaces import observations
+from sb3_dreamer.spaces import observations, parts_of
 from sb3_dreamer.types import Dream
 from sb3_dreamer.world_model.rssm import State
 
 SIDE_BY_SIDE = 64  # episodes filtered at once
 CHUNK = 2048  # states dreamt from at once
 DECODED = 512  # states decoded at once; they may be images
-MOST_BYTES = 2**31  # of packed states: the transformer's carry 64 entries of context
+MOST_BYTES = 2**31  # of states and observations: the transformer's carry 64 entries of context, others are images
+COPIES = 5  # of each observation, while episodes are put together and turned into lessons
 LEAST = 1_000  # entries, however large they are
 
 
@@ -49,10 +51,11 @@ def real_states(model: Dreamer, newest: int) -> RealStates:
     """Filter the newest part of the replay with the model as it is now, as ``predict(deterministic=True)`` does.
 
     :param model: the model.
-    :param newest: number of entries, at most; fewer, if their states would take more than 2 GiB.
+    :param newest: number of entries, at most; fewer, if states and observations would take more than 2 GiB.
     """
-    width = model.policy.world_model.rssm.packed_width
-    newest = min(newest, max(MOST_BYTES // (4 * width), LEAST))
+    width, parts = model.policy.world_model.rssm.packed_width, parts_of(model.observation_space).values()
+    observed = sum(math.prod(part.shape or ()) * np.dtype(part.dtype).itemsize for part in parts)
+    newest = min(newest, max(MOST_BYTES // (4 * width + COPIES * observed), LEAST))
     episodes = sorted(read_episodes(model.replay_buffer, newest), key=len, reverse=True)
     begins = np.cumsum([0, *(len(e) + 1 for e in episodes)])
     packed = th.zeros(int(begins[-1]), width, device=model.device)

@@ -13,6 +13,7 @@ from sb3_dreamer.hybrid.cloning import STEPS_PER_REHEARSAL, Answers, Cloning, re
 from sb3_dreamer.hybrid.experience import prepare_training, require_replay, train_until
 from sb3_dreamer.hybrid.guide import Guide
 from sb3_dreamer.hybrid.progress import Advance, progress
+from sb3_dreamer.knobs import as_whole
 
 
 def warm_start(
@@ -55,18 +56,14 @@ def warm_start(
     """
     if model.env is None:
         raise ValueError("warm_start() needs an environment: give one to the constructor, to load() or to set_env()")
-    if n_steps < (least := model.batch_length * model.n_envs):
-        raise ValueError(
-            f"n_steps={n_steps} has to be at least {least}: a sequence of {model.batch_length} entries of each "
-            "environment is what the model learns from"
-        )
+    n_steps = as_whole("n_steps", n_steps, least=model.batch_length * model.n_envs)  # a sequence of each environment
     if not 0 <= student_share < 1:
         raise ValueError(f"student_share={student_share} has to be at least 0 and below 1")
     guide = Guide(model, teacher, vec_normalize, deterministic)
     prepare_training(model)
     per_step = model.train_ratio / (model.batch_size * model.batch_length)
-    updates = int(n_steps * per_step) if updates is None else updates
-    fade = int((2 * n_steps if fade_steps is None else fade_steps) * per_step)
+    updates = int(n_steps * per_step) if updates is None else as_whole("updates", updates, least=0)
+    fade = int((2 * n_steps if fade_steps is None else as_whole("fade_steps", fade_steps, least=0)) * per_step)
     asked = teacher, vec_normalize, deterministic, n_steps, updates, fade, student_share
     cloning = model._cloning
     if not isinstance(cloning, Cloning) or cloning.asked != asked or cloning.left(model._n_updates) == 0:

@@ -154,8 +154,6 @@ class ActionCode:
         else:
             raise ValueError(f"action space {space} is not supported, use Box, Discrete, MultiDiscrete or MultiBinary")
         self.width = sum(self.classes) or prod(self.column.shape)
-        # row -1 of each table is zero: "no action", after the last observation of an episode
-        self._tables = [np.eye(n + 1, n, dtype=np.float32) for n in self.classes]
 
     @property
     def none(self) -> int:
@@ -175,7 +173,8 @@ class ActionCode:
         """(..., *column.shape) as stored -> (..., A) float32."""
         if not self.classes:
             return stored.astype(np.float32, copy=False)
-        return np.concatenate([table[stored[..., i]] for i, table in enumerate(self._tables)], axis=-1)
+        chosen = [stored[..., i, None] == np.arange(n) for i, n in enumerate(self.classes)]
+        return np.concatenate(chosen, axis=-1, dtype=np.float32)
 
 
 class EntryCode:

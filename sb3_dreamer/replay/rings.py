@@ -78,7 +78,7 @@ class Rings:
         return first, np.maximum(self.head - self.length + 1 - first, 0)
 
     def draw(self, batch_size: int, since: np.ndarray | None = None) -> np.ndarray:
-        """Choose sequences: new ones for up to half, in the order of their coming, then uniformly over all starts.
+        """Choose sequences: new ones for up to half, the newest first, then uniformly over all starts.
 
         :param batch_size: how many, B.
         :param since: (n_envs,) draw uniformly over the starts from these numbers on, and leave the new ones queued.
@@ -93,8 +93,8 @@ class Rings:
                 f"a sequence needs {self.length} of one environment"
             )
         fresh: list[tuple[int, int]] = []
-        while since is None and self._queue and 2 * len(fresh) < batch_size:
-            env, start = self._queue.popleft()
+        while since is None and self._queue and 2 * len(fresh) + 2 <= batch_size:
+            env, start = self._queue.pop()
             if start >= first[env]:
                 fresh.append((env, start))
         drawn = self._rng.integers(total, size=batch_size - len(fresh))

@@ -3,6 +3,7 @@ import csv
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch as th
 from stable_baselines3 import SAC
@@ -22,7 +23,8 @@ from benchmarks.learn import (
     trained,
 )
 
-RUN = Run("Pendulum-v1", "sac", 0, {"learning_starts": 10, "batch_size": 8, "policy_kwargs": {"net_arch": [8]}})
+SETTINGS = {"learning_starts": 10, "batch_size": 8, "buffer_size": 1000, "policy_kwargs": {"net_arch": [8]}}
+RUN = Run("Pendulum-v1", "sac", 0, SETTINGS)
 
 
 def pendulum():
@@ -75,6 +77,22 @@ def test_a_row_for_each_evaluation_and_a_resumed_run_continues_the_counts(tmp_pa
     assert all(float(row["train_seconds"]) <= float(row["wall_clock"]) for row in rows)
 
 
+def test_a_resumed_run_does_not_begin_with_the_episodes_of_before(tmp_path: Path):
+    run = RUN._replace(overrides={**RUN.overrides, "learning_starts": 1000})
+    for steps in (20, 40):
+        train(run, tmp_path, options(steps, eval_every=20))
+    replay = load_checkpoint(tmp_path, run, pendulum(), 40)[0].replay_buffer
+    assert not np.allclose(replay.observations[0], replay.observations[20])
+    assert not np.allclose(replay.actions[:20], replay.actions[20:40])
+
+
+def test_a_baseline_is_not_continued_beyond_the_replay_of_its_first_steps(tmp_path: Path):
+    run = RUN._replace(overrides={name: value for name, value in SETTINGS.items() if name != "buffer_size"})
+    train(run, tmp_path, options(steps=20, eval_every=20))
+    with pytest.raises(SystemExit, match="a run of 20 steps, as many as its replay: choose another --out"):
+        train(run, tmp_path, options(steps=40, eval_every=20))
+
+
 def test_evaluation_does_not_change_the_training(tmp_path: Path):
     for every in (20, 60):
         (tmp_path / str(every)).mkdir()
@@ -111,7 +129,7 @@ def test_checkpoint_survives_a_kill_between_the_two_renames(tmp_path: Path):
     model = new_model(RUN, pendulum(), decisions=100)
     save_checkpoint(tmp_path, model, RUN, Progress(step=7))
     (tmp_path / "checkpoint").rename(tmp_path / "checkpoint.old")
-    loaded = load_checkpoint(tmp_path, RUN, pendulum())
+    loaded = load_checkpoint(tmp_path, RUN, pendulum(), 20)
     assert loaded is not None
     assert isinstance(loaded[0], SAC)
     assert loaded[1].step == 7
@@ -120,7 +138,7 @@ def test_checkpoint_survives_a_kill_between_the_two_renames(tmp_path: Path):
 def test_a_folder_of_another_run_is_refused(tmp_path: Path):
     save_checkpoint(tmp_path, new_model(RUN, pendulum(), decisions=100), RUN, Progress())
     with pytest.raises(SystemExit, match="holds another run"):
-        load_checkpoint(tmp_path, RUN._replace(seed=1), pendulum())
+        load_checkpoint(tmp_path, RUN._replace(seed=1), pendulum(), 20)
 
 
 def test_a_folder_of_the_same_run_without_normalisation_is_refused(tmp_path: Path):
@@ -135,7 +153,7 @@ def test_a_checkpoint_written_before_a_column_of_run_existed_is_its_own(tmp_path
     stored = json.loads(file.read_text())
     del stored["run"]["init"]
     file.write_text(json.dumps(stored))
-    loaded = load_checkpoint(tmp_path, RUN, pendulum())
+    loaded = load_checkpoint(tmp_path, RUN, pendulum(), 20)
     assert loaded is not None
     assert loaded[1].step == 7
 

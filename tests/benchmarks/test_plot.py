@@ -50,6 +50,26 @@ def test_runs_with_normalised_observations_are_a_curve_of_their_own(results: pd.
     assert set(read_results([tmp_path / "normalized.csv"])["curve"]) == {"dreamer, normalized, train_ratio=128"}
 
 
+def test_runs_that_began_from_another_are_not_averaged_with_those_from_scratch(results: pd.DataFrame, tmp_path: Path):
+    rows = results[["env", "algo", "seed", "step", "return_mean"]]
+    heirs = rows.assign(settings=json.dumps({"init": "runs/a", "eval_env": "Uphill"}))
+    pd.concat([heirs, rows.assign(settings="{}")]).to_csv(tmp_path / "both.csv")
+    both = read_results([tmp_path / "both.csv"])
+    assert list(both["curve"].unique()) == ["dreamer, init=runs/a, eval_env=Uphill", "dreamer"]
+
+
+def test_two_numbers_for_one_step_of_a_seed_are_an_error(results: pd.DataFrame):
+    with pytest.raises(ValueError, match="duplicate"):
+        draw(pd.concat([results, results]), read_references([], None), "return_mean")
+
+
+def test_an_algorithm_that_has_published_nothing_for_a_task_is_left_out(results: pd.DataFrame, tmp_path: Path):
+    path = tmp_path / "reference.csv"
+    path.write_text("algorithm,n_seeds,env,r100k,source\nSAC,10,walker-walk,,them\n")
+    axes = draw(results, read_references([path], ["SAC"]), "return_mean").axes[0]
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == ["dreamer, learning_rate=0.0001 (2 seeds)"]
+
+
 def test_the_legend_quotes_the_source_of_published_points(results: pd.DataFrame, tmp_path: Path):
     path = tmp_path / "reference.csv"
     path.write_text("task,algorithm,env_steps,mean_return,n_seeds,source\nwalker-walk,dreamerv3,50,213,5,paper\n")

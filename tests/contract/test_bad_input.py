@@ -308,6 +308,8 @@ def test_unknown_sizes_widths_and_models_name_the_known_ones():
 def test_a_replay_of_transitions_is_refused():
     with pytest.raises(ValueError, match="replay_buffer_class=HerReplayBuffer is no SequenceReplayBuffer"):
         agent(replay_buffer_class=HerReplayBuffer)
+    with pytest.raises(ValueError, match="replay_buffer_class='SequenceReplayBuffer' is no SequenceReplayBuffer"):
+        agent(replay_buffer_class="SequenceReplayBuffer")
 
 
 # -- files -------------------------------------------------------------------------------------------------------------
@@ -337,9 +339,9 @@ def test_a_truncated_file_is_named(tmp_path, share):
         Dreamer.load(tmp_path / "model")
 
 
-@pytest.mark.parametrize("bad", [np.nan, np.inf])
-def test_an_observation_that_is_not_finite_is_not_acted_on(bad):
-    obs = np.zeros((2, 3), np.float32)
+@pytest.mark.parametrize("bad", [np.nan, np.inf, 1e39])
+def test_an_observation_that_is_not_finite_in_float32_is_not_acted_on(bad):
+    obs = np.zeros((2, 3))
     obs[1, 2] = bad
     with pytest.raises(ValueError, match=r"predict\(\) got obs with a number that is NaN or infinite"):
         agent().predict(obs)

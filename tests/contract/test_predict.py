@@ -109,8 +109,22 @@ def test_one_observation_may_come_with_one_mask(model, start):
 @pytest.mark.parametrize(("before", "now"), [(1, 2), (3, 2), (2, 1)])
 def test_a_state_of_other_environments_is_refused(model, before, now):
     _, state = model.predict(observations(before))
-    with pytest.raises(ValueError, match=rf"state is of {before} environments, the observation of {now}: "):
+    with pytest.raises(ValueError, match=rf"a state of \[\({before}, .*, expected \[\({now}, .* state=None"):
         model.predict(observations(now), state, np.zeros(now, bool))
+
+
+def test_a_state_of_another_agent_or_of_none_is_refused(model):
+    _, state = model.predict(observations(2))
+    for other, told in (((state[0][:, :5], state[1]), r"\[\(2, 5\), \(2, 2\)\]"), (state[0], "ndarray")):
+        with pytest.raises(ValueError, match=f"a state of {told}, expected "):
+            model.predict(observations(2), other)
+
+
+def test_a_state_in_double_precision_is_the_same_one(model):
+    _, state = model.predict(observations(2))
+    doubled = tuple(part.astype(np.float64) for part in state)
+    first, second = (model.predict(observations(2), given, deterministic=True)[0] for given in (state, doubled))
+    assert np.array_equal(first, second)
 
 
 def test_the_state_handed_in_is_not_changed(model):

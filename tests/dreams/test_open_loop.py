@@ -204,6 +204,10 @@ def test_what_is_collected_under_vecnormalize_has_fractions_of_whole_numbers():
 
     env = VecNormalize(DummyVecEnv([Whole]))
     model = Dreamer("MlpPolicy", env, model_size="debug", seed=0)
+    env.obs_rms.update(np.array([[3.0, 5.0, 0.5], [-4.0, 2.0, 7.5]]))
+    count = env.obs_rms.count
     replay, _ = collect(model, env, 20, sequence_length=8)
     obs = replay.peek(4).obs["obs"]
     assert (obs != obs.round()).any()
+    assert env.obs_rms.count == count, "to look at a model does not change what it is given"
+    assert env.training

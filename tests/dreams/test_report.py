@@ -11,7 +11,7 @@ import pytest
 from gymnasium.envs.classic_control import PendulumEnv
 from stable_baselines3 import PPO
 from stable_baselines3.common.logger import configure
-from stable_baselines3.common.vec_env import DummyVecEnv
+from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize, VecTransposeImage
 
 import sb3_dreamer.dreams
 from sb3_dreamer import Dreamer
@@ -156,6 +156,19 @@ def test_the_command_shows_images_with_channels_last_and_leaves_a_replay_on_disk
     page = main([str(tmp_path / "model.zip"), "--env", "Upright-v0", "--out", str(tmp_path / "dreams"), *sizes])
     assert page.read_text("utf-8").count("data:video/mp4;base64,") == 2
     assert {path.name: path.read_bytes() for path in store.iterdir()} == before
+
+
+def test_the_command_shows_images_of_an_agent_whose_rewards_are_normalised(tmp_path: Path):
+    gym.register("Upright-v1", Upright)
+    env = VecNormalize(VecTransposeImage(DummyVecEnv([Upright])), norm_obs=False)
+    Dreamer("CnnPolicy", env, **TINY).learn(20).save(tmp_path / "model.zip")
+    env.save(str(tmp_path / "vecnormalize.pkl"))
+    given = ["--env", "Upright-v1", "--vecnormalize", str(tmp_path / "vecnormalize.pkl"), "--out", str(tmp_path)]
+    page = main([str(tmp_path / "model.zip"), *given, "--steps", "60", "--horizon", "20", "--samples", "3"])
+    assert page.exists()
+    VecNormalize(DummyVecEnv([Dial])).save(str(tmp_path / "vecnormalize.pkl"))
+    with pytest.raises(SystemExit, match="holds statistics of other observations than Upright-v1's"):
+        main([str(tmp_path / "model.zip"), *given])
 
 
 def learn(callback: DreamCallback | None, folder: Path, formats: list[str]) -> Dreamer:

@@ -224,6 +224,14 @@ class TestOtherSources:
         (e,) = read_episodes(model.replay_buffer)
         np.testing.assert_array_equal(e.obs["obs"], image.transpose(0, 3, 1, 2))
 
+    def test_a_name_with_a_dot_is_a_file_too_where_there_is_one(self, tmp_path):
+        other = small()
+        add_experience(other, [episode(0, 5)])
+        other.save_replay_buffer(tmp_path / "replay_0.5")
+        model = small()
+        add_experience(model, tmp_path / "replay_0.5")
+        assert [len(e) for e in read_episodes(model.replay_buffer)] == [5]
+
     @pytest.mark.parametrize("name", ["replay.pkl", "replay"])
     def test_a_saved_replay_is_read(self, tmp_path, name):
         sac = SAC("MlpPolicy", Line(), buffer_size=50, learning_starts=50, device="cpu").learn(12)
@@ -318,4 +326,4 @@ def test_what_is_recorded_is_drawn_and_what_is_lived_served_first():
     assert drawn.max() > 850
     assert not np.array_equal(drawn, np.sort(drawn))
     model.learn(8)
-    assert model.replay_buffer.sample(4).index[0, 1] == 1002
+    assert model.replay_buffer.sample(4).index[0, 1] == 1006

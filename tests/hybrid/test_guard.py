@@ -16,7 +16,8 @@ from stable_baselines3.common.vec_env import VecMonitor, VecNormalize
 
 from sb3_dreamer import Dreamer
 from sb3_dreamer.dreams.__main__ import main as dreams
-from sb3_dreamer.hybrid import DreamVecEnv, Guard
+from sb3_dreamer.hybrid import DreamVecEnv, Guard, LatentVecEnv
+from sb3_dreamer.planning import Planner
 from sb3_dreamer.world_model import WorldModel
 from tests.hybrid.conftest import SMALL, pendulum
 
@@ -127,6 +128,12 @@ def test_a_model_that_learned_normalised_is_not_used_without_its_statistics(tmp_
     alone = Dreamer.load(tmp_path / "model")
     with pytest.raises(ValueError, match="DreamVecEnv needs the statistics of VecNormalize"):
         DreamVecEnv(alone, 4, start=alone.policy.initial_state(1))
+    with pytest.raises(ValueError, match="model has learned with VecNormalize: give the environment with its stat"):
+        LatentVecEnv(alone, pendulum())
+    other = Dreamer("MlpPolicy", pendulum(), **SMALL)
+    for teacher in (alone, Planner(alone)):
+        with pytest.raises(ValueError, match="the fallback was trained with VecNormalize and cannot act without"):
+            Guard(other, teacher)
     with pytest.raises(SystemExit, match="learned from what a VecNormalize made of the observations"):
         dreams([str(tmp_path / "model.zip"), "--env", "Pendulum-v1", "--out", str(tmp_path / "page")])
 
@@ -276,7 +283,7 @@ def test_it_can_be_evaluated_as_any_policy(dreamer: Dreamer):
 def test_what_cannot_work_is_refused(dreamer: Dreamer, tmp_path):
     fallback = Constant(dreamer)
     for wrong in (dict(horizon=0), dict(n_dreams=0), dict(every=0)):
-        with pytest.raises(ValueError, match="have to be at least 1"):
+        with pytest.raises(ValueError, match="has to be a whole number of at least 1"):
             Guard(dreamer, fallback, **wrong)
     with pytest.raises(ValueError, match=r"max_risk=1.5 has to be from 0 to 1"):
         Guard(dreamer, fallback, max_risk=1.5)

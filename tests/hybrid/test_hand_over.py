@@ -14,11 +14,13 @@ from sb3_contrib import TQC, CrossQ, MaskablePPO, RecurrentPPO
 from sb3_contrib.common.wrappers import ActionMasker
 from stable_baselines3 import DDPG, DQN, PPO, SAC, TD3
 from stable_baselines3.common.buffers import NStepReplayBuffer, ReplayBuffer
+from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.envs import FakeImageEnv
 from stable_baselines3.common.vec_env import SubprocVecEnv, VecNormalize
 
 from sb3_dreamer import Dreamer
-from sb3_dreamer.hybrid import LatentVecEnv
+from sb3_dreamer.hybrid import LatentVecEnv, hand_over
+from sb3_dreamer.hybrid import real_states as module_of_states
 from sb3_dreamer.hybrid.hand_over import fill_replay
 from sb3_dreamer.hybrid.lessons import Lessons, Verdicts, lessons_from, verdicts_from
 from sb3_dreamer.hybrid.real_states import dream_returns, imagined_observations, real_states, unpacked
@@ -208,6 +210,23 @@ class TestTransitions:
 
 
 class TestSettings:
+    def test_a_class_that_hands_its_arguments_on_gets_the_same(self, dreamer: Dreamer):
+        class Mine(SAC):
+            def __init__(self, *args: Any, **kwargs: Any) -> None:
+                super().__init__(*args, **kwargs)
+
+        quick = {name: value for name, value in QUICK.items() if name != "policy_kwargs"}
+        mine, sac = (dreamer.to_model_free(one, **quick) for one in (Mine, SAC))
+        for name in ("learning_starts", "ent_coef", "policy_kwargs"):
+            assert getattr(mine, name) == getattr(sac, name)
+        assert mine.learning_starts == 0
+
+    def test_as_many_entries_are_taken_as_fit_into_memory(self, dreamer: Dreamer, monkeypatch):
+        monkeypatch.setattr(module_of_states, "LEAST", 1)
+        width = dreamer.policy.world_model.rssm.packed_width
+        monkeypatch.setattr(module_of_states, "MOST_BYTES", 100 * (4 * width + 5 * 12))  # three numbers of four bytes
+        assert 90 <= len(real_states(dreamer, 400)) <= 110
+
     def test_nothing_throws_the_policy_away(self, dreamer: Dreamer):
         sac = dreamer.to_model_free(SAC, **QUICK)
         assert sac.learning_starts == 0
@@ -291,8 +310,19 @@ class TestSettings:
         assert [len(e) for e in read_episodes(model.replay_buffer)] == [50, 9, 39]
 
     def test_a_replay_without_a_transition_is_refused(self, dreamer: Dreamer):
-        with pytest.raises(ValueError, match="transitions=3 has to be at least 4"):
+        with pytest.raises(ValueError, match="transitions=3 has to be a whole number of at least 4"):
             dreamer.to_model_free(SAC, **QUICK, transitions=3)
+
+    @pytest.mark.parametrize("name", ["updates", "critic_updates", "transitions"])
+    def test_numbers_are_whole_or_refused_before_any_work(self, dreamer: Dreamer, name: str, monkeypatch):
+        monkeypatch.setattr(hand_over, "teach", None)
+        for value in (-1, 10.5, "10"):
+            with pytest.raises(ValueError, match=f"{name}={value!r} has to be a whole number of at least "):
+                dreamer.to_model_free(SAC, **{**QUICK, name: value})
+
+    def test_as_in_learn_they_may_come_as_floats(self, dreamer: Dreamer):
+        sac = dreamer.to_model_free(SAC, updates=2.0, critic_updates=2.0, transitions=1e2)
+        assert sac.replay_buffer.size() == 48  # of two environments, entries without a next one left out
 
     @pytest.mark.parametrize("limit", ["transitions", "buffer_size"])
     def test_only_the_newest_transitions_are_given(self, dreamer: Dreamer, limit: str):
@@ -420,10 +450,17 @@ class TestLatents:
         env.set_options({"x": 1})
         env.reset()
         assert [info["options"] for info in env.reset_infos] == [{"x": 1}] * 2
+        before = env.reset_infos
         _, _, dones, infos = env.step(np.zeros((2, 1), np.float32))
+        assert env.reset_infos is env.env.reset_infos
+        assert env.reset_infos is not before
         env.close()
         assert dones.all()
         assert infos[0]["terminal_observation"].shape == env.observation_space.shape
+
+    def test_other_spaces_are_refused(self, dreamer: Dreamer):
+        with pytest.raises(ValueError, match=r"env has the observation_space Box\(.*, the model Box\("):
+            LatentVecEnv(dreamer, make_vec_env("MountainCarContinuous-v0"))
 
     def test_the_last_observation_goes_through_the_filter_too(self, dreamer: Dreamer):
         latent, plain, state = LatentVecEnv(dreamer, pendulum(steps=2)), pendulum(steps=2), None
@@ -578,7 +615,7 @@ class TestRefused:
         with pytest.raises(ValueError, match=r"MaskablePPO is of no family .*: use PPO, A2C or TRPO"):
             model.to_model_free(MaskablePPO, env=env)
 
-    @pytest.mark.parametrize("other", [dict(norm_obs=False), dict(clip_obs=0.1), dict(norm_reward=False)])
+    @pytest.mark.parametrize("other", [dict(norm_obs=False), dict(clip_obs=0.1), dict(gamma=0.9)])
     def test_another_normalisation(self, other: dict[str, Any]):
         model = Dreamer("MlpPolicy", VecNormalize(pendulum()), **SMALL).learn(60)
         (name,) = other

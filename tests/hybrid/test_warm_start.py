@@ -1,5 +1,6 @@
 """From a teacher to Dreamer: whose steps these are, what is imitated, and for how long."""
 
+import pickle
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,9 +16,10 @@ from stable_baselines3 import DQN, PPO, SAC
 from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
 
 from sb3_dreamer import Dreamer
-from sb3_dreamer.hybrid import experience, hand_over, warm_start
+from sb3_dreamer.hybrid import Guard, experience, hand_over, warm_start
 from sb3_dreamer.hybrid.cloning import Answers, rehearse
 from sb3_dreamer.hybrid.guide import Guide
+from sb3_dreamer.planning import Planner
 from sb3_dreamer.replay import read_episodes
 from tests.hybrid.conftest import SMALL, pendulum
 
@@ -44,6 +46,24 @@ class Interrupted(Constant):
             self.stopped = True
             raise KeyboardInterrupt
         return super().predict(*args, **kwargs)
+
+
+class Camera(gym.Env):
+    """A picture, channels last, and two numbers; episodes of ten steps."""
+
+    observation_space = gym.spaces.Dict(
+        camera=gym.spaces.Box(0, 255, (40, 40, 3), np.uint8), speed=gym.spaces.Box(-9, 9, (2,), np.float32)
+    )
+    action_space = gym.spaces.Box(-1, 1, (1,), np.float32)
+
+    def reset(self, *, seed: int | None = None, options: Any = None) -> Any:
+        super().reset(seed=seed)
+        self.steps = 0
+        return self.observation_space.sample(), {}
+
+    def step(self, action: Any) -> Any:
+        self.steps += 1
+        return self.observation_space.sample(), 0.0, False, self.steps == 10, {}
 
 
 def fresh(n_envs: int = 1, **kwargs: Any) -> Dreamer:
@@ -335,8 +355,52 @@ class TestTeachers:
 
     def test_statistics_of_another_environment_are_refused(self, tmp_path: Path):
         VecNormalize(DummyVecEnv([lambda: gym.make("CartPole-v1")])).save(str(tmp_path / "vecnormalize.pkl"))
-        with pytest.raises(ValueError, match="holds statistics of other observations than Box"):
+        with pytest.raises(ValueError, match="the teacher's statistics are of other observations than Box"):
             fresh().warm_start(Constant(), 60, vec_normalize=tmp_path / "vecnormalize.pkl")
+
+    def test_what_is_no_vecnormalize_holds_no_statistics(self, tmp_path: Path):
+        (tmp_path / "vecnormalize.pkl").write_bytes(pickle.dumps({"mean": 0.0}))
+        with pytest.raises(ValueError, match="the teacher's statistics are a dict: give a VecNormalize"):
+            fresh().warm_start(Constant(), 60, vec_normalize=tmp_path / "vecnormalize.pkl")
+
+    def test_one_that_sees_images_too_is_normalised_as_sb3_wraps_them(self, tmp_path: Path):
+        """SB3 turns images outside of the VecNormalize that it is given, Dreamer inside of its own."""
+        ppo = PPO("MultiInputPolicy", VecNormalize(DummyVecEnv([Camera]), norm_obs_keys=["speed"]), 3e-4, 16, 16)
+        ppo.learn(16)
+        ppo.save(tmp_path / "ppo")
+        ppo.get_vec_normalize_env().save(str(tmp_path / "vecnormalize.pkl"))
+        model = Dreamer("MultiInputPolicy", DummyVecEnv([Camera]), **SMALL)
+        seen = {"camera": np.ones((1, 3, 40, 40), np.uint8), "speed": np.ones((1, 2), np.float32)}
+        shown = ppo.get_vec_normalize_env().normalize_obs(seen)
+        assert not np.array_equal(shown["speed"], seen["speed"])
+        for teacher, statistics in ((ppo, None), (tmp_path / "ppo", tmp_path / "vecnormalize.pkl")):
+            guide = Guide(model, teacher, statistics, deterministic=True)
+            actions, _ = guide.act(seen, None, np.array([True]))
+            np.testing.assert_allclose(actions, ppo.predict(shown, deterministic=True)[0], rtol=1e-5)
+
+    def test_a_file_of_dreamer_does_not_bring_its_seed(self, tmp_path: Path):
+        fresh(seed=7).save(tmp_path / "teacher")
+        drawn = []
+        for seed in (1, 2):
+            Guide(fresh(seed=seed), tmp_path / "teacher", None, deterministic=True)
+            drawn.append(th.rand(1).item())
+        assert drawn[0] != drawn[1]
+
+    @pytest.mark.parametrize("kind", [Planner, Guard])
+    def test_what_acts_with_a_dreamer_is_told_too_and_shown_what_that_learned_from(self, kind: Any):
+        other = fresh(seed=5)
+        other.set_env(VecNormalize(pendulum()))
+        teacher = Planner(other) if kind is Planner else Guard(other, Constant(), horizon=2)
+        guide = Guide(fresh(), teacher, None, deterministic=True)
+        assert guide.normalize is other.get_vec_normalize_env()
+        _, memory = guide.act(pendulum().reset(), None, np.array([True]))
+        told = guide.told(memory, np.array([[1.0]], np.float32))
+        assert told[1].tolist() == [[0.5]], "scaled: the torque limit is 2"
+        assert np.array_equal(told[0], memory[0])
+        assert type(told) is type(memory)
+        elsewhere = Dreamer("MlpPolicy", "MountainCarContinuous-v0", **SMALL)
+        with pytest.raises(ValueError, match="the teacher's observations are Box"):
+            Guide(elsewhere, teacher, False, deterministic=True)
 
     def test_statistics_that_were_not_used_are_not_needed(self, tmp_path: Path):
         env = VecNormalize(pendulum(), norm_obs=False)
@@ -402,10 +466,13 @@ class TestRefused:
         for bad in (None, object()):
             with pytest.raises(TypeError, match=r"has no predict\(\)"):
                 model.warm_start(bad, 60)
-        with pytest.raises(ValueError, match="n_steps=7 has to be at least 8: a sequence of 8 entries"):
+        with pytest.raises(ValueError, match="n_steps=7 has to be a whole number of at least 8"):
             model.warm_start(Constant(), 7)
-        with pytest.raises(ValueError, match="n_steps=15 has to be at least 16"):
+        with pytest.raises(ValueError, match="n_steps=15 has to be a whole number of at least 16"):
             fresh(2).warm_start(Constant(), 15)
+        for name in ("updates", "fade_steps"):
+            with pytest.raises(ValueError, match=f"{name}=-3 has to be a whole number of at least 0"):
+                model.warm_start(Constant(), 60, **{name: -3})
         with pytest.raises(ValueError, match="student_share=1 has to be at least 0 and below 1"):
             model.warm_start(Constant(), 60, student_share=1)
         assert model.replay_buffer.size() == 0

@@ -1,0 +1,63 @@
+"""What acts with a Dreamer's model: what it asks of the model, and what it tells of itself."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from gymnasium import spaces
+from stable_baselines3.common.vec_env import VecNormalize
+
+from sb3_dreamer.dreamer import Dreamer
+
+
+class ActsWithDreamer:
+    """Acts in a Dreamer's place, and so sees what that sees, in the same units, and carries its memory."""
+
+    model: Dreamer
+
+    @property
+    def observation_space(self) -> spaces.Space:
+        """Of the model."""
+        return self.model.observation_space
+
+    @property
+    def action_space(self) -> spaces.Space:
+        """Of the model."""
+        return self.model.action_space
+
+    @property
+    def learned_normalised(self) -> bool:
+        """Whether the model needs the statistics of a VecNormalize."""
+        return self.model.learned_normalised
+
+    def get_vec_normalize_env(self) -> VecNormalize | None:
+        """The statistics of the model, if it has any."""
+        return self.model.get_vec_normalize_env()
+
+    def told(self, memory: Any, taken: np.ndarray) -> Any:
+        """The state that ``predict`` returned, once other actions (n, *shape) were taken than its own."""
+        return memory[0], self.model.policy.encode_action(taken)
+
+
+def require_dreamer(model: Any, who: str) -> None:
+    """Refuse another algorithm where a world model is needed.
+
+    :raises TypeError: naming what was given.
+    """
+    if not isinstance(model, Dreamer):
+        raise TypeError(f"{who} uses the world model of a Dreamer, and {type(model).__name__} has none: give a Dreamer")
+
+
+def require_statistics(model: Dreamer, who: str) -> None:
+    """Refuse a model that knows what a VecNormalize makes of observations, and has none.
+
+    :raises ValueError: with what to do.
+    :raises TypeError: for a model that is no Dreamer.
+    """
+    require_dreamer(model, who)
+    if model.learned_normalised and model.get_vec_normalize_env() is None:
+        raise ValueError(
+            f"{who} needs the statistics of VecNormalize that this model has learned with: load it with its "
+            "environment, load(path, env=VecNormalize.load(statistics, env))"
+        )

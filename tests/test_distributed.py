@@ -142,6 +142,7 @@ def test_infos_of_resets_are_those_of_the_newest_episode(three: RayVecEnv):
 
 
 def test_attributes_are_those_of_the_environments_asked_for(three: RayVecEnv):
+    three.reset()
     three.set_attr("g", 3.0, indices=[0, 2])
     assert three.get_attr("g") == [3.0, 10.0, 3.0]
     three.set_attr("g", 10.0)

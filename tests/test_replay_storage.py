@@ -103,7 +103,8 @@ class TestFolder:
         buffer = make(tmp_path)
         for number in range(10, 14):
             add(buffer, number)
-        assert buffer.sample(1).index.tolist() == [[0, 10]]
+        assert buffer.sample(2).index[0].tolist() == [0, 10]
+        assert not buffer._rings._queue
 
     def test_refreshed_latents_reach_the_files(self, tmp_path):
         buffer = fill(tmp_path, 10)

@@ -187,7 +187,7 @@ def in_place_of_pickles(
     if lost := sorted(replaced.keys() & defaults.keys()):
         warnings.warn(f"{lost} of the saved agent are pickled and were not read, the defaults stand in", stacklevel=3)
     folders: dict[str, Any] = {"tensorboard_log": None, "replay_buffer_kwargs": {}}  # of another's choosing
-    if lost := sorted(key for key, nothing in folders.items() if settings.get(key) and key not in given):
+    if lost := sorted(key for key in folders if settings.get(key) and key not in {*replaced, *given}):
         warnings.warn(f"{lost} of the saved agent name folders and were not read: give your own", stacklevel=3)
     replaced |= folders
     replaced |= {key: space_from(described[key]) for key in ("observation_space", "action_space")}

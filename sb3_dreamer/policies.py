@@ -191,7 +191,7 @@ class DreamerPolicy(BasePolicy):
 
     def _checked_state(self, state: Any, n: int) -> PolicyState:
         """Refuse a state of another number of environments, of another agent, or of no agent at all."""
-        expected = [part.shape for part in self.initial_state(n)]
+        expected = [(n, self.world_model.rssm.packed_width), (n, self.action_spec.width)]
         given = [np.shape(part) for part in state] if isinstance(state, tuple | list) else type(state).__name__
         if given != expected:
             raise ValueError(

@@ -50,16 +50,14 @@ def parser() -> argparse.ArgumentParser:
 
 
 def make_env(env_id: str, vecnormalize: Path | None, seed: int) -> VecEnv:
-    """One environment of the task, wrapped and normalised as in training, its statistics left as they are."""
+    """One environment of the task, wrapped and normalised as in training."""
     env = Dreamer._wrap_env(make_vec_env(env_id, seed=seed))  # images, channels first
     if vecnormalize is None:
         return env
     try:
-        normalized = VecNormalize.load(str(vecnormalize), env)
+        return VecNormalize.load(str(vecnormalize), env)
     except AssertionError as error:  # SB3 has no words for it
         raise SystemExit(f"{vecnormalize} holds statistics of other observations than {env_id}'s: {error}") from error
-    normalized.training = False
-    return normalized
 
 
 def find_body(env_id: str) -> Body | str:

@@ -35,11 +35,11 @@ from benchmarks.learn import (
     evaluate,
     machine,
     parse_overrides,
-    policy_alias,
     trained,
 )
 from sb3_dreamer import Dreamer
 from sb3_dreamer.hybrid import DreamVecEnv, Guard
+from sb3_dreamer.spaces import policy_for
 
 ENVS = ("Hopper-v4", "HalfCheetah-v4", "dmc/walker-walk")
 COLUMNS = ("comparison", "env", "seed", "agent", "step", "return_mean", "return_std", "n_episodes", "falls", "seconds",
@@ -71,7 +71,7 @@ class Runner:
         """An untrained agent."""
         env = self.training_env()
         kwargs = parse_overrides(self.args.dreamer) if name == "dreamer" else {}
-        return algorithm(name)(policy_alias(env.observation_space), env, seed=self.seed, **kwargs)
+        return algorithm(name)(policy_for(env.observation_space), env, seed=self.seed, **kwargs)
 
     def note(self, agent: str, model: BaseAlgorithm, step: int, deterministic: bool = True) -> float:
         """Evaluate, and write a row."""
@@ -97,7 +97,7 @@ class Runner:
             model.learn(min(self.args.eval_every, steps - done), reset_num_timesteps=False)
             self.note(agent, model, already + model.num_timesteps - before)
 
-    def falls(self, agent: str, policy: Any, deterministic: bool = False) -> float:
+    def falls(self, agent: str, policy: Any, step: int, deterministic: bool = False) -> float:
         """A row for how often an episode ends before its time limit, in 1,000 steps of one environment."""
         env = make_vec_env(lambda: make_env(self.env), seed=10_000 + 1_000 * self.seed)
         fell: list[bool] = []
@@ -110,7 +110,7 @@ class Runner:
         returns, lengths = told
         falls = 1_000 * sum(fell) / sum(lengths)
         score = {"return_mean": np.mean(returns), "return_std": np.std(returns), "n_episodes": len(returns)}
-        self.write(agent, self.args.then, {**score, "falls": falls})
+        self.write(agent, step, {**score, "falls": falls})
         return falls
 
     def returns(self, agent: str) -> list[float]:
@@ -134,7 +134,7 @@ def dreamer_before(run: Runner) -> Dreamer:
 
 
 def hand_over(run: Runner) -> Row:
-    """Comparisons 1 and 2: at the same total number of steps. Of a saved Dreamer, only what comes after it."""
+    """Dreamer, then SB3, beside each alone, at the same total number of steps; of a saved one only what follows."""
     dreamer = dreamer_before(run)
     first, then = dreamer.num_timesteps, run.args.then
     verdict: Row = {"dreamer before": run.returns("dreamer")[-1]}
@@ -156,7 +156,7 @@ def hand_over(run: Runner) -> Row:
 
 
 def warm_start(run: Runner) -> Row:
-    """Comparison 3: a teacher, then Dreamer."""
+    """A teacher, then Dreamer."""
     teacher = run.new(run.args.teacher)
     teacher.learn(run.args.first)
     verdict: Row = {"teacher": run.note("teacher", teacher, run.args.first)}
@@ -167,7 +167,7 @@ def warm_start(run: Runner) -> Row:
 
 
 def dream(run: Runner) -> Row:
-    """Comparison 4: PPO goes on in a dream, without a single new real step.
+    """PPO goes on in a dream, without a single new real step.
 
     The world model watches PPO as it explores: without its noise it would not see what other actions lead to. What PPO
     improves is the return of actions as it draws them, so that is evaluated too, before and after.
@@ -194,9 +194,9 @@ def guard(run: Runner) -> Row:
     model: Dreamer = run.new("dreamer")
     run.learn("dreamer", model, run.args.then)
     guarded = Guard(model, fallback)
-    verdict = {"falls of the fallback": run.falls("fallback", fallback, deterministic=True)}
-    verdict["falls of dreamer"] = run.falls("dreamer, sampled", model)
-    verdict["falls with the fallback"] = run.falls("dreamer with the fallback, sampled", guarded)
+    verdict = {"falls of the fallback": run.falls("fallback", fallback, run.args.first, deterministic=True)}
+    verdict["falls of dreamer"] = run.falls("dreamer, sampled", model, run.args.then)
+    verdict["falls with the fallback"] = run.falls("dreamer with the fallback, sampled", guarded, run.args.then)
     return verdict | {"percent of steps by the fallback": 100 * guarded.taken_over / guarded.decisions}
 
 

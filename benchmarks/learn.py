@@ -20,7 +20,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch as th
-from gymnasium import spaces
 from stable_baselines3 import PPO, SAC
 from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.callbacks import BaseCallback
@@ -30,6 +29,7 @@ from stable_baselines3.common.logger import configure
 from stable_baselines3.common.vec_env import VecEnv, VecNormalize, sync_envs_normalization
 
 from benchmarks.envs import action_repeat, make_env
+from sb3_dreamer.spaces import policy_for
 
 ALGORITHMS = ("dreamer", "sac", "crossq", "ppo")
 COLUMNS = (
@@ -88,13 +88,6 @@ def algorithm(name: str) -> type[BaseAlgorithm]:
     return SAC if name == "sac" else PPO
 
 
-def policy_alias(space: spaces.Space) -> str:
-    """SB3's policy name for observations of that space."""
-    if isinstance(space, spaces.Dict):
-        return "MultiInputPolicy"
-    return "CnnPolicy" if len(space.shape or ()) == 3 else "MlpPolicy"
-
-
 def parse_overrides(words: list[str]) -> dict[str, Any]:
     """`["learning_rate=1e-4", "policy_kwargs.units=256"]` as constructor arguments."""
     overrides: dict[str, Any] = {}
@@ -124,7 +117,7 @@ def new_model(run: Run, env: VecEnv, decisions: int) -> BaseAlgorithm:
     kwargs = dict(run.overrides)
     if run.algo in ("sac", "crossq"):
         kwargs.setdefault("buffer_size", decisions)  # the default million would be written at every checkpoint
-    return algorithm(run.algo)(policy_alias(env.observation_space), env, seed=run.seed, **kwargs)
+    return algorithm(run.algo)(policy_for(env.observation_space), env, seed=run.seed, **kwargs)
 
 
 def _heir(run: Run, env: VecEnv) -> BaseAlgorithm:

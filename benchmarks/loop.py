@@ -17,8 +17,9 @@ from stable_baselines3 import SAC
 from stable_baselines3.common.base_class import BaseAlgorithm
 
 from benchmarks.envs import action_repeat, make_env
-from benchmarks.learn import commit, machine, parse_overrides, policy_alias
+from benchmarks.learn import commit, machine, parse_overrides
 from sb3_dreamer import Dreamer
+from sb3_dreamer.spaces import policy_for
 
 
 class Loop:
@@ -74,7 +75,7 @@ def main() -> None:
     th.set_num_threads(args.threads)
 
     env = make_env(args.env)
-    policy = policy_alias(env.observation_space)
+    policy = policy_for(env.observation_space)
     overrides = parse_overrides(args.overrides)
     loops = {
         "dreamer": Loop(Dreamer(policy, env, seed=0, **overrides)),

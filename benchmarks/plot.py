@@ -44,6 +44,13 @@ def read_results(paths: list[Path]) -> pd.DataFrame:
     # The same settings in several files, of different versions for example, are curves of their own.
     several = rows.groupby(["task", "curve"])["file"].transform("nunique") > 1
     rows.loc[several, "curve"] += " [" + rows["file"] + "]"
+    point = ["task", "curve", "seed", "step"]
+    rows = rows.drop_duplicates([*point, "return_mean", "commit"])  # a Dreamer that was handed over twice
+    again = rows.duplicated(point, keep=False).groupby([rows["task"], rows["curve"]]).transform("any")
+    rows.loc[again, "curve"] += " [" + rows["commit"] + "]"
+    if (twice := rows[rows.duplicated(point)]).size > 0:
+        task, curve, seed, step = twice.iloc[0][point]
+        raise SystemExit(f"{task}, {curve}, seed {seed} has several returns at step {step}: that is no curve")
     return rows
 
 
@@ -52,6 +59,7 @@ def _curve_name(algo: str, settings: str) -> str:
     normalized = ["normalized"] * known.get("normalize", False)
     origins = [f"{key}={known[key]}" for key in ("init", "eval_env") if known.get(key)]
     overrides = [f"{key}={value}" for key, value in known.get("overrides", {}).items()]
+    overrides += known.get("dreamer", []) if algo.startswith("dreamer") else []  # as hybrid.py writes them
     return ", ".join([algo, *normalized, *origins, *overrides])
 
 

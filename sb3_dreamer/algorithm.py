@@ -19,14 +19,13 @@ from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, TensorD
 from stable_baselines3.common.vec_env import VecEnv
 
 from sb3_dreamer.environments import NoteStep, check_spaces, check_statistics, check_wrapping, deaths_told, step_named
-from sb3_dreamer.files import FileLike, check_known, check_parameters, in_place_of_pickles, read_settings, written_aside
+from sb3_dreamer.files import FileLike, check_parameters, in_place_of_pickles, known_args, read_settings, written_aside
 from sb3_dreamer.policies import DreamerPolicy, PolicyState
 from sb3_dreamer.replay import SequenceReplayBuffer, read_replay
-from sb3_dreamer.types import Imitation
+from sb3_dreamer.types import Imitation, Observation
 
 SelfAlgorithm = TypeVar("SelfAlgorithm", bound="SequenceAlgorithm")
 NOT_SAVED = "_online_state", "_last_obs", "_last_original_obs", "_originals", "_resets", "_cloning", "lent_env"
-Observation = np.ndarray | dict[str, np.ndarray]
 
 
 class SequenceAlgorithm(OffPolicyAlgorithm):
@@ -87,7 +86,7 @@ class SequenceAlgorithm(OffPolicyAlgorithm):
     def _setup_learn(
         self, total_timesteps: int, callback: MaybeCallback = None, *args: Any, **kwargs: Any
     ) -> tuple[int, BaseCallback]:
-        check_statistics(self.get_vec_normalize_env())
+        check_statistics(self, stacklevel=4)
         if self.env is self.lent_env or self._reset_by_others():
             self._last_obs = None
         if self._n_updates > 0 and self.replay_buffer.size() == 0:
@@ -267,11 +266,13 @@ class SequenceAlgorithm(OffPolicyAlgorithm):
         :raises TypeError: for settings that it does not have.
         """
         settings, custom_objects = read_settings(path), dict(custom_objects or {})
-        check_known(cls, settings, kwargs)
+        kwargs = known_args(cls, settings, kwargs)
         if not trusted:
             custom_objects = in_place_of_pickles(settings, cls.policy_aliases, cls, {**kwargs, **custom_objects})
-        made: Any = env  # by _wrap_env, where it is an id
-        return super().load(path, made, device, custom_objects, print_system_info, force_reset, **kwargs)
+        given: Any = env  # an id too
+        model = super().load(path, given, device, custom_objects, print_system_info, force_reset, **kwargs)
+        check_statistics(model, stacklevel=3)
+        return model
 
     def load_replay_buffer(self, path: FileLike, truncate_last_traj: bool = True) -> None:
         """Go on with a saved replay; the next entry begins an episode.
@@ -289,13 +290,7 @@ class SequenceAlgorithm(OffPolicyAlgorithm):
         :param path: what :meth:`save_replay_buffer` was given.
         :raises ValueError: if it holds no replay of sequences, or one of another shape than this agent's.
         """
-        buffer = read_replay(path, self.verbose)
-        for name in ("observation_space", "action_space", "n_envs", "sequence_length", "latent_size"):
-            saved, own = getattr(buffer, name), getattr(self.replay_buffer, name)
-            if saved != own:
-                raise ValueError(f"the replay in {path} has {name}={saved}, this agent {own}: load it with the same")
-        buffer.device = self.device
-        return buffer
+        return read_replay(path, self.replay_buffer, self.verbose)
 
     def set_parameters(
         self, load_path_or_dict: str | TensorDict, exact_match: bool = True, device: th.device | str = "auto"

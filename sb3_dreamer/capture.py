@@ -68,7 +68,11 @@ class CapturedUpdate:
             return self._on_the_side(batch)
         if self._batch is None:
             self._batch = map_tensors(th.clone, batch)
-            self._replay = self.record(self._run)
+            try:
+                self._replay = self.record(self._run)
+            except BaseException:
+                self._batch = None  # the next call records again
+                raise
         else:
             map_tensors(lambda mine, given: mine.copy_(given), self._batch, batch)
         self._replay()

@@ -156,16 +156,19 @@ class Dreamer(Doors, SequenceAlgorithm):
         check_knobs(self.__dict__)
         self._setup_lr_schedule()
         self.set_random_seed(self.seed)
-        self.policy = self.policy_class(  # type: ignore[assignment]
+        if not (isinstance(self.policy_class, type) and issubclass(self.policy_class, DreamerPolicy)):
+            raise TypeError(
+                f"policy is {self.policy_class!r}, which has no world model: give one of {list(self.policy_aliases)}, "
+                "or a class derived from DreamerPolicy"
+            )
+        shared = ("model_size", "rssm_type", "gamma", "warmup_updates", "actor_lr_scale", "critic_lr_scale")
+        if own := sorted(self.policy_kwargs.keys() & shared):
+            raise ValueError(f"policy_kwargs {own} are arguments of Dreamer itself: give them to it")
+        self.policy = self.policy_class(
             self.observation_space,
             self.action_space,
             self.lr_schedule,
-            model_size=self.model_size,
-            rssm_type=self.rssm_type,
-            gamma=self.gamma,
-            warmup_updates=self.warmup_updates,
-            actor_lr_scale=self.actor_lr_scale,
-            critic_lr_scale=self.critic_lr_scale,
+            **{name: getattr(self, name) for name in shared},
             **self.policy_kwargs,
         ).to(self.device)
         buffer_class: Any = self.replay_buffer_class or SequenceReplayBuffer

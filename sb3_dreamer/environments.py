@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 from gymnasium import spaces
+from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.preprocessing import is_image_space
 from stable_baselines3.common.running_mean_std import RunningMeanStd
@@ -70,12 +72,21 @@ def statistics(normalize: VecNormalize) -> dict[str, RunningMeanStd]:
     return {**{f"obs {key}": one for key, one in seen.items()}, "returns": normalize.ret_rms}
 
 
-def check_statistics(normalize: VecNormalize | None) -> None:
+def check_statistics(model: BaseAlgorithm, stacklevel: int) -> None:
     """Refuse statistics that a bad number has got into: all that they normalise is bad from then on.
+
+    A model that learned with statistics and acts in an environment without any is warned of.
 
     :raises ValueError: with what to do.
     """
+    normalize = model.get_vec_normalize_env()
     if normalize is None:
+        if getattr(model, "learned_normalised", False) and model.env is not None:
+            warnings.warn(
+                "this model learned from what a VecNormalize made of the observations, and its environment has none: "
+                "load(path, env=VecNormalize.load(statistics, env))",
+                stacklevel=stacklevel,
+            )
         return
     for name, one in statistics(normalize).items():
         used = normalize.norm_reward if name == "returns" else normalize.norm_obs

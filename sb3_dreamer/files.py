@@ -250,16 +250,18 @@ def written_aside(path: FileLike, suffix: str) -> Iterator[Any]:
         aside.unlink(missing_ok=True)
 
 
-def check_known(agent: type, saved: Mapping[str, Any], given: Mapping[str, Any]) -> None:
+def known_args(agent: type, saved: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
     """Refuse settings that no agent has: SB3's ``load`` would take them and nothing would read them.
 
     :param agent: its class.
     :param saved: what its file holds.
     :param given: to be set.
+    :return: those under the names by which an agent keeps them: one differs from its argument.
     :raises TypeError: naming them.
     """
     if unknown := sorted(given.keys() - saved.keys() - inspect.signature(agent).parameters.keys()):
         raise TypeError(f"load() got {', '.join(unknown)}, which {agent.__name__} does not have")
+    return {"_stats_window_size" if name == "stats_window_size" else name: value for name, value in given.items()}
 
 
 # -- plain data --------------------------------------------------------------------------------------------------------

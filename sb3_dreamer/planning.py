@@ -12,6 +12,7 @@ from sb3_dreamer.knobs import as_whole
 from sb3_dreamer.nets.distributions import BoundedNormal
 from sb3_dreamer.nets.layers import mixed_precision
 from sb3_dreamer.policies import PolicyState
+from sb3_dreamer.types import Observation
 from sb3_dreamer.world_model.rssm import State
 
 
@@ -49,7 +50,7 @@ class Planner(ActsWithDreamer):
 
     def predict(
         self,
-        observation: np.ndarray | dict[str, np.ndarray],
+        observation: Observation,
         state: PolicyState | None = None,
         episode_start: np.ndarray | None = None,
         deterministic: bool = False,
@@ -63,7 +64,7 @@ class Planner(ActsWithDreamer):
 
     @th.inference_mode()
     def plan(self, packed: np.ndarray, deterministic: bool = True) -> np.ndarray:
-        """The first action of the plan: packed states (n, L) -> encoded actions (n, A).
+        """The first action of the plan: packed states (n, P) -> encoded actions (n, A).
 
         A deterministic one tries the same candidates each time, and leaves torch's own generator alone.
         """

@@ -25,7 +25,7 @@ from sb3_dreamer.spaces import (
     observation_specs,
     policy_for,
 )
-from sb3_dreamer.types import SIZES
+from sb3_dreamer.types import SIZES, Observation
 from sb3_dreamer.world_model import WorldModel
 from sb3_dreamer.world_model.rssm import State
 
@@ -35,7 +35,7 @@ PolicyState = tuple[np.ndarray, ...]
 class DreamerPolicy(BasePolicy):
     """World model, actor and critic behind SB3's policy interface.
 
-    The state that ``predict`` carries is a tuple of float32 arrays: the packed model state (n, L) and the encoded
+    The state that ``predict`` carries is a tuple of float32 arrays: the packed model state (n, P) and the encoded
     previous action (n, A).
 
     :param observation_space: Box, Discrete, MultiDiscrete, MultiBinary or a flat Dict of these.
@@ -136,7 +136,7 @@ class DreamerPolicy(BasePolicy):
 
     def predict(
         self,
-        observation: np.ndarray | dict[str, np.ndarray],
+        observation: Observation,
         state: PolicyState | None = None,
         episode_start: np.ndarray | None = None,
         deterministic: bool = False,
@@ -208,7 +208,7 @@ class DreamerPolicy(BasePolicy):
         is_first: th.Tensor | None,
         deterministic: bool = False,
     ) -> tuple[th.Tensor, th.Tensor]:
-        """One step on tensors: (n, .) observations, (n, L) states, (n, A) actions -> encoded actions, packed states."""
+        """One step on tensors: (n, .) observations, (n, P) states, (n, A) actions -> encoded actions, packed states."""
         state = self.observe(obs, packed, prev_action, is_first, sample=not deterministic)
         policy = self.actor(state.features)
         action = policy.mode() if deterministic else policy.sample()

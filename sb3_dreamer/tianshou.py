@@ -22,6 +22,7 @@ from sb3_dreamer import Dreamer
 from sb3_dreamer.acting import require_statistics
 from sb3_dreamer.replay import Episode, read_episodes, split_transitions
 from sb3_dreamer.spaces import as_observation, by_key
+from sb3_dreamer.types import Observation
 
 try:
     from tianshou.algorithm.algorithm_base import Algorithm, Policy
@@ -94,7 +95,7 @@ class TianshouTeacher:
     @th.no_grad()
     def predict(
         self,
-        observation: np.ndarray | dict[str, np.ndarray],
+        observation: Observation,
         state: Any = None,
         episode_start: np.ndarray | None = None,
         deterministic: bool = False,
@@ -226,7 +227,7 @@ def _rows(episode: Episode, space: spaces.Space) -> Iterator[Batch]:
         )
 
 
-def plain_observations(space: spaces.Space, obs: Any) -> np.ndarray | dict[str, np.ndarray]:
+def plain_observations(space: spaces.Space, obs: Any) -> Observation:
     """Tianshou's observations (n, *shape), a Batch where the space is a Dict, as SB3 knows them: images channels first.
 
     :raises ValueError: for other keys than the space's.

@@ -6,7 +6,8 @@ Dimension key, used in every shape comment::
     N  imagined trajectories         H  imagination horizon
     A  width of an encoded action    F  width of the model features (D + K * S)
     D  deterministic state           S  categorical latents, K classes each
-    L  width of a packed state       (...)  any leading dimensions
+    L  width of replayed latents     P  width of a packed state, which ``predict`` carries
+    (...)  any leading dimensions
 
 Time. Entry ``t`` holds what belongs to one moment, and the model at ``t`` is given the action *before* it::
 
@@ -29,6 +30,7 @@ import numpy as np
 import torch as th
 
 Kind = Literal["vector", "image", "discrete", "binary"]
+Observation = np.ndarray | dict[str, np.ndarray]  # one or many, as environments give them
 
 
 @dataclass(frozen=True)
@@ -97,7 +99,7 @@ class Batch:
     :param is_first: (B, T) bool, the first entry of an episode: the state is reset here.
     :param is_terminal: (B, T) bool, the episode ended here for good.
     :param is_last: (B, T) bool, the last entry of an episode, terminal or cut short.
-    :param start: (B, L) packed state of the entry before the first one, zeros where there is none.
+    :param start: (B, L) latents of the entry before the first one, zeros where there is none.
     :param index: (B, 2) where the sequences lie in the replay, to write refreshed states back.
     """
 

@@ -104,6 +104,26 @@ def test_a_batch_of_another_shape_is_run_as_it_is_three_times_and_then_recorded_
     assert recordings == [0, 0, 0, 1, 1, 1, 1, 2, 2]
 
 
+@pytest.mark.parametrize("sizes", [(2,) * 6, (2,) * 4 + (3,) * 6], ids=["the first", "another shape"])
+def test_a_recording_that_fails_is_made_anew_by_the_next_call(sizes: tuple[int, ...]) -> None:
+    model, failing = filled(), len(sizes) - 2
+    calls = 0
+
+    def record(work: Callable[[], Any]) -> Callable[[], None]:
+        if calls == failing:
+            raise th.OutOfMemoryError("while recording")
+        return work
+
+    update = CapturedUpdate(lambda batch: (batch.reward.sum(), {}), record)
+    for calls, size in enumerate(sizes, 1):
+        batch = model.replay_buffer.sample(size)
+        if calls == failing:
+            with pytest.raises(th.OutOfMemoryError, match="while recording"):
+                update(batch)
+        else:
+            assert update(batch)[0] == batch.reward.sum()
+
+
 def test_the_graph_keeps_a_batch_of_its_own() -> None:
     model = filled()
     update, given = CapturedUpdate(model.update, stand_in([])), list(batches(model, 5))

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import ray
 from gymnasium import spaces
-from gymnasium.wrappers import FlattenObservation, TimeLimit
+from gymnasium.wrappers import FlattenObservation, OrderEnforcing
 from stable_baselines3 import PPO
 from stable_baselines3.common.vec_env import DummyVecEnv
 
@@ -146,7 +146,7 @@ def test_attributes_are_those_of_the_environments_asked_for(three: RayVecEnv):
     three.set_attr("g", 3.0, indices=[0, 2])
     assert three.get_attr("g") == [3.0, 10.0, 3.0]
     three.set_attr("g", 10.0)
-    assert three.env_is_wrapped(TimeLimit, indices=2) == [True]
+    assert three.env_is_wrapped(OrderEnforcing, indices=2) == [True]
     assert three.env_is_wrapped(FlattenObservation) == [False] * 3
     assert [image.shape[-1] for image in three.get_images()] == [3, 3, 3]
 

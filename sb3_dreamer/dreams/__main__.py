@@ -77,6 +77,10 @@ def main(argv: list[str] | None = None) -> Path:
     args = parser().parse_args(argv)
     if not args.model.exists():
         raise SystemExit(f"{args.model} does not exist: give the file that Dreamer.save wrote")
+    if args.vecnormalize is not None and not args.vecnormalize.exists():
+        raise SystemExit(f"{args.vecnormalize} does not exist: give the file that VecNormalize.save wrote")
+    if args.steps < (needed := args.context + args.horizon):
+        raise SystemExit(f"--steps {args.steps}: --context and --horizon together need {needed} or more")
     if sys.platform == "linux" and "DISPLAY" not in os.environ and ctypes.util.find_library("EGL"):
         os.environ.setdefault("MUJOCO_GL", "egl")
     env = make_env(args.env, args.vecnormalize, args.seed)
@@ -87,6 +91,8 @@ def main(argv: list[str] | None = None) -> Path:
             f"{args.model} learned from what a VecNormalize made of the observations, and dreams of nothing else: give "
             "its statistics, --vecnormalize PATH"
         )
+    if args.vecnormalize is not None and model._n_updates > 0 and not model.learned_normalised:
+        raise SystemExit(f"{args.model} learned from observations as they come: leave --vecnormalize out")
     try:
         check_dims(model.policy.world_model.decoder.specs, args.dims)
     except ValueError as error:

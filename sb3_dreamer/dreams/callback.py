@@ -13,6 +13,7 @@ import torch as th
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.logger import Figure, TensorBoardOutputFormat
 
+from sb3_dreamer.acting import require_dreamer
 from sb3_dreamer.dreamer import Dreamer
 from sb3_dreamer.dreams.collect import original_units
 from sb3_dreamer.dreams.extras import MissingExtra, need
@@ -21,6 +22,7 @@ from sb3_dreamer.dreams.horizon import HorizonError, horizon_errors
 from sb3_dreamer.dreams.open_loop import OpenLoop, open_loop
 from sb3_dreamer.dreams.trouble import RealReturns, find_trouble, signs_of
 from sb3_dreamer.dreams.videos import Body, body_video, encode, image_video
+from sb3_dreamer.knobs import as_whole
 from sb3_dreamer.types import Batch
 
 NOT_FOR_PICTURES = ("stdout", "log", "json", "csv")
@@ -41,7 +43,8 @@ class DreamCallback(BaseCallback):
     :param samples: dreams of each.
     :param dims: names of the dimensions to plot, such as ``obs[3]``; None: those with the largest error.
     :param body_env: environment of a MuJoCo task, not the one trained in: adds a video of the dreamed body.
-    :raises ValueError: when training starts, if these do not fit the model.
+    :raises ValueError: for counts below 1, and when training starts, if these do not fit the model.
+    :raises TypeError: when training starts, for another algorithm.
     """
 
     model: Dreamer
@@ -57,7 +60,9 @@ class DreamCallback(BaseCallback):
         verbose: int = 0,
     ) -> None:
         super().__init__(verbose)
-        self.every, self.context, self.sequences, self.samples, self.dims = every, context, sequences, samples, dims
+        given = {"every": every, "context": context, "sequences": sequences, "samples": samples}
+        self.every, self.context, self.sequences, self.samples = (as_whole(*item, least=1) for item in given.items())
+        self.dims = dims
         self.body = None if body_env is None else Body(body_env)
         self._last_look = 0
         self._told: set[str] = set()
@@ -78,10 +83,9 @@ class DreamCallback(BaseCallback):
     def _check(self) -> None:
         """Better at the start than at the first look."""
         model = self.model
-        if not isinstance(model, Dreamer):
-            raise ValueError(f"DreamCallback looks at the dreams of Dreamer; {type(model).__name__} has none")
-        if not 0 < self.context < model.batch_length:
-            raise ValueError(f"context={self.context} has to be below batch_length={model.batch_length}, and above 0")
+        require_dreamer(model, "DreamCallback")
+        if self.context >= model.batch_length:
+            raise ValueError(f"context={self.context} has to be below batch_length={model.batch_length}")
         check_dims(model.policy.world_model.decoder.specs, self.dims)
         if self.body is not None and self.body.env.observation_space != model.observation_space:
             raise ValueError("body_env has another observation space than the environment: give one of the same task")

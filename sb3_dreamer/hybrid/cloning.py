@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch as th
@@ -16,6 +16,18 @@ RATE = 1e-3  # learning rate of an actor that does nothing but imitate
 STEPS_PER_REHEARSAL = 4  # for each minibatch of the actor alone: with more of these it learns the answers by heart
 MINIBATCH = 512
 LESSONS = 40  # batches of the replay that they are taken from
+
+
+class Asked(NamedTuple):
+    """What ``warm_start`` was asked for: the same once more goes on with a warm start that was interrupted."""
+
+    teacher: Any
+    vec_normalize: Any
+    deterministic: bool
+    n_steps: int
+    updates: int
+    fade_updates: int
+    student_share: float
 
 
 class Cloning:
@@ -49,7 +61,7 @@ class Cloning:
         fade_updates: int,
         steps_left: int,
         rehearsals: int,
-        asked: tuple[Any, ...],
+        asked: Asked,
     ) -> None:
         self.guide, self.actor, self.answers = guide, actor, answers
         self.fade_from, self.fade_updates = fade_from, fade_updates

@@ -74,10 +74,12 @@ class DreamVecEnv(VecEnv):
         return as_observation(self.observation_space, {key: part[drawn] for key, part in self._start_obs.items()})
 
     def _replayed(self) -> tuple[th.Tensor, dict[str, np.ndarray]]:
-        """Moments of the replay: packed states (n, L), observations (n, *shape) by key."""
+        """Moments of the replay: packed states (n, P), observations (n, *shape) by key."""
         real = real_states(self.model, max(STARTS_PER_ENV * self.num_envs, LEAST_CONTEXT * self.model.n_envs))
         alive = np.flatnonzero(~real.is_last)
-        return real.packed[alive], {key: part[alive] for key, part in real.obs.items()}
+        dreamed = imagined_observations(self.model, unpacked(self.model, real.packed[:1]).features)
+        obs = {key: part[alive].astype(dreamed[key].dtype) for key, part in real.obs.items()}
+        return real.packed[alive], obs
 
     def _decoded(self, packed: th.Tensor) -> tuple[th.Tensor, dict[str, np.ndarray]]:
         """The same of given moments."""

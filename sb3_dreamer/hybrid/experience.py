@@ -8,6 +8,8 @@ from typing import Any
 
 import numpy as np
 from gymnasium import spaces
+from gymnasium.wrappers import RepeatAction
+from stable_baselines3.common.atari_wrappers import MaxAndSkipEnv
 from stable_baselines3.common.buffers import DictReplayBuffer, ReplayBuffer
 from stable_baselines3.common.preprocessing import is_image_space, is_image_space_channels_first, maybe_transpose
 from stable_baselines3.common.save_util import load_from_pkl
@@ -39,8 +41,9 @@ def add_experience(model: Dreamer, source: Any, time_limit: int | None = None) -
     :param source: a SequenceReplayBuffer, an SB3 ReplayBuffer or DictReplayBuffer, the .pkl that ``save_replay_buffer``
         made of one, a Minari data set or its id, or :class:`~sb3_dreamer.replay.Episode` objects.
     :param time_limit: for SB3 replays without time-limit flags, as the memory-saving ones: episodes of this many steps
-        were cut by the clock. None: the limit of the model's environment, if it has one.
-    :raises ValueError: for other spaces, values that are none of the space, and a source without a transition.
+        of the agent were cut by the clock. None: the limit of the model's environment, if it has one.
+    :raises ValueError: for other spaces, values that are none of the space, a source without a transition, and where
+        ``time_limit`` has to be given, since the environment repeats actions.
     :raises TypeError: for a source of no known kind. Nothing is added then either.
     """
     replay = model.replay_buffer
@@ -100,7 +103,7 @@ def prepare_training(model: Any) -> None:
     :param model: any SB3 algorithm.
     :raises ValueError: where it normalises with statistics that are not finite, as ``learn()`` does.
     """
-    check_statistics(model.get_vec_normalize_env())
+    check_statistics(model, stacklevel=4)
     if not hasattr(model, "_logger"):
         model._logger = configure_logger(model.verbose)
     model._current_progress_remaining = 1.0  # a schedule that has run out would stop all learning
@@ -128,7 +131,9 @@ def episodes_of(model: Dreamer, source: Any, time_limit: int | None = None) -> I
         return read_episodes(source)
     if isinstance(source, ReplayBuffer):
         check_same_spaces(model, source.observation_space, source.action_space, "the replay")
-        return _replay_episodes(source, _time_limit(model) if time_limit is None else time_limit)
+        if time_limit is None and not source.handle_timeout_termination:
+            time_limit = _time_limit(model)
+        return _replay_episodes(source, time_limit)
     if hasattr(source, "iterate_episodes"):
         check_same_spaces(model, _as_wrapped(source.observation_space), source.action_space, "the data set")
         return (_minari_episode(model, recorded) for recorded in source.iterate_episodes())
@@ -167,12 +172,22 @@ def _told(space: spaces.Space) -> Any:
 
 
 def _time_limit(model: Dreamer) -> int | None:
-    """Steps after which the clock ends an episode of the model's environment, as far as it tells."""
+    """Steps after which the clock ends an episode of the model's environment, as far as it tells.
+
+    :raises ValueError: where actions are repeated: the clock counts the simulator's steps, the replay the agent's.
+    """
+    if model.env is None:
+        return None
     try:
-        spec = None if model.env is None else model.env.get_attr("spec", 0)[0]
+        limit = getattr(model.env.get_attr("spec", 0)[0], "max_episode_steps", None)
     except AttributeError:  # not every vector of environments has one
         return None
-    return getattr(spec, "max_episode_steps", None)
+    if limit is not None and any(model.env.env_is_wrapped(repeats, 0)[0] for repeats in (RepeatAction, MaxAndSkipEnv)):
+        raise ValueError(
+            f"the clock of this environment ends an episode after {limit} steps of the simulator, its wrapper repeats "
+            "actions, and this replay does not tell time limits from ends: give time_limit= in steps of the agent"
+        )
+    return limit
 
 
 def _replay_episodes(buffer: ReplayBuffer, time_limit: int | None) -> Iterator[Episode]:
@@ -240,7 +255,9 @@ def _load_minari(name: str) -> Any:
     try:
         import minari  # type: ignore[import-not-found]
     except ImportError as error:
-        raise ImportError(f'"{name}" is taken for a Minari data set: pip install "minari[hdf5]"') from error
+        raise ImportError(
+            f'there is no file {name} or {name}.pkl, so it is taken for a Minari data set: pip install "minari[hdf5]"'
+        ) from error
     return minari.load_dataset(name)
 
 

@@ -18,12 +18,13 @@ from sb3_dreamer.hybrid.real_states import imagined_observations, unpacked
 from sb3_dreamer.knobs import as_whole
 from sb3_dreamer.nets.layers import mixed_precision
 from sb3_dreamer.spaces import as_observation, by_key
+from sb3_dreamer.types import Observation
 
 
 class GuardState(NamedTuple):
     """What :meth:`Guard.predict` carries from step to step, for n environments.
 
-    :param packed: (n, L) packed model state.
+    :param packed: (n, P) packed model state.
     :param action: (n, A) the action that was really taken, encoded.
     :param holds: (n,) steps for which the last test still holds.
     :param taken_over: (n,) bool, the fallback acts.
@@ -91,7 +92,7 @@ class Guard(ActsWithDreamer):
 
     def predict(
         self,
-        observation: np.ndarray | dict[str, np.ndarray],
+        observation: Observation,
         state: GuardState | None = None,
         episode_start: np.ndarray | None = None,
         deterministic: bool = False,
@@ -127,11 +128,12 @@ class Guard(ActsWithDreamer):
 
     def told(self, memory: GuardState, taken: np.ndarray) -> GuardState:
         """As :meth:`~sb3_dreamer.acting.ActsWithDreamer.told`."""
-        return memory._replace(action=self.model.policy.encode_action(taken))
+        instead = self.fallback.told(memory.memory, taken)
+        return memory._replace(action=self.model.policy.encode_action(taken), memory=instead)
 
     @th.inference_mode()
     def risk(self, packed: np.ndarray) -> np.ndarray:
-        """Share of Dreamer's dreams that end badly within the horizon: packed states (n, L) -> (n,)."""
+        """Share of Dreamer's dreams that end badly within the horizon: packed states (n, P) -> (n,)."""
         model, policy = self.model, self.model.policy
         start = th.as_tensor(packed, device=model.device).repeat_interleave(self.n_dreams, 0)
         with mixed_precision(model.device):

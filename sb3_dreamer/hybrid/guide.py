@@ -43,6 +43,8 @@ class Guide:
         role: str = "teacher",
     ) -> None:
         env = raw_env(model)
+        if isinstance(teacher, type):
+            raise TypeError(f"the {role} is the class {teacher.__name__}: give a model of it that has learned")
         normalised = getattr(teacher, "learned_normalised", False)
         if isinstance(teacher, BaseAlgorithm):
             normalised |= saw_normalised(vars(teacher))

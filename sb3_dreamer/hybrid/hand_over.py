@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from typing import Any, Literal, TypeVar
 
 import numpy as np
@@ -81,8 +81,10 @@ def to_model_free(
         if off_policy:
             buffer = target.replay_buffer
             given = min(transitions, buffer.buffer_size * buffer.n_envs)
-            newest = read_episodes(model.replay_buffer, given)
-            fill_replay(buffer, _latent_episodes(model, real_states(model, given)) if on == "latents" else newest)
+            newest = list(read_episodes(model.replay_buffer, given))
+            if on == "latents" and newest:
+                newest = list(_latent_episodes(model, real_states(model, given)))
+            fill_replay(buffer, newest)
             verdicts = verdicts_from(model, real, target.gamma, on == "latents")
             teach_critics(target, _as_shown(model, target, verdicts), critic_updates, advance)
             if buffer.size() > 0:
@@ -203,13 +205,13 @@ def _as_shown(model: Dreamer, target: Any, moments: Seen) -> Seen:
 # -- real transitions --------------------------------------------------------------------------------------------------
 
 
-def fill_replay(buffer: ReplayBuffer, episodes: Iterable[Episode]) -> None:
+def fill_replay(buffer: ReplayBuffer, episodes: list[Episode]) -> None:
     """Put episodes into an SB3 replay, into the column of one environment after the other, in the order of time.
 
     What is not the end of a task is a time limit, so that no transition follows what it does not belong to. Columns
     are equally long: an episode that does not fit into one goes on in the next, and less than a row is left out.
     """
-    rows = zip(*map(_transitions, _columns(list(episodes), buffer.n_envs)), strict=True)
+    rows = zip(*map(_transitions, _columns(episodes, buffer.n_envs)), strict=True)
     space = buffer.observation_space
     for row in rows:
         obs, next_obs, action, reward, done, infos = zip(*row, strict=True)

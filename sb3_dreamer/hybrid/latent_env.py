@@ -68,7 +68,7 @@ class LatentVecEnv(VecEnv):
 
     @th.inference_mode()
     def _see(self, obs: Any, is_first: np.ndarray) -> tuple[th.Tensor, np.ndarray]:
-        """The next states (n, L) and their features (n, F)."""
+        """The next states (n, P) and their features (n, F)."""
         policy = self.model.policy
         tensors, _ = policy.finite_obs(obs, "LatentVecEnv")
         first = th.as_tensor(is_first, device=self.model.device)

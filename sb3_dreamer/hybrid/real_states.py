@@ -33,7 +33,7 @@ class RealStates:
     :param reward: (M,) that came with the entry, normalised where the environment normalises.
     :param is_last: (M,) bool, the entry that ends the episode, or what is known of it.
     :param is_terminal: (M,) bool.
-    :param packed: (M, L) packed model state after seeing the entry, its expected latents.
+    :param packed: (M, P) packed model state after seeing the entry, its expected latents.
     """
 
     obs: dict[str, np.ndarray]

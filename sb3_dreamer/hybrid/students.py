@@ -200,15 +200,14 @@ def teach_critics(target: Any, verdicts: Verdicts, updates: int, advance: Advanc
         target.critic_target.load_state_dict(target.critic.state_dict())
 
 
-def start_slowly(target: Any, times: float = SLOW_START) -> None:
+def start_slowly(target: Any) -> None:
     """Let the actor's first steps be small, so that the critics can follow what it becomes.
 
-    Its optimiser is left as if gradients had been ``times`` as large as they are. Adam forgets that at the rate of its
-    second moments: with 1,000 and 0.999 steps are a hundredth of their size after 4,600 updates, and whole after
-    13,800. Another kind of optimiser stays as it is.
+    Its optimiser is left as if gradients had been ``SLOW_START`` times as large as they are. Adam forgets that at the
+    rate of its second moments: with 1,000 and 0.999 steps are a hundredth of their size after 4,600 updates, and whole
+    after 13,800. Another kind of optimiser stays as it is, and so does AMSGrad, which never forgets.
 
     :param target: the student, its critics taught and its replay filled.
-    :param times: by how much the first steps are smaller.
     """
     updates, schedule, actor = target._n_updates, target.lr_schedule, copy.deepcopy(target.actor.state_dict())
     target.lr_schedule = lambda _: 0.0  # nothing moves, but the optimisers take note of the gradients
@@ -222,9 +221,9 @@ def start_slowly(target: Any, times: float = SLOW_START) -> None:
     optimizer = target.actor.optimizer
     decay = optimizer.defaults.get("betas", (None, None))[1]
     for state in optimizer.state.values():
-        if decay is not None and "exp_avg_sq" in state:
+        if decay is not None and "exp_avg_sq" in state and "max_exp_avg_sq" not in state:
             square = state["exp_avg_sq"] / (1 - decay ** state["step"].item())
-            state["exp_avg_sq"].copy_(times**2 * square.clamp(min=square.mean()))  # some have seen no gradient yet
+            state["exp_avg_sq"].copy_(SLOW_START**2 * square.clamp(min=square.mean()))  # some have seen no gradient yet
             state["step"].fill_(ENDLESS)
 
 

@@ -9,7 +9,7 @@ from stable_baselines3.common.vec_env import VecNormalize
 
 from sb3_dreamer.dreamer import Dreamer
 from sb3_dreamer.environments import deaths_told
-from sb3_dreamer.hybrid.cloning import STEPS_PER_REHEARSAL, Answers, Cloning, rehearse
+from sb3_dreamer.hybrid.cloning import STEPS_PER_REHEARSAL, Answers, Asked, Cloning, rehearse
 from sb3_dreamer.hybrid.experience import prepare_training, require_replay, train_until
 from sb3_dreamer.hybrid.guide import Guide
 from sb3_dreamer.hybrid.progress import Advance, progress
@@ -56,7 +56,12 @@ def warm_start(
     """
     if model.env is None:
         raise ValueError("warm_start() needs an environment: give one to the constructor, to load() or to set_env()")
-    n_steps = as_whole("n_steps", n_steps, least=model.batch_length * model.n_envs)  # a sequence of each environment
+    n_steps = as_whole("n_steps", n_steps, least=1)
+    if n_steps < (needed := model.batch_length * model.n_envs):
+        raise ValueError(
+            f"n_steps={n_steps} makes no sequence of batch_length={model.batch_length} in each of {model.n_envs} "
+            f"environments: give {needed} or more"
+        )
     if not 0 <= student_share < 1:
         raise ValueError(f"student_share={student_share} has to be at least 0 and below 1")
     guide = Guide(model, teacher, vec_normalize, deterministic)
@@ -64,7 +69,7 @@ def warm_start(
     per_step = model.train_ratio / (model.batch_size * model.batch_length)
     updates = int(n_steps * per_step) if updates is None else as_whole("updates", updates, least=0)
     fade = int((2 * n_steps if fade_steps is None else as_whole("fade_steps", fade_steps, least=0)) * per_step)
-    asked = teacher, vec_normalize, deterministic, n_steps, updates, fade, student_share
+    asked = Asked(teacher, vec_normalize, deterministic, n_steps, updates, fade, student_share)
     cloning = model._cloning
     if not isinstance(cloning, Cloning) or cloning.asked != asked or cloning.left(model._n_updates) == 0:
         answers = Answers(model.replay_buffer.heads(), model.policy.action_spec.width)
@@ -88,15 +93,15 @@ def warm_start(
 
 def _take_steps(model: Dreamer, cloning: Cloning, advance: Advance) -> None:
     """The teacher's steps, then the model's own, with a share of the updates before each of these."""
-    *_, n_steps, updates, _, student_share = cloning.asked
-    by_student = int(n_steps * student_share)
+    asked = cloning.asked
+    by_student = int(asked.n_steps * asked.student_share)
     model.begin_episodes()
     try:
         while cloning.steps_left > 0:
             _step(model, cloning, teacher_acts=cloning.steps_left > by_student)
             advance(model.n_envs)
             if 0 < cloning.steps_left <= by_student and model.replay_buffer.can_sample():
-                train_until(model, cloning.fade_from - updates * cloning.steps_left // n_steps, advance)
+                train_until(model, cloning.fade_from - asked.updates * cloning.steps_left // asked.n_steps, advance)
     finally:
         model._last_obs = None  # the next learn() resets
 

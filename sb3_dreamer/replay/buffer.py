@@ -32,16 +32,14 @@ from stable_baselines3.common.vec_env import VecNormalize
 from sb3_dreamer.replay.columns import FIRST, LAST, TERMINAL, EntryCode, HalfLatents, to_device
 from sb3_dreamer.replay.rings import Rings
 from sb3_dreamer.replay.storage import DiskStorage, RamStorage
-from sb3_dreamer.types import Batch
-
-Obs = np.ndarray | dict[str, np.ndarray]
+from sb3_dreamer.types import Batch, Observation
 
 
 class SequenceReplayBuffer:
     """Uniform replay over sequences, newest data first.
 
-    Each time an environment has ``sequence_length`` new entries, they are queued and served before anything else;
-    the rest of a batch is drawn uniformly over all (environment, start). Sequences may contain ends of episodes.
+    Each time an environment has ``sequence_length`` new entries, they are queued. Up to half of a batch are those, the
+    newest first; the rest is drawn uniformly over all (environment, start). Sequences may contain ends of episodes.
 
     :param buffer_size: capacity in entries, all environments together. Memory is taken at the first ``add``.
     :param observation_space: Box, Discrete, MultiDiscrete, MultiBinary, or a flat Dict of these.
@@ -49,7 +47,7 @@ class SequenceReplayBuffer:
     :param device: where sampled tensors go.
     :param n_envs: number of environments.
     :param sequence_length: entries T of a sequence.
-    :param latent_size: width L of the packed latents, kept as float16; 0 for none.
+    :param latent_size: width L of the latents, kept as float16; 0 for none.
     :param storage_path: folder for the entries, instead of memory. A folder that holds a replay is opened and goes on
         where it stopped (what survives what is told in ``storage``); the first entry after that begins an episode.
     :raises ValueError: if an environment's share of ``buffer_size`` cannot hold a sequence, or if the folder holds
@@ -94,8 +92,8 @@ class SequenceReplayBuffer:
 
     def add(
         self,
-        obs: Obs,
-        next_obs: Obs,
+        obs: Observation,
+        next_obs: Observation,
         action: np.ndarray,
         reward: np.ndarray,
         done: np.ndarray,
@@ -110,7 +108,7 @@ class SequenceReplayBuffer:
         :param reward: (n_envs,) that came with ``next_obs``; original, not normalised.
         :param done: (n_envs,) whether the episode ended.
         :param infos: where done, with "terminal_observation", and "TimeLimit.truncated" if it was a time limit.
-        :param latent: (n_envs, L) packed latent after seeing ``obs``; zeros if not given.
+        :param latent: (n_envs, L) latents after seeing ``obs``; zeros if not given.
         :raises ValueError: for NaN, infinity, values out of range, wrong shapes and a missing last observation.
         """
         ended = np.flatnonzero(done)
@@ -132,7 +130,7 @@ class SequenceReplayBuffer:
             self._append(storage, ended, final)
             self._interrupt(ended)
 
-    def check(self, obs: Obs) -> None:
+    def check(self, obs: Observation) -> None:
         """Refuse observations that could not be stored, before anybody acts on them.
 
         :param obs: (n_envs, *shape), by key for Dict spaces; original, not normalised.
@@ -156,7 +154,7 @@ class SequenceReplayBuffer:
         Those that come from a GPU are written at the next call, or when the replay is saved: the host does not wait.
 
         :param index: (B, 2) the ``index`` of the batch.
-        :param latents: (B, T, L) packed latents of its entries.
+        :param latents: (B, T, L) latents of its entries.
         :raises ValueError: for NaN.
         """
         if not self.latent_size:

@@ -182,7 +182,7 @@ class EntryCode:
 
     :param observation_space: any that ``observation_columns`` takes.
     :param action_space: any that ``ActionCode`` takes.
-    :param latent_size: width L of the packed latents, 0 for none.
+    :param latent_size: width L of the latents, 0 for none.
     """
 
     def __init__(self, observation_space: spaces.Space, action_space: spaces.Space, latent_size: int) -> None:

@@ -10,6 +10,7 @@ import numpy as np
 
 from sb3_dreamer.replay.buffer import SequenceReplayBuffer
 from sb3_dreamer.replay.columns import FIRST, LAST, TERMINAL
+from sb3_dreamer.types import Observation
 
 
 @dataclass
@@ -136,5 +137,5 @@ def write_episode(buffer: SequenceReplayBuffer, episode: Episode) -> None:
     buffer._interrupt(env)
 
 
-def _at(obs: np.ndarray | dict[str, np.ndarray], index: int | slice) -> np.ndarray | dict[str, np.ndarray]:
+def _at(obs: Observation, index: int | slice) -> Observation:
     return {key: part[index] for key, part in obs.items()} if isinstance(obs, dict) else obs[index]

@@ -11,12 +11,16 @@ from stable_baselines3.common.save_util import load_from_pkl, open_path
 from sb3_dreamer.replay.buffer import SequenceReplayBuffer
 
 
-def read_replay(path: str | pathlib.Path | io.BufferedIOBase, verbose: int = 0) -> SequenceReplayBuffer:
-    """A saved replay; it is a pickle.
+def read_replay(
+    path: str | pathlib.Path | io.BufferedIOBase, own: SequenceReplayBuffer, verbose: int = 0
+) -> SequenceReplayBuffer:
+    """A saved replay, to take the place of another; it is a pickle.
 
     :param path: what ``save_replay_buffer`` was given.
+    :param own: the other one: of the same shapes, on the device to use.
     :param verbose: as in SB3.
-    :raises ValueError: for a damaged file, and one that holds something else.
+    :raises ValueError: for a file that is cut short or no pickle, and one that holds something else, or of
+        other shapes.
     """
     file = open_path(path, "r", verbose, suffix="pkl")
     try:
@@ -28,4 +32,9 @@ def read_replay(path: str | pathlib.Path | io.BufferedIOBase, verbose: int = 0) 
             file.close()
     if not isinstance(buffer, SequenceReplayBuffer):
         raise ValueError(f"{path} holds a {type(buffer).__name__}, but Dreamer replays a SequenceReplayBuffer")
+    for name in ("observation_space", "action_space", "n_envs", "sequence_length", "latent_size"):
+        saved, needed = getattr(buffer, name), getattr(own, name)
+        if saved != needed:
+            raise ValueError(f"the replay in {path} has {name}={saved}, this agent {needed}: load it with the same")
+    buffer.device = own.device
     return buffer

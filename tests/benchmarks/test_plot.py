@@ -15,7 +15,7 @@ def results(tmp_path: Path) -> pd.DataFrame:
         for step in steps
     ]
     settings = json.dumps({"overrides": {"learning_rate": 1e-4}})
-    pd.DataFrame(rows).assign(settings=settings).to_csv(tmp_path / "results.csv")
+    pd.DataFrame(rows).assign(settings=settings, commit="abc1234").to_csv(tmp_path / "results.csv")
     return read_results([tmp_path / "results.csv"])
 
 
@@ -36,7 +36,7 @@ def test_the_mean_is_drawn_where_all_seeds_have_arrived(results: pd.DataFrame):
 
 
 def test_runs_of_different_files_are_not_averaged(results: pd.DataFrame, tmp_path: Path):
-    results[["env", "algo", "seed", "step", "return_mean", "settings"]].to_csv(tmp_path / "older.csv")
+    results[["env", "algo", "seed", "step", "return_mean", "settings", "commit"]].to_csv(tmp_path / "older.csv")
     both = read_results([tmp_path / "results.csv", tmp_path / "older.csv"])
     names = ["dreamer, learning_rate=0.0001 [results]", "dreamer, learning_rate=0.0001 [older]"]
     assert list(both["curve"].unique()) == names
@@ -44,18 +44,33 @@ def test_runs_of_different_files_are_not_averaged(results: pd.DataFrame, tmp_pat
 
 def test_runs_with_normalised_observations_are_a_curve_of_their_own(results: pd.DataFrame, tmp_path: Path):
     settings = json.dumps({"overrides": {"train_ratio": 128}, "normalize": True})
-    results[["env", "algo", "seed", "step", "return_mean"]].assign(settings=settings).to_csv(
+    results[["env", "algo", "seed", "step", "return_mean", "commit"]].assign(settings=settings).to_csv(
         tmp_path / "normalized.csv"
     )
     assert set(read_results([tmp_path / "normalized.csv"])["curve"]) == {"dreamer, normalized, train_ratio=128"}
 
 
 def test_runs_that_began_from_another_are_not_averaged_with_those_from_scratch(results: pd.DataFrame, tmp_path: Path):
-    rows = results[["env", "algo", "seed", "step", "return_mean"]]
+    rows = results[["env", "algo", "seed", "step", "return_mean", "commit"]]
     heirs = rows.assign(settings=json.dumps({"init": "runs/a", "eval_env": "Uphill"}))
     pd.concat([heirs, rows.assign(settings="{}")]).to_csv(tmp_path / "both.csv")
     both = read_results([tmp_path / "both.csv"])
     assert list(both["curve"].unique()) == ["dreamer, init=runs/a, eval_env=Uphill", "dreamer"]
+
+
+def test_a_run_of_several_commits_is_a_curve_for_each(results: pd.DataFrame, tmp_path: Path):
+    rows = results[["env", "algo", "seed", "step", "return_mean"]].assign(settings=json.dumps({"dreamer": ["units=9"]}))
+    newer = rows.assign(return_mean=7.0, commit="def5678")
+    pd.concat([rows.assign(commit="abc1234"), newer]).to_csv(tmp_path / "both.csv")
+    both = read_results([tmp_path / "both.csv"])
+    assert list(both["curve"].unique()) == ["dreamer, units=9 [abc1234]", "dreamer, units=9 [def5678]"]
+
+
+def test_what_is_no_curve_is_refused(results: pd.DataFrame, tmp_path: Path):
+    rows = results[["env", "algo", "seed", "step", "return_mean", "settings", "commit"]]
+    pd.concat([rows, rows.assign(return_mean=7.0)]).to_csv(tmp_path / "both.csv")
+    with pytest.raises(SystemExit, match=r"walker-walk, dreamer.* seed 0 has several returns at step 10"):
+        read_results([tmp_path / "both.csv"])
 
 
 def test_two_numbers_for_one_step_of_a_seed_are_an_error(results: pd.DataFrame):
@@ -94,5 +109,7 @@ def test_published_points_reach_to_the_end_of_the_runs_or_the_next_one(
 
 def test_rows_of_hybrid_runs_are_drawn_by_agent(tmp_path: Path):
     rows = {"env": ["Hopper-v4"] * 2, "agent": ["dreamer", "dreamer-then-sac"], "seed": 0, "step": [10, 20]}
-    pd.DataFrame({**rows, "return_mean": [1.0, 2.0], "settings": json.dumps({"first": 10})}).to_csv(tmp_path / "h.csv")
+    pd.DataFrame(
+        {**rows, "return_mean": [1.0, 2.0], "settings": json.dumps({"first": 10}), "commit": "abc1234"}
+    ).to_csv(tmp_path / "h.csv")
     assert list(read_results([tmp_path / "h.csv"])["curve"]) == ["dreamer", "dreamer-then-sac"]

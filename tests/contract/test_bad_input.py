@@ -290,6 +290,12 @@ def test_unknown_sizes_widths_and_models_name_the_known_ones():
     with pytest.raises(ValueError, match=r'model_size="size1g" is unknown; use one of .*size200m'):
         agent(model_size="size1g")
     with pytest.raises(
+        TypeError, match=r"policy is <class .*SAC'>, which has no world model: give one of \['MlpPolicy'"
+    ):
+        Dreamer(SAC, "Pendulum-v1")
+    with pytest.raises(ValueError, match=r"policy_kwargs \['gamma', 'model_size'\] are arguments of Dreamer itself"):
+        agent("Pendulum-v1", policy_kwargs=dict(model_size="debug", gamma=0.9, units=8))
+    with pytest.raises(
         ValueError, match=r"policy_kwargs \['net_arch'\] are unknown; it takes normalize_obs and the widths .*'units'"
     ):
         agent(policy_kwargs=dict(net_arch=[64]))
@@ -392,6 +398,8 @@ def test_settings_that_there_are_not_are_refused(tmp_path):
     with pytest.raises(TypeError, match=r"load\(\) got train_ration, which Dreamer does not have"):
         Dreamer.load(tmp_path / "model", train_ration=64)
     assert Dreamer.load(tmp_path / "model", env="Pendulum-v1", train_ratio=64).train_ratio == 64
+    again = Dreamer.load(tmp_path / "model", env="Pendulum-v1", stats_window_size=7).learn(1)
+    assert again.ep_info_buffer.maxlen == 7
     with pytest.raises(TypeError, match="positional arguments"):
         Dreamer("MlpPolicy", "Pendulum-v1", 3e-4, 100_000)
 

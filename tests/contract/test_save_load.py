@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch as th
 from stable_baselines3.common.env_util import make_vec_env
+from stable_baselines3.common.vec_env import VecNormalize
 from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.save_util import load_from_zip_file
 
@@ -387,3 +388,19 @@ def test_a_link_stays_a_link(model, tmp_path, name):
     model.save(tmp_path / name)
     assert link.is_symlink()
     assert Dreamer.load(tmp_path / "real" / "model.zip").num_timesteps == model.num_timesteps
+
+
+def test_who_learned_with_statistics_is_warned_of_an_environment_without(tmp_path):
+    normalised = VecNormalize(make_vec_env("Pendulum-v1"))
+    settings = dict(model_size="debug", learning_starts=10, batch_size=2, batch_length=8, train_ratio=16, seed=0)
+    Dreamer("MlpPolicy", normalised, **settings).learn(12).save(tmp_path / "model")
+    Dreamer.load(tmp_path / "model")  # who acts without an environment may normalise on their own
+    Dreamer.load(tmp_path / "model", env=normalised)
+    told = "learned from what a VecNormalize made of the observations, and its environment has none"
+    with pytest.warns(UserWarning, match=told) as warned:
+        model = Dreamer.load(tmp_path / "model", env="Pendulum-v1")
+    assert warned[0].filename == __file__
+    with pytest.warns(UserWarning) as warned:
+        model.learn(5)
+    assert told in str(warned[0].message)
+    assert warned[0].filename == __file__

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from gymnasium.envs.classic_control import PendulumEnv
 from stable_baselines3 import PPO
+from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.logger import configure
 from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize, VecTransposeImage
 
@@ -102,6 +103,8 @@ def test_the_command_writes_the_page(tmp_path: Path, capsys: pytest.CaptureFixtu
         (["--sequences", "0"], "--sequences: 0 has to be at least 1"),
         (["--samples", "-2"], "--samples: -2 has to be at least 1"),
         (["--horizon", "0"], "--horizon: 0 has to be at least 1"),
+        (["--steps", "40"], "--steps 40: --context and --horizon together need 65 or more"),
+        (["--vecnormalize", "nowhere.pkl"], "nowhere.pkl does not exist: give the file that VecNormalize.save wrote"),
         (["--dims", "obs[9]"], r"--dims: dims ['obs[9]'] are unknown; there are obs[0], obs[1], obs[2]"),
     ],
 )
@@ -113,6 +116,14 @@ def test_the_command_refuses_what_it_cannot_draw_before_a_step_is_made(
     with pytest.raises(SystemExit) as refused:
         main([str(tmp_path / "model.zip"), "--env", "Pendulum-v1", *wrong])
     assert says in f"{refused.value} {capsys.readouterr().err}"
+
+
+def test_the_command_refuses_statistics_that_the_agent_did_not_learn_with(tmp_path: Path):
+    Dreamer("MlpPolicy", "Pendulum-v1", **TINY).learn(100).save(tmp_path / "model.zip")
+    VecNormalize(make_vec_env("Pendulum-v1")).save(str(tmp_path / "statistics.pkl"))
+    given = [str(tmp_path / "model.zip"), "--env", "Pendulum-v1", "--vecnormalize", str(tmp_path / "statistics.pkl")]
+    with pytest.raises(SystemExit, match="learned from observations as they come: leave --vecnormalize out"):
+        main(given)
 
 
 class Pictures(gym.ObservationWrapper[np.ndarray, np.int64, np.ndarray]):
@@ -200,6 +211,10 @@ def test_callback_logs_numbers_figures_and_each_warning_once(tmp_path: Path):
     ("settings", "says"),
     [
         (dict(context=16), "context=16 has to be below batch_length=16"),
+        (dict(context=0), "context=0 has to be a whole number of at least 1"),
+        (dict(samples=0), "samples=0 has to be a whole number of at least 1"),
+        (dict(sequences=2.5), "sequences=2.5 has to be a whole number of at least 1"),
+        (dict(every=-5), "every=-5 has to be a whole number of at least 1"),
         (dict(dims=["obs[9]"]), r"\['obs\[9\]'\] are unknown"),
         (dict(body_env="Hopper-v4"), "another observation space"),
     ],
@@ -209,12 +224,12 @@ def test_callback_refuses_what_does_not_fit_before_anything_is_learned(settings:
         settings = dict(body_env=gym.make(settings["body_env"]))
     model = Dreamer("MlpPolicy", Dial(), **TINY)
     with pytest.raises(ValueError, match=says):
-        model.learn(100, callback=DreamCallback(every=20, **settings))
+        model.learn(100, callback=DreamCallback(**{"every": 20, **settings}))
     assert model.num_timesteps == 0
 
 
 def test_callback_refuses_other_algorithms():
-    with pytest.raises(ValueError, match="PPO has none"):
+    with pytest.raises(TypeError, match="PPO has none"):
         PPO("MlpPolicy", "CartPole-v1", device="cpu").learn(10, callback=DreamCallback())
 
 

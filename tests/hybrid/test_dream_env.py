@@ -1,8 +1,10 @@
 """The world model as a VecEnv: SB3's contract, and the model's numbers."""
 
+import gymnasium as gym
 import numpy as np
 import pytest
 import torch as th
+from gymnasium import spaces
 from stable_baselines3 import PPO
 
 from sb3_dreamer import Dreamer
@@ -23,6 +25,29 @@ def test_dreams_begin_at_real_moments(dreamer: Dreamer):
     stored = dreamer.replay_buffer._storage.arrays["obs/obs"]
     assert obs.shape == (8, 3)
     assert all((stored == one).all(-1).any() for one in obs)
+
+
+class Anything(gym.Env):
+    """Observations of a space, as chance draws them."""
+
+    def __init__(self, space: spaces.Space) -> None:
+        self.observation_space, self.action_space = space, spaces.Discrete(2)
+
+    def reset(self, seed=None, options=None):
+        return self.observation_space.sample(), {}
+
+    def step(self, action):
+        return self.observation_space.sample(), 0.0, False, False, {}
+
+
+@pytest.mark.parametrize(
+    "space", [spaces.Discrete(5), spaces.Box(-1, 1, (2,), np.float64), spaces.Box(0, 9, (2,), np.int16)], ids=str
+)
+def test_observations_are_of_the_spaces_own_type_from_the_start(space: spaces.Space):
+    env = Anything(space)
+    dreams = DreamVecEnv(Dreamer("MlpPolicy", env, **SMALL).learn(60), 3)
+    real = np.asarray(space.sample()).dtype
+    assert dreams.reset().dtype == dreams.step(np.zeros(3, int))[0].dtype == real
 
 
 def test_the_state_is_of_the_same_moment_as_the_observation(dreamer: Dreamer):

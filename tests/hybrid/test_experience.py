@@ -7,7 +7,9 @@ import gymnasium as gym
 import numpy as np
 import pytest
 from gymnasium import spaces
+from gymnasium.wrappers import RepeatAction
 from stable_baselines3 import SAC
+from stable_baselines3.common.atari_wrappers import MaxAndSkipEnv
 from stable_baselines3.common.buffers import ReplayBuffer
 from stable_baselines3.common.envs import FakeImageEnv
 
@@ -185,6 +187,17 @@ class TestReplayOfSB3:
         clocked = small(lambda: gym.make(gym.spec("Pendulum-v1"), max_episode_steps=2))
         assert _time_limit(clocked) == 2
         assert told(_replay_episodes(buffer, _time_limit(clocked))) == [([1.0, 2.0, 3.0], False)]
+
+    @pytest.mark.parametrize("repeated", [lambda env: RepeatAction(env, 2), MaxAndSkipEnv])
+    def test_the_clock_of_an_environment_that_repeats_actions_is_of_other_steps(self, repeated):
+        clocked = small(lambda: repeated(gym.make("Pendulum-v1", max_episode_steps=50)))
+        of = clocked.observation_space, clocked.action_space
+        flagless = ReplayBuffer(10, *of, handle_timeout_termination=False)
+        told = "50 steps of the simulator, its wrapper repeats actions.*give time_limit= in steps of the agent"
+        with pytest.raises(ValueError, match=told):
+            episodes_of(clocked, flagless)
+        episodes_of(clocked, flagless, time_limit=25)
+        episodes_of(clocked, ReplayBuffer(10, *of))  # it has flags
 
     def test_a_real_one_has_the_rewards_of_its_transitions(self):
         sac = SAC("MlpPolicy", "Pendulum-v1", learning_starts=500, seed=0, device="cpu", buffer_size=1000).learn(250)

@@ -292,3 +292,15 @@ def test_what_cannot_work_is_refused(dreamer: Dreamer, tmp_path):
     dreamer.save(tmp_path / "alone")
     with pytest.raises(ValueError, match="needs a model with an environment"):
         Guard(Dreamer.load(tmp_path / "alone", device="cpu"), fallback)
+
+
+def test_a_fallback_with_a_memory_is_told_what_was_done_in_its_place(dreamer: Dreamer):
+    guard = Guard(dreamer, dreamer)
+    _, state = guard.predict(observe(2), deterministic=True)
+    taken = np.array([[0.5], [-1.5]], np.float32)
+    told = guard.told(state, taken)
+    encoded = dreamer.policy.encode_action(taken)
+    assert not np.allclose(state.action, encoded)
+    np.testing.assert_array_equal(told.action, encoded)
+    np.testing.assert_array_equal(told.memory[1], encoded)
+    np.testing.assert_array_equal(told.memory[0], state.memory[0])

@@ -154,6 +154,13 @@ class TestSlowStart:
         assert all(th.equal(value, before[0][name]) for name, value in student.actor.state_dict().items())
         assert all(th.equal(value, before[1][name]) for name, value in student.critic.named_parameters())
 
+    def test_amsgrad_which_never_forgets_is_left_as_it_is(self, dreamer: Dreamer):
+        net = dict(net_arch=[16], optimizer_kwargs=dict(amsgrad=True))
+        sac = dreamer.to_model_free(SAC, **{**QUICK, "policy_kwargs": net})
+        states = list(sac.actor.optimizer.state.values())
+        assert states
+        assert all(state["step"] < 1000 and state["exp_avg_sq"].max() < 1000 for state in states)
+
     def test_another_optimiser_than_adam_is_left_as_it_is(self, dreamer: Dreamer):
         net = dict(net_arch=[16], optimizer_class=th.optim.SGD)
         sac = dreamer.to_model_free(SAC, **{**QUICK, "policy_kwargs": net})
@@ -485,9 +492,15 @@ class TestLatents:
             env._see(np.float32([[np.nan, 0.0, 0.0]]), np.zeros(1, bool))
         assert th.equal(env._packed, before)
 
+    def test_where_no_transition_is_among_the_newest_none_is_handed_over(self):
+        model = Dreamer("MlpPolicy", pendulum(steps=10), **{**SMALL, "buffer_size": 200}).learn(101)
+        assert list(read_episodes(model.replay_buffer, 2)) == []  # the end of one episode, the beginning of another
+        sac = model.to_model_free(SAC, on="latents", transitions=2, **QUICK)
+        assert sac.replay_buffer.size() == 0
+
     def test_only_vectors_of_environments_are_seen_through(self, dreamer: Dreamer):
-        with pytest.raises(TypeError, match=r"goes around a VecEnv, not TimeLimit: make_vec_env\(\) makes one"):
-            LatentVecEnv(dreamer, gym.make("Pendulum-v1"))
+        with pytest.raises(TypeError, match=r"goes around a VecEnv, not PendulumEnv: make_vec_env\(\) makes one"):
+            LatentVecEnv(dreamer, gym.make("Pendulum-v1").unwrapped)
 
     def test_the_features_are_those_of_predict(self, dreamer: Dreamer):
         env = LatentVecEnv(dreamer, pendulum())

@@ -466,9 +466,16 @@ class TestRefused:
         for bad in (None, object()):
             with pytest.raises(TypeError, match=r"has no predict\(\)"):
                 model.warm_start(bad, 60)
-        with pytest.raises(ValueError, match="n_steps=7 has to be a whole number of at least 8"):
+        with pytest.raises(TypeError, match="the teacher is the class PPO: give a model of it that has learned"):
+            model.warm_start(PPO, 60)
+        with pytest.raises(
+            ValueError, match="n_steps=7 makes no sequence of batch_length=8 in each of 1 environments: give 8 or more"
+        ):
             model.warm_start(Constant(), 7)
-        with pytest.raises(ValueError, match="n_steps=15 has to be a whole number of at least 16"):
+        with pytest.raises(
+            ValueError,
+            match="n_steps=15 makes no sequence of batch_length=8 in each of 2 environments: give 16 or more",
+        ):
             fresh(2).warm_start(Constant(), 15)
         for name in ("updates", "fade_steps"):
             with pytest.raises(ValueError, match=f"{name}=-3 has to be a whole number of at least 0"):

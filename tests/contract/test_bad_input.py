@@ -289,10 +289,8 @@ def test_sequences_that_the_replay_can_never_hold_are_refused():
 def test_unknown_sizes_widths_and_models_name_the_known_ones():
     with pytest.raises(ValueError, match=r'model_size="size1g" is unknown; use one of .*size200m'):
         agent(model_size="size1g")
-    with pytest.raises(
-        TypeError, match=r"policy is <class .*SAC'>, which has no world model: give one of \['MlpPolicy'"
-    ):
-        Dreamer(SAC, "Pendulum-v1")
+    with pytest.raises(TypeError, match=r"policy is <class .*PPO'>, which has no world model: give one of \['Mlp"):
+        Dreamer(PPO, "Pendulum-v1")
     with pytest.raises(ValueError, match=r"policy_kwargs \['gamma', 'model_size'\] are arguments of Dreamer itself"):
         agent("Pendulum-v1", policy_kwargs=dict(model_size="debug", gamma=0.9, units=8))
     with pytest.raises(

@@ -284,7 +284,8 @@ def test_it_does_not_play_the_first_episodes_of_the_run_again(tmp_path) -> None:
 
 def test_another_wrapping_is_refused(tmp_path) -> None:
     fresh("normalised", 1).learn(12, callback=ResumeCallback(tmp_path, every=1000))
-    with pytest.raises(ValueError, match=r"wrapped in \[\], those of the run in \['VecNormalize'\]"):
+    refused = pytest.raises(ValueError, match=r"wrapped in \[\], those of the run in \['VecNormalize'\]")
+    with pytest.warns(UserWarning, match="its environment has none"), refused:
         Dreamer.resume(tmp_path, WRAPPED["plain"](1), device="cpu")
 
 

@@ -27,9 +27,9 @@ class ActsWithDreamer:
         return self.model.action_space
 
     @property
-    def learned_normalised(self) -> bool:
+    def sees_normalised(self) -> bool:
         """Whether the model needs the statistics of a VecNormalize."""
-        return self.model.learned_normalised
+        return self.model.sees_normalised
 
     def get_vec_normalize_env(self) -> VecNormalize | None:
         """The statistics of the model, if it has any."""
@@ -49,14 +49,15 @@ def require_dreamer(model: Any, who: str) -> None:
         raise TypeError(f"{who} uses the world model of a Dreamer, and {type(model).__name__} has none: give a Dreamer")
 
 
-def require_statistics(model: Dreamer, who: str) -> None:
-    """Refuse a model that knows what a VecNormalize makes of observations, and has none.
+def require_statistics(model: Dreamer, who: str, rewards: bool = False) -> None:
+    """Refuse a model that knows what a VecNormalize makes of observations (``rewards``: or of rewards), and has none.
 
     :raises ValueError: with what to do.
     :raises TypeError: for a model that is no Dreamer.
     """
     require_dreamer(model, who)
-    if model.learned_normalised and model.get_vec_normalize_env() is None:
+    needed = model.learned_normalised if rewards else model.sees_normalised
+    if needed and model.get_vec_normalize_env() is None:
         raise ValueError(
             f"{who} needs the statistics of VecNormalize that this model has learned with: load it with its "
             "environment, load(path, env=VecNormalize.load(statistics, env))"

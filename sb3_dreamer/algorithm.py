@@ -47,7 +47,8 @@ class SequenceAlgorithm(OffPolicyAlgorithm):
     _resets: tuple[Any, ...] = ()  # what the environments said when they were last reset
     _originals: Any = None  # observations, rewards and infos of the last step, before VecNormalize
     _cloning: Imitation | None = None  # of a warm start, until its teacher is forgotten
-    learned_normalised: bool = False  # whether the last update saw what a VecNormalize makes of the replay
+    learned_normalised: bool = False  # whether the last update saw what a VecNormalize makes of the replay ...
+    sees_normalised: bool = False  # ... of its observations, and not of the rewards alone
 
     @staticmethod
     def _wrap_env(env: GymEnv | str, verbose: int = 0, monitor_wrapper: bool = True) -> VecEnv:

@@ -204,7 +204,9 @@ class Dreamer(Doors, SequenceAlgorithm):
         self.policy.set_rates(self.warmup_updates, self.actor_lr_scale * (1 - imitation), self.critic_lr_scale)
         self.policy.optimizer.put_rates_on_device()
         self.policy.world_model.gamma = self.gamma
-        self.learned_normalised = self._vec_normalize_env is not None
+        normalize = self._vec_normalize_env
+        self.learned_normalised = normalize is not None
+        self.sees_normalised = normalize is not None and normalize.norm_obs
         update = self._captured_update()
         for _ in range(gradient_steps):
             batch = self.replay_buffer.sample(batch_size, env=self._vec_normalize_env)

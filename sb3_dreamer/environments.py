@@ -75,13 +75,13 @@ def statistics(normalize: VecNormalize) -> dict[str, RunningMeanStd]:
 def check_statistics(model: BaseAlgorithm, stacklevel: int) -> None:
     """Refuse statistics that a bad number has got into: all that they normalise is bad from then on.
 
-    A model that learned with statistics and acts in an environment without any is warned of.
+    A model that learned from normalised observations and acts in an environment without statistics is warned of.
 
     :raises ValueError: with what to do.
     """
     normalize = model.get_vec_normalize_env()
     if normalize is None:
-        if getattr(model, "learned_normalised", False) and model.env is not None:
+        if getattr(model, "sees_normalised", False) and model.env is not None:
             warnings.warn(
                 "this model learned from what a VecNormalize made of the observations, and its environment has none: "
                 "load(path, env=VecNormalize.load(statistics, env))",

@@ -88,8 +88,8 @@ def main(argv: list[str] | None = None) -> Path:
     model = Dreamer.load(args.model, env=env, buffer_size=env.num_envs * 100_000, replay_buffer_kwargs={})
     if model.learned_normalised and args.vecnormalize is None:
         raise SystemExit(
-            f"{args.model} learned from what a VecNormalize made of the observations, and dreams of nothing else: give "
-            "its statistics, --vecnormalize PATH"
+            f"{args.model} learned from what a VecNormalize made of observations or rewards, and dreams of that: "
+            "give its statistics, --vecnormalize PATH"
         )
     if args.vecnormalize is not None and model._n_updates > 0 and not model.learned_normalised:
         raise SystemExit(f"{args.model} learned from observations as they come: leave --vecnormalize out")

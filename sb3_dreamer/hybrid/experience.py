@@ -88,7 +88,7 @@ def require_replay(model: Dreamer, who: str) -> None:
     """
     require_dreamer(model, who)
     if model.env is None:
-        require_statistics(model, who)
+        require_statistics(model, who, rewards=True)
     replay = model.replay_buffer
     if not replay.can_sample():
         raise ValueError(

@@ -45,7 +45,7 @@ class Guide:
         env = raw_env(model)
         if isinstance(teacher, type):
             raise TypeError(f"the {role} is the class {teacher.__name__}: give a model of it that has learned")
-        normalised = getattr(teacher, "learned_normalised", False)
+        normalised = getattr(teacher, "sees_normalised", False)
         if isinstance(teacher, BaseAlgorithm):
             normalised |= saw_normalised(vars(teacher))
         if isinstance(teacher, str | pathlib.Path):
@@ -168,7 +168,7 @@ def load_policy(path: str | pathlib.Path, device: th.device) -> tuple[BasePolicy
         raise ValueError(f"{path} holds no algorithm of SB3: give the file that its save() wrote")
     if "described" in data:  # it brings neither its seed nor the folder of its replay
         teacher = Dreamer.load(path, device=device, seed=None, replay_buffer_kwargs={})
-        return teacher, teacher.learned_normalised
+        return teacher, teacher.sees_normalised
     kwargs = dict(data["policy_kwargs"])
     if data.get("use_sde"):
         kwargs["use_sde"] = True

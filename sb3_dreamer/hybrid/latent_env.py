@@ -33,7 +33,7 @@ class LatentVecEnv(VecEnv):
         for name in ("observation_space", "action_space"):
             if (given := getattr(env, name)) != (own := getattr(model, name)):
                 raise ValueError(f"env has the {name} {given}, the model {own}: wrap it as the model's environment")
-        if model.learned_normalised and unwrap_vec_normalize(env) is None:
+        if model.sees_normalised and unwrap_vec_normalize(env) is None:
             raise ValueError("the model has learned with VecNormalize: give the environment with its statistics around")
         self.model, self.env = model, env
         width = model.policy.world_model.feature_width

@@ -135,9 +135,22 @@ def test_a_model_that_learned_normalised_is_not_used_without_its_statistics(tmp_
     for teacher in (alone, Planner(alone)):
         with pytest.raises(ValueError, match="the fallback was trained with VecNormalize and cannot act without"):
             Guard(other, teacher)
-    refused = pytest.raises(SystemExit, match="learned from what a VecNormalize made of the observations")
+    refused = pytest.raises(SystemExit, match="learned from what a VecNormalize made of observations or rewards")
     with pytest.warns(UserWarning, match="its environment has none"), refused:
         dreams([str(tmp_path / "model.zip"), "--env", "Pendulum-v1", "--out", str(tmp_path / "page")])
+
+
+def test_a_model_whose_rewards_alone_were_normalised_acts_without_statistics(tmp_path):
+    env = VecNormalize(pendulum(), norm_obs=False)
+    Dreamer("MlpPolicy", env, **SMALL).learn(60).save(tmp_path / "model")
+    raw = Dreamer.load(tmp_path / "model", env=pendulum())  # without a warning
+    assert raw.learned_normalised
+    obs, _ = Guard(raw, raw).predict(observe())
+    assert obs.shape == LatentVecEnv(raw, pendulum()).reset()[:, :1].shape == (1, 1)
+    alone = Dreamer.load(tmp_path / "model")
+    assert len(DreamVecEnv(alone, 4, start=alone.policy.initial_state(1)).reset()) == 4
+    with pytest.raises(ValueError, match="DreamVecEnv needs the statistics of VecNormalize"):
+        DreamVecEnv(alone, 4)  # of the replay's rewards
 
 
 @pytest.mark.parametrize("acts", [0.0, 1.0])

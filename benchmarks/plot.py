@@ -48,7 +48,7 @@ def read_results(paths: list[Path]) -> pd.DataFrame:
     rows = rows.drop_duplicates([*point, "return_mean", "commit"])  # a Dreamer that was handed over twice
     again = rows.duplicated(point, keep=False).groupby([rows["task"], rows["curve"]]).transform("any")
     rows.loc[again, "curve"] += " [" + rows["commit"] + "]"
-    if (twice := rows[rows.duplicated(point)]).size > 0:
+    if len(twice := rows[rows.duplicated(point)]) > 0:
         task, curve, seed, step = twice.iloc[0][point]
         raise SystemExit(f"{task}, {curve}, seed {seed} has several returns at step {step}: that is no curve")
     return rows

@@ -263,7 +263,8 @@ class SequenceAlgorithm(OffPolicyAlgorithm):
 
         :param trusted: False for a file from somebody else: nothing is unpickled, so none of their code can run. The
             agent acts as the saved one; settings that were pickled, such as a learning rate schedule, are not read.
-        :raises ValueError: for a file that is no agent's, truncated, damaged, or of another version.
+        :raises ValueError: for a file that is no agent's, truncated, damaged, or of another version, and statistics of
+            a VecNormalize that are not finite.
         :raises TypeError: for settings that it does not have.
         """
         settings, custom_objects = read_settings(path), dict(custom_objects or {})
@@ -282,16 +283,8 @@ class SequenceAlgorithm(OffPolicyAlgorithm):
         :param truncate_last_traj: only for SB3's signature, it is about HER.
         :raises ValueError: if it holds no replay of sequences, or one of another shape than this agent's.
         """
-        self.replay_buffer = self.read_replay(path)
+        self.replay_buffer = read_replay(path, self.replay_buffer, self.verbose)
         self._last_obs = self._cloning = None  # the next learn() resets; a teacher's answers are to other entries
-
-    def read_replay(self, path: FileLike) -> SequenceReplayBuffer:
-        """A saved replay, for this agent and on its device.
-
-        :param path: what :meth:`save_replay_buffer` was given.
-        :raises ValueError: if it holds no replay of sequences, or one of another shape than this agent's.
-        """
-        return read_replay(path, self.replay_buffer, self.verbose)
 
     def set_parameters(
         self, load_path_or_dict: str | TensorDict, exact_match: bool = True, device: th.device | str = "auto"

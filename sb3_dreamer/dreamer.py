@@ -209,7 +209,7 @@ class Dreamer(Doors, SequenceAlgorithm):
         self.sees_normalised = normalize is not None and normalize.norm_obs
         update = self._captured_update()
         for _ in range(gradient_steps):
-            batch = self.replay_buffer.sample(batch_size, env=self._vec_normalize_env)
+            batch = self.replay_buffer.sample(batch_size, env=normalize)
             latents, metrics = update(batch)
             self.replay_buffer.update_latents(batch.index, latents)
             self._n_updates += 1

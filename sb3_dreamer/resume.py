@@ -44,6 +44,7 @@ from stable_baselines3.common.vec_env.base_vec_env import VecEnvWrapper
 
 from sb3_dreamer.environments import statistics
 from sb3_dreamer.files import read_settings, to_arrays, to_tensors
+from sb3_dreamer.replay import read_replay
 
 if TYPE_CHECKING:
     from sb3_dreamer.dreamer import Dreamer
@@ -173,7 +174,7 @@ def resume(cls: type[SelfDreamer], folder: str | Path, env: GymEnv | str, **kwar
         )
     model = cls.load(there[-1] / "model.zip", env=env, **kwargs)
     # load_replay_buffer would end the episode under way
-    model.replay_buffer = model.read_replay(there[-1] / "replay_buffer.pkl")
+    model.replay_buffer = read_replay(there[-1] / "replay_buffer.pkl", model.replay_buffer, model.verbose)
     restore_run_state(model, to_arrays(th.load(there[-1] / "state.pth", weights_only=True)))
     return model
 

@@ -43,8 +43,6 @@ class Guide:
         role: str = "teacher",
     ) -> None:
         env = raw_env(model)
-        if isinstance(teacher, type):
-            raise TypeError(f"the {role} is the class {teacher.__name__}: give a model of it that has learned")
         normalised = getattr(teacher, "sees_normalised", False)
         if isinstance(teacher, BaseAlgorithm):
             normalised |= saw_normalised(vars(teacher))
@@ -92,6 +90,8 @@ class Guide:
 
 
 def _check_predict(teacher: Any, role: str) -> None:
+    if isinstance(teacher, type):
+        raise TypeError(f"the {role} is the class {teacher.__name__}: give a model of it that has learned")
     predict = getattr(teacher, "predict", None)
     if not callable(predict):
         raise TypeError(f"the {role} is {teacher!r}, which has no predict(): give a model of SB3 or the path of one")

@@ -60,6 +60,8 @@ KNOBS: dict[str, Check] = {
     "gae_lambda": number(0, 1),
     "ent_coef": number(0),
     "center_advantage": (lambda x: isinstance(x, bool), "True or False"),
+    "policy_kwargs": (lambda x: isinstance(x, dict), "a dictionary"),
+    "replay_buffer_kwargs": (lambda x: isinstance(x, dict), "a dictionary"),
 }
 
 
@@ -69,6 +71,8 @@ def check_knobs(settings: Mapping[str, Any]) -> None:
     :param settings: knobs by name; what is no knob is not looked at.
     :raises ValueError: names the knob, what was given and what it may be.
     """
+    if "observation_space" not in settings:
+        raise ValueError("a new agent needs an environment, whose spaces its networks are built for: give env=")
     for name, (passes, words) in KNOBS.items():
         value = settings[name]
         if not passes(value):

@@ -259,11 +259,17 @@ def test_no_update_makes_the_device_wait_for_the_host():
         ("critic_ema_decay", 1.1), ("gae_lambda", 2), ("ent_coef", -1e-3), ("ent_coef", np.nan),
         ("learning_rate", -1e-4), ("learning_rate", "3e-5"), ("warmup_updates", -1),
         ("learning_starts", -1), ("buffer_size", 0),
+        ("policy_kwargs", "units=128"), ("replay_buffer_kwargs", "replay/"),
     ],
 )  # fmt: skip
 def test_settings_that_cannot_work_are_named(name, value):
     with pytest.raises(ValueError, match=rf"^{name}={value!r} must be "):
         agent(**{name: value})
+
+
+def test_an_agent_without_an_environment_is_asked_for_one():
+    with pytest.raises(ValueError, match=r"a new agent needs an environment, .*: give env="):
+        Dreamer("MlpPolicy", None)
 
 
 def test_a_single_dream_cannot_be_centred():

@@ -3,6 +3,7 @@
 python benchmarks/learn.py --env Pendulum-v1 --seed 0 --steps 5000
 python benchmarks/learn.py --env dmc/walker-walk --seed 1 --steps 100000 learning_rate=1e-4 policy_kwargs.units=256
 python benchmarks/learn.py --env HalfCheetah-v4 --algo sac --steps 100000 --eval-every 5000
+python benchmarks/learn.py --env Walker2d-v4 --steps 100000 learning_rate=lin_6e-4
 """
 
 import argparse
@@ -115,9 +116,28 @@ def new_model(run: Run, env: VecEnv, decisions: int) -> BaseAlgorithm:
     if run.init:
         return _heir(run, env)
     kwargs = dict(run.overrides)
+    if (rate := first_rate(run)) is not None:
+        kwargs["learning_rate"] = rate
     if run.algo in ("sac", "crossq"):
         kwargs.setdefault("buffer_size", decisions)  # the default million would be written at every checkpoint
     return algorithm(run.algo)(policy_for(env.observation_space), env, seed=run.seed, **kwargs)
+
+
+def first_rate(run: Run) -> float | None:
+    """Where the learning rate begins that falls to zero by the end of the run, `lin_6e-4` as the Zoo writes it."""
+    rate = run.overrides.get("learning_rate")
+    return float(rate.removeprefix("lin_")) if isinstance(rate, str) and rate.startswith("lin_") else None
+
+
+def follow_schedule(model: BaseAlgorithm, first: float, until: int, end: int) -> None:
+    """Let the rate fall over the whole run: SB3 measures progress by what one call of `learn()` was asked for.
+
+    :param first: rate at step 0.
+    :param until: step at which the next call of `learn()` ends.
+    :param end: step at which the run ends, and the rate is zero.
+    """
+    model.learning_rate = lambda left: first * max(1 - until * (1 - left) / end, 0)
+    model._setup_lr_schedule()
 
 
 def _heir(run: Run, env: VecEnv) -> BaseAlgorithm:
@@ -275,7 +295,7 @@ def train(run: Run, out: Path, args: argparse.Namespace) -> None:
     model, progress = load_checkpoint(out, run, env, decisions) or (new_model(run, env, decisions), Progress())
     model.set_logger(configure(str(out / f"log_from_{progress.step}"), ["csv"]))
     results = Results(out / "results.csv", constant_columns(run, args), progress.step)
-    episodes, saved = EpisodeReturns(), progress.step
+    episodes, saved, rate = EpisodeReturns(), progress.step, first_rate(run)
     started = time.perf_counter() - progress.wall_clock
 
     def note(step: int, train_seconds: float) -> Progress:
@@ -291,6 +311,8 @@ def train(run: Run, out: Path, args: argparse.Namespace) -> None:
         progress = note(0, 0.0)
     while progress.step < args.steps:
         chunk = min(args.eval_every - progress.step % args.eval_every, args.steps - progress.step) // repeat
+        if rate is not None:
+            follow_schedule(model, rate, model.num_timesteps + chunk, decisions)
         before = time.perf_counter()
         model.learn(max(chunk, 1), callback=episodes, reset_num_timesteps=False)
         progress = note(model.num_timesteps * repeat, progress.train_seconds + time.perf_counter() - before)

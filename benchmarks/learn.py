@@ -115,12 +115,16 @@ def new_model(run: Run, env: VecEnv, decisions: int) -> BaseAlgorithm:
     """An agent with the overrides of this run: untrained, or as another run left it."""
     if run.init:
         return _heir(run, env)
-    kwargs = dict(run.overrides)
-    if (rate := first_rate(run)) is not None:
-        kwargs["learning_rate"] = rate
+    kwargs = arguments(run)
     if run.algo in ("sac", "crossq"):
         kwargs.setdefault("buffer_size", decisions)  # the default million would be written at every checkpoint
     return algorithm(run.algo)(policy_for(env.observation_space), env, seed=run.seed, **kwargs)
+
+
+def arguments(run: Run) -> dict[str, Any]:
+    """The overrides as the constructor takes them."""
+    rate = first_rate(run)
+    return dict(run.overrides) if rate is None else run.overrides | {"learning_rate": rate}
 
 
 def first_rate(run: Run) -> float | None:
@@ -148,7 +152,7 @@ def _heir(run: Run, env: VecEnv) -> BaseAlgorithm:
     other, _ = read_progress(folder)
     if (other.algo, other.normalize) != (run.algo, run.normalize):
         raise SystemExit(f"--init {run.init} holds {other}: give the same --algo, and --normalize as there")
-    model = algorithm(run.algo).load(folder / "model.zip", env=env, **run.overrides)
+    model = algorithm(run.algo).load(folder / "model.zip", env=env, **arguments(run))
     model.set_random_seed(run.seed)
     model.num_timesteps = 0
     return model

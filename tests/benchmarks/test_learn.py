@@ -13,6 +13,7 @@ from benchmarks.learn import (
     Progress,
     Results,
     Run,
+    follow_schedule,
     load_checkpoint,
     make_env,
     make_vec_env,
@@ -111,6 +112,17 @@ def test_observations_are_normalised_by_statistics_that_a_resumed_run_goes_on_wi
         counts.append(round(statistics.obs_rms.count))
     assert counts == [21, 42], "a reset and 20 steps each; evaluations do not count"
     assert all('"normalize": true' in row["settings"] for row in rows_of(tmp_path))
+
+
+def test_a_rate_falls_to_zero_over_the_whole_run_however_often_learn_is_called():
+    model = new_model(RUN._replace(overrides=SETTINGS | {"learning_rate": "lin_1e-3"}), pendulum(), 100)
+    assert model.learning_rate == 1e-3
+    rates = []
+    for until in (40, 100):
+        follow_schedule(model, 1e-3, until, end=100)
+        model.learn(until - model.num_timesteps, reset_num_timesteps=False)
+        rates.append(model.actor.optimizer.param_groups[0]["lr"])
+    assert rates == pytest.approx([1e-3 * 0.6, 0])
 
 
 def test_evaluation_may_be_in_another_environment(tmp_path: Path):

@@ -247,9 +247,13 @@ def read_command_line() -> argparse.Namespace:
     parser = command_line()
     args = parser.parse_args()
     args.out = args.out.absolute()
+    for name in getattr(args, "successors", ()):
+        algorithm(name)  # one that is not installed is told of before hours of work
     if args.comparison == "hand-over" and args.init is not None:
         if len(args.envs) * len(args.seeds) > 1:
             parser.error("--init is one Dreamer: give the one environment and seed that it is of, --envs and --seeds")
+        if args.dreamer:
+            parser.error("--init is a Dreamer with its settings: leave --dreamer out")
         del args.first
     return args
 

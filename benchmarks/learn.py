@@ -152,6 +152,8 @@ def _heir(run: Run, env: VecEnv) -> BaseAlgorithm:
     other, _ = read_progress(folder)
     if (other.algo, other.normalize) != (run.algo, run.normalize):
         raise SystemExit(f"--init {run.init} holds {other}: give the same --algo, and --normalize as there")
+    if first_rate(other) is not None and "learning_rate" not in run.overrides:
+        raise SystemExit(f"--init {run.init}: its learning rate has fallen with its steps, give learning_rate=")
     model = algorithm(run.algo).load(folder / "model.zip", env=env, **arguments(run))
     model.set_random_seed(run.seed)
     model.num_timesteps = 0
@@ -191,8 +193,9 @@ def trained(out: Path) -> tuple[Any, dict[str, str]]:
         raise SystemExit(f"{out} holds no checkpoint: give the --out of a run that was saved")
     if (folder / "vecnormalize.pkl").exists():
         raise SystemExit(f"{out} is of a run with --normalize, whose statistics are not read here: give one without")
+    saved = read_progress(folder)[1].step  # rows after it are of steps that no checkpoint holds
     with open(out / "results.csv", newline="") as file:
-        last = list(csv.DictReader(file))[-1]
+        last = [row for row in csv.DictReader(file) if int(row["step"]) <= saved][-1]
     return algorithm(last["algo"]).load(folder / "model.zip", device="cpu"), last
 
 
@@ -291,11 +294,22 @@ def evaluate(model: BaseAlgorithm, name: str, episodes: int, seed: int, determin
     return {"return_mean": np.mean(returns), "return_std": np.std(returns), "n_episodes": episodes}
 
 
+def check_eval_env(name: str | None, env: VecEnv) -> None:
+    """Refuse an environment to evaluate in that does not fit, before any step is taken."""
+    if name is None:
+        return
+    other = make_vec_env(lambda: make_env(name))
+    if (other.observation_space.shape, other.action_space) != (env.observation_space.shape, env.action_space):
+        raise SystemExit(f"--eval-env {name} has observations of another shape or other actions than --env")
+    other.close()
+
+
 def train(run: Run, out: Path, args: argparse.Namespace) -> None:
     """Learn, evaluate, write a row, save; until `args.steps` simulator steps are done."""
     repeat = action_repeat(run.env)
     env = training_env(run, out)
     decisions = args.steps // repeat
+    check_eval_env(args.eval_env, env)
     model, progress = load_checkpoint(out, run, env, decisions) or (new_model(run, env, decisions), Progress())
     model.set_logger(configure(str(out / f"log_from_{progress.step}"), ["csv"]))
     results = Results(out / "results.csv", constant_columns(run, args), progress.step)

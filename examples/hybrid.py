@@ -38,7 +38,7 @@ def main() -> None:
     sac.save("runs/sac_after_dreamer.zip")  # a plain SB3 file
 
     pupil = Dreamer("MlpPolicy", args.env, seed=args.seed + 1).warm_start(
-        sac, n_steps=args.steps // 3, progress_bar=True
+        sac, n_steps=max(args.steps // 3, 64), progress_bar=True
     )
     report("a new Dreamer that watched it", pupil, args.env)
 

@@ -37,7 +37,9 @@ def main() -> None:
     optimizer = th.optim.Adam(world_model.parameters(), args.learning_rate)
     schedule = th.optim.lr_scheduler.CosineAnnealingLR(optimizer, args.updates)
     for update in range(1, args.updates + 1):
-        losses, _, _ = world_model.loss(data.sample(model.batch_size))
+        batch = data.sample(model.batch_size)
+        losses, states, _ = world_model.loss(batch)
+        data.update_latents(batch.index, world_model.rssm.latents(states.detach()))  # where sequences begin
         optimizer.zero_grad()
         th.stack([LOSS_SCALES.get(key, 1.0) * loss.mean() for key, loss in losses.items()]).sum().backward()
         optimizer.step()

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 from gymnasium import spaces
-from stable_baselines3.common.vec_env import VecNormalize
+from stable_baselines3.common.vec_env import VecEnv, VecNormalize, unwrap_vec_normalize
 
 from sb3_dreamer.dreamer import Dreamer
 
@@ -47,6 +47,21 @@ def require_dreamer(model: Any, who: str) -> None:
     """
     if not isinstance(model, Dreamer):
         raise TypeError(f"{who} uses the world model of a Dreamer, and {type(model).__name__} has none: give a Dreamer")
+
+
+def require_same_units(model: Dreamer, env: VecEnv) -> None:
+    """Refuse an environment that shows a trained model other units than it has learned from.
+
+    :raises ValueError: with what to do.
+    """
+    normalize = unwrap_vec_normalize(env)
+    normalised = normalize is not None and normalize.norm_obs
+    if model._n_updates > 0 and normalised != model.sees_normalised:
+        learned, given = ("with", "without") if model.sees_normalised else ("without", "with")
+        raise ValueError(
+            f"the model has learned {learned} VecNormalize around its observations, and env is {given}: wrap env as "
+            "the model's environment was, with the same statistics"
+        )
 
 
 def require_statistics(model: Dreamer, who: str, rewards: bool = False) -> None:

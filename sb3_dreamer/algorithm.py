@@ -25,7 +25,10 @@ from sb3_dreamer.replay import SequenceReplayBuffer, read_replay
 from sb3_dreamer.types import Imitation, Observation
 
 SelfAlgorithm = TypeVar("SelfAlgorithm", bound="SequenceAlgorithm")
-NOT_SAVED = "_online_state", "_last_obs", "_last_original_obs", "_originals", "_resets", "_cloning", "lent_env"
+NOT_SAVED = (
+    *("_online_state", "_last_obs", "_last_original_obs", "_originals", "_resets", "_cloning"),
+    *("lent_env", "run_id"),
+)
 
 
 class SequenceAlgorithm(OffPolicyAlgorithm):

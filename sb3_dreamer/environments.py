@@ -1,4 +1,4 @@
-"""What an agent asks of its environments, and what it says when one sends bad numbers or its process dies."""
+"""What an agent asks of its environments, what it says when one is bad or dies, and what their wrappers remember."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.preprocessing import is_image_space
 from stable_baselines3.common.running_mean_std import RunningMeanStd
-from stable_baselines3.common.vec_env import VecEnv, VecNormalize, unwrap_vec_normalize
+from stable_baselines3.common.vec_env import VecEnv, VecFrameStack, VecMonitor, VecNormalize, unwrap_vec_normalize
+from stable_baselines3.common.vec_env.base_vec_env import VecEnvWrapper
 
 from sb3_dreamer.spaces import action_spec_of, check_action_bounds, observation_specs
 
@@ -143,3 +144,46 @@ class NoteStep(BaseCallback):
     def _on_step(self) -> bool:
         self.model.note_step(self.locals["infos"])  # type: ignore[attr-defined]
         return True
+
+
+# -- what wrappers remember -------------------------------------------------------------------------------------------
+
+
+def remembering(env: VecEnv) -> list[VecEnvWrapper]:
+    """The wrappers that remember something, outermost first."""
+    found: list[VecEnvWrapper] = []
+    while isinstance(env, VecEnvWrapper):
+        if isinstance(env, VecNormalize | VecFrameStack | VecMonitor):
+            found.append(env)
+        env = env.venv
+    return found
+
+
+def wrapper_state(wrapper: VecEnvWrapper) -> dict[str, Any]:
+    """What a wrapper remembers, as plain containers of numbers and arrays."""
+    state: dict[str, Any] = {"kind": type(wrapper).__name__}
+    if isinstance(wrapper, VecNormalize):
+        stats = {key: (s.mean, s.var, s.count) for key, s in statistics(wrapper).items()}
+        return {**state, "statistics": stats, "returns": wrapper.returns}
+    if isinstance(wrapper, VecMonitor):
+        return {**state, "returns": wrapper.episode_returns, "lengths": wrapper.episode_lengths}
+    return {**state, "stacked": {key: one.stacked_obs for key, one in _stacks(wrapper).items()}}
+
+
+def restore_wrapper(wrapper: VecEnvWrapper, state: dict[str, Any]) -> None:
+    """Put back what :func:`wrapper_state` gave."""
+    if isinstance(wrapper, VecNormalize):
+        wrapper.returns = state["returns"]
+        for key, one in statistics(wrapper).items():
+            one.mean, one.var, one.count = state["statistics"][key]
+    elif isinstance(wrapper, VecMonitor):
+        wrapper.episode_returns, wrapper.episode_lengths = state["returns"], state["lengths"]
+    elif isinstance(wrapper, VecFrameStack):
+        for key, one in _stacks(wrapper).items():
+            one.stacked_obs = state["stacked"][key]
+
+
+def _stacks(wrapper: VecEnvWrapper) -> dict[str, Any]:
+    """SB3's stacks of observations by key."""
+    stacked = wrapper.stacked_obs
+    return dict(getattr(stacked, "sub_stacked_observations", None) or {"": stacked})

@@ -250,6 +250,12 @@ def written_aside(path: FileLike, suffix: str) -> Iterator[Any]:
         aside.unlink(missing_ok=True)
 
 
+OF_SAC = (
+    *("tau", "gradient_steps", "train_freq", "action_noise", "n_steps", "optimize_memory_usage"),
+    *("use_sde", "sde_sample_freq", "use_sde_at_warmup"),
+)  # its base class keeps them, and nothing here reads them
+
+
 def known_args(agent: type, saved: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
     """Refuse settings that no agent has: SB3's ``load`` would take them and nothing would read them.
 
@@ -259,7 +265,8 @@ def known_args(agent: type, saved: Mapping[str, Any], given: Mapping[str, Any]) 
     :return: those under the names by which an agent keeps them: one differs from its argument.
     :raises TypeError: naming them.
     """
-    if unknown := sorted(given.keys() - saved.keys() - inspect.signature(agent).parameters.keys()):
+    known = saved.keys() - set(OF_SAC)
+    if unknown := sorted(given.keys() - known - inspect.signature(agent).parameters.keys()):
         raise TypeError(f"load() got {', '.join(unknown)}, which {agent.__name__} does not have")
     return {"_stats_window_size" if name == "stats_window_size" else name: value for name, value in given.items()}
 

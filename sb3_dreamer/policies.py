@@ -17,16 +17,10 @@ from stable_baselines3.common.type_aliases import Schedule
 from sb3_dreamer.behavior.actor_critic import Actor, Critic
 from sb3_dreamer.behavior.imagination import ReturnScale
 from sb3_dreamer.nets.optim import LaProp
-from sb3_dreamer.spaces import (
-    action_spec_of,
-    by_key,
-    check_action_bounds,
-    float_bounds,
-    observation_specs,
-    policy_for,
-)
+from sb3_dreamer.spaces import action_spec_of, by_key, check_action_bounds, float_bounds, observation_specs, policy_for
 from sb3_dreamer.types import SIZES, Observation
 from sb3_dreamer.world_model import WorldModel
+from sb3_dreamer.world_model.codes import are_choices
 from sb3_dreamer.world_model.rssm import State
 
 PolicyState = tuple[np.ndarray, ...]
@@ -169,12 +163,15 @@ class DreamerPolicy(BasePolicy):
     def finite_obs(self, observation: Any, who: str) -> tuple[dict[str, th.Tensor], bool]:
         """Observations as tensors by key, (n, *shape) each, and whether they came as a batch.
 
-        :raises ValueError: where one is not finite, in float32, as what ``who`` was given.
+        :raises ValueError: where one is not finite, in float32, or no choice of its space, as what ``who`` was given.
         """
         tensors, vectorized = self.obs_to_tensor(observation)
         obs = {key: part.float() if part.is_floating_point() else part for key, part in by_key(tensors).items()}
         if bad := [key for key, part in obs.items() if not part.isfinite().all()]:
             raise ValueError(f"{who} got {bad[0]} with a number that is NaN or infinite; the state stays as it was")
+        for key, spec in self.world_model.decoder.specs.items():
+            if spec.kind == "discrete" and not are_choices(obs[key], spec):
+                raise ValueError(f"{who} got {key} {obs[key].tolist()}, expected choices of {self.observation_space}")
         return obs, vectorized
 
     def _check_form(self, observation: Any) -> None:

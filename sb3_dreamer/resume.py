@@ -28,7 +28,9 @@ is lost, and refreshed latents stay. What is left of a ``warm_start`` is not kep
 from __future__ import annotations
 
 import os
+import pickle
 import random
+import re
 import shutil
 import uuid
 from pathlib import Path
@@ -39,11 +41,10 @@ import torch as th
 from stable_baselines3.common.callbacks import BaseCallback, EventCallback
 from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.type_aliases import GymEnv
-from stable_baselines3.common.vec_env import VecEnv, VecFrameStack, VecMonitor, VecNormalize
-from stable_baselines3.common.vec_env.base_vec_env import VecEnvWrapper
+from stable_baselines3.common.vec_env import VecEnv
 
-from sb3_dreamer.environments import statistics
-from sb3_dreamer.files import read_settings, to_arrays, to_tensors
+from sb3_dreamer.environments import remembering, restore_wrapper, wrapper_state
+from sb3_dreamer.files import to_arrays, to_tensors
 from sb3_dreamer.replay import read_replay
 
 if TYPE_CHECKING:
@@ -51,7 +52,8 @@ if TYPE_CHECKING:
 
 SelfDreamer = TypeVar("SelfDreamer", bound="Dreamer")
 
-FORMAT = 3
+FORMAT = 4
+CHECKPOINT = re.compile(r"\d{6,}_step_\d+")
 REMEMBERED = ("_last_obs", "_last_original_obs", "_last_episode_starts", "_online_state")
 
 
@@ -113,7 +115,7 @@ class ResumeCallback(BaseCallback):
 
 def checkpoints(folder: str | Path) -> list[Path]:
     """The complete checkpoints of a folder, oldest first."""
-    return sorted(Path(folder).glob("[0-9]*_step_*"))
+    return sorted(path for path in Path(folder).glob("*_step_*") if CHECKPOINT.fullmatch(path.name))
 
 
 def claim(folder: Path, model: Dreamer) -> None:
@@ -122,7 +124,7 @@ def claim(folder: Path, model: Dreamer) -> None:
     :raises ValueError: if they are of another.
     """
     there = checkpoints(folder)
-    if there and read_settings(there[-1] / "model.zip").get("run_id") != model.run_id:
+    if there and _read_state(there[-1])["run_id"] != model.run_id:
         raise ValueError(
             f"{folder} has checkpoints of another run, the newest is {there[-1].name}: give this run a folder of its "
             f"own, or go on with that one by Dreamer.resume({str(folder)!r}, env)"
@@ -163,10 +165,18 @@ def resume(cls: type[SelfDreamer], folder: str | Path, env: GymEnv | str, **kwar
     :param cls: Dreamer.
     :param folder: where :class:`ResumeCallback` wrote.
     :param env: an environment like the one before, wrapped the same way, or its id.
-    :param kwargs: further arguments of ``Dreamer.load``.
+    :param kwargs: further arguments of ``Dreamer.load``, but not ``trusted=False``: the replay is a pickle.
     :raises FileNotFoundError: if the folder has no complete checkpoint.
-    :raises ValueError: if the replay has another number of environments, other spaces, or sequences of another length.
+    :raises ValueError: if the replay has another number of environments, other spaces, or sequences of another length,
+        for a damaged file, and without an environment.
     """
+    if not kwargs.get("trusted", True):
+        raise ValueError(
+            "the replay of a checkpoint is a pickle, which may run code: Dreamer.load(CHECKPOINT/model.zip, env, "
+            "trusted=False) reads the agent alone"
+        )
+    if env is None:
+        raise ValueError("resume() needs the environment to go on in: give env=")
     there = checkpoints(folder)
     if not there:
         raise FileNotFoundError(
@@ -175,8 +185,25 @@ def resume(cls: type[SelfDreamer], folder: str | Path, env: GymEnv | str, **kwar
     model = cls.load(there[-1] / "model.zip", env=env, **kwargs)
     # load_replay_buffer would end the episode under way
     model.replay_buffer = read_replay(there[-1] / "replay_buffer.pkl", model.replay_buffer, model.verbose)
-    restore_run_state(model, to_arrays(th.load(there[-1] / "state.pth", weights_only=True)))
+    restore_run_state(model, _read_state(there[-1]))
     return model
+
+
+def _read_state(checkpoint: Path) -> dict[str, Any]:
+    """What :func:`run_state` gave, from disk.
+
+    :raises ValueError: for a damaged file, and one of another version.
+    """
+    path = checkpoint / "state.pth"
+    try:
+        state = to_arrays(th.load(path, weights_only=True))
+    except (OSError, RuntimeError, IndexError, EOFError, pickle.UnpicklingError) as error:
+        raise ValueError(
+            f"{path} is damaged ({error}): delete the folder {checkpoint.name}, and the checkpoint before it is taken"
+        ) from error
+    if state["format"] != FORMAT:
+        raise ValueError(f"{path} has format {state['format']}, this version of sb3_dreamer reads {FORMAT}")
+    return state
 
 
 def _part(path: Path) -> Path:
@@ -202,13 +229,14 @@ def run_state(model: Dreamer) -> dict[str, Any]:
     assert model.env is not None
     return {
         "format": FORMAT,
+        "run_id": model.run_id,
         "python": random.getstate(),
         "numpy": np.random.get_state(legacy=False),  # noqa: NPY002
         "torch": th.get_rng_state().numpy(),
         "cuda": [state.numpy() for state in th.cuda.get_rng_state_all()],
         "action_space": model.action_space.np_random.bit_generator.state,
         "agent": {name: getattr(model, name) for name in REMEMBERED},
-        "wrappers": [_wrapper_state(wrapper) for wrapper in _wrappers(model.env)],
+        "wrappers": [wrapper_state(wrapper) for wrapper in remembering(model.env)],
         "environments": model.env.env_method("resume_state") if _restorable(model.env) else None,
         "episodes": _episodes_under_way(model.env),
     }
@@ -221,8 +249,7 @@ def restore_run_state(model: Dreamer, state: dict[str, Any]) -> None:
     """
     env = model.env
     assert env is not None
-    if state["format"] != FORMAT:
-        raise ValueError(f"state.pth has format {state['format']}, this version of sb3_dreamer reads {FORMAT}")
+    model.run_id = state["run_id"]
     goes_on = state["environments"] is not None and state["agent"]["_last_obs"] is not None and _restorable(env)
     if goes_on:
         _restore_environments(env, state["environments"], state["episodes"])
@@ -231,12 +258,12 @@ def restore_run_state(model: Dreamer, state: dict[str, Any]) -> None:
         model._note_resets()
     elif model.seed is not None:
         env.seed(model.seed + model.num_timesteps)  # not the first episodes of the run again
-    wrappers = _wrappers(env)
+    wrappers = remembering(env)
     now, then = [type(one).__name__ for one in wrappers], [one["kind"] for one in state["wrappers"]]
     if now != then:
         raise ValueError(f"the environments are wrapped in {now}, those of the run in {then}: wrap them the same way")
     for wrapper, one in zip(wrappers, state["wrappers"], strict=True):
-        _restore_wrapper(wrapper, one)
+        restore_wrapper(wrapper, one)
     model.action_space.np_random.bit_generator.state = state["action_space"]
     random.setstate(state["python"])
     np.random.set_state(state["numpy"])  # noqa: NPY002
@@ -264,41 +291,3 @@ def _episodes_under_way(env: VecEnv) -> dict[str, list[Any]]:
     names = ["_elapsed_steps"] if env.has_attr("_elapsed_steps") else []
     names += ["rewards"] if all(env.env_is_wrapped(Monitor)) else []
     return {name: env.get_attr(name) for name in names}
-
-
-def _wrappers(env: VecEnv) -> list[VecEnvWrapper]:
-    """The wrappers that remember something, outermost first."""
-    found: list[VecEnvWrapper] = []
-    while isinstance(env, VecEnvWrapper):
-        if isinstance(env, VecNormalize | VecFrameStack | VecMonitor):
-            found.append(env)
-        env = env.venv
-    return found
-
-
-def _wrapper_state(wrapper: VecEnvWrapper) -> dict[str, Any]:
-    state: dict[str, Any] = {"kind": type(wrapper).__name__}
-    if isinstance(wrapper, VecNormalize):
-        stats = {key: (s.mean, s.var, s.count) for key, s in statistics(wrapper).items()}
-        return {**state, "statistics": stats, "returns": wrapper.returns}
-    if isinstance(wrapper, VecMonitor):
-        return {**state, "returns": wrapper.episode_returns, "lengths": wrapper.episode_lengths}
-    return {**state, "stacked": {key: one.stacked_obs for key, one in _stacks(wrapper).items()}}
-
-
-def _restore_wrapper(wrapper: VecEnvWrapper, state: dict[str, Any]) -> None:
-    if isinstance(wrapper, VecNormalize):
-        wrapper.returns = state["returns"]
-        for key, one in statistics(wrapper).items():
-            one.mean, one.var, one.count = state["statistics"][key]
-    elif isinstance(wrapper, VecMonitor):
-        wrapper.episode_returns, wrapper.episode_lengths = state["returns"], state["lengths"]
-    elif isinstance(wrapper, VecFrameStack):
-        for key, one in _stacks(wrapper).items():
-            one.stacked_obs = state["stacked"][key]
-
-
-def _stacks(wrapper: VecEnvWrapper) -> dict[str, Any]:
-    """SB3's stacks of observations by key."""
-    stacked = wrapper.stacked_obs
-    return dict(getattr(stacked, "sub_stacked_observations", None) or {"": stacked})

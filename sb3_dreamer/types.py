@@ -57,7 +57,7 @@ class Spec:
 
 @dataclass(frozen=True)
 class Size:
-    """Widths of the networks; the names and values of the paper (Nature 2025, Extended Data Table 3).
+    """Widths of the networks; named and chosen as in the paper (Nature 2025, Extended Data Table 3) and its code.
 
     :param deter: width D of the deterministic state.
     :param hidden: width of the layers inside the sequence model.

@@ -326,6 +326,43 @@ def test_checkpoints_of_another_run_are_not_deleted(tmp_path) -> None:
     assert checkpoints(tmp_path)[-1].name.endswith("_step_40")
 
 
+def test_a_run_that_begins_with_a_saved_agent_is_another(tmp_path) -> None:
+    model = fresh("plain", 1).learn(30, ResumeCallback(tmp_path / "run", every=10))
+    model.save(tmp_path / "agent")
+    model.save_replay_buffer(tmp_path / "replay")
+    there = checkpoints(tmp_path / "run")
+    fork = Dreamer.load(tmp_path / "agent", WRAPPED["plain"](1))
+    fork.load_replay_buffer(tmp_path / "replay")
+    with pytest.raises(ValueError, match="has checkpoints of another run"):
+        fork.learn(10, ResumeCallback(tmp_path / "run", every=10))
+    assert checkpoints(tmp_path / "run") == there
+    model.learn(10, ResumeCallback(tmp_path / "run", every=10), reset_num_timesteps=False)
+    assert checkpoints(tmp_path / "run")[-1].name.endswith("_step_40"), "it goes on itself"
+
+
+def test_what_only_looks_like_a_checkpoint_is_none(tmp_path) -> None:
+    fresh("plain", 1).learn(20, ResumeCallback(tmp_path, every=20))
+    (tmp_path / "7_step_notes").mkdir()
+    assert [path.name for path in checkpoints(tmp_path)] == ["000000_step_20"]
+
+
+@pytest.mark.parametrize("content", [b"rubbish", None], ids=["rubbish", "cut"])
+def test_a_damaged_state_is_named(tmp_path, content: bytes | None) -> None:
+    fresh("plain", 1).learn(20, ResumeCallback(tmp_path, every=20))
+    state = checkpoints(tmp_path)[0] / "state.pth"
+    state.write_bytes(content or state.read_bytes()[: state.stat().st_size // 2])
+    with pytest.raises(ValueError, match=r"state.pth is damaged .*: delete the folder 000000_step_20, and"):
+        Dreamer.resume(tmp_path, WRAPPED["plain"](1))
+
+
+def test_resuming_what_is_not_trusted_or_without_an_environment_is_refused(tmp_path) -> None:
+    fresh("plain", 1).learn(20, ResumeCallback(tmp_path, every=20))
+    with pytest.raises(ValueError, match="the replay of a checkpoint is a pickle, which may run code"):
+        Dreamer.resume(tmp_path, WRAPPED["plain"](1), trusted=False)
+    with pytest.raises(ValueError, match=r"resume\(\) needs the environment to go on in"):
+        Dreamer.resume(tmp_path, None)
+
+
 def test_half_written_and_half_deleted_ones_are_never_taken_and_go_away(tmp_path) -> None:
     model = fresh("plain", 1)
     model.learn(20, callback=ResumeCallback(tmp_path, every=10))

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import ctypes.util
 import os
+import pickle
 import sys
 from pathlib import Path
 
@@ -58,6 +59,8 @@ def make_env(env_id: str, vecnormalize: Path | None, seed: int) -> VecEnv:
         return VecNormalize.load(str(vecnormalize), env)
     except AssertionError as error:  # SB3 has no words for it
         raise SystemExit(f"{vecnormalize} holds statistics of other observations than {env_id}'s: {error}") from error
+    except (pickle.UnpicklingError, EOFError) as error:
+        raise SystemExit(f"{vecnormalize} is damaged or not what VecNormalize.save wrote: {error}") from error
 
 
 def find_body(env_id: str) -> Body | str:
@@ -75,12 +78,16 @@ def main(argv: list[str] | None = None) -> Path:
     :return: the page.
     """
     args = parser().parse_args(argv)
-    if not args.model.exists():
+    if not args.model.exists() and not args.model.with_name(f"{args.model.name}.zip").exists():
         raise SystemExit(f"{args.model} does not exist: give the file that Dreamer.save wrote")
     if args.vecnormalize is not None and not args.vecnormalize.exists():
         raise SystemExit(f"{args.vecnormalize} does not exist: give the file that VecNormalize.save wrote")
     if args.steps < (needed := args.context + args.horizon):
         raise SystemExit(f"--steps {args.steps}: --context and --horizon together need {needed} or more")
+    try:
+        args.out.mkdir(parents=True, exist_ok=True)
+    except FileExistsError as error:
+        raise SystemExit(f"--out {args.out} is a file: give a folder") from error
     if sys.platform == "linux" and "DISPLAY" not in os.environ and ctypes.util.find_library("EGL"):
         os.environ.setdefault("MUJOCO_GL", "egl")
     env = make_env(args.env, args.vecnormalize, args.seed)

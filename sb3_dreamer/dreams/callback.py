@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -10,7 +11,7 @@ from typing import Any
 import gymnasium as gym
 import numpy as np
 import torch as th
-from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.callbacks import BaseCallback, EventCallback
 from stable_baselines3.common.logger import Figure, TensorBoardOutputFormat
 
 from sb3_dreamer.acting import require_dreamer
@@ -43,7 +44,8 @@ class DreamCallback(BaseCallback):
     :param samples: dreams of each.
     :param dims: names of the dimensions to plot, such as ``obs[3]``; None: those with the largest error.
     :param body_env: environment of a MuJoCo task, not the one trained in: adds a video of the dreamed body.
-    :raises ValueError: for counts below 1, and when training starts, if these do not fit the model.
+    :raises ValueError: for counts below 1, and when training starts, if these do not fit the model, or inside of an
+        ``EventCallback``.
     :raises TypeError: when training starts, for another algorithm.
     """
 
@@ -65,14 +67,23 @@ class DreamCallback(BaseCallback):
         self.dims = dims
         self.body = None if body_env is None else Body(body_env)
         self._last_look = 0
+        self._last_step = math.inf  # none yet
         self._told: set[str] = set()
+
+    def _init_callback(self) -> None:
+        if isinstance(self.parent, EventCallback):
+            raise ValueError(
+                f"DreamCallback inside of {type(self.parent).__name__} would miss most rewards: give it to learn() "
+                "itself, it looks after so many steps by its every="
+            )
 
     def _on_training_start(self) -> None:
         self._check()
-        self._real = RealReturns(self.model.gamma)
-        self._last_look = self.num_timesteps
+        if self.num_timesteps < self._last_step:  # else learn() goes on where it was left
+            self._real, self._last_look = RealReturns(self.model.gamma), self.num_timesteps
 
     def _on_step(self) -> bool:
+        self._last_step = self.num_timesteps
         self._real.add(self.locals["rewards"], self.locals["dones"], self.locals["infos"])
         due = self.num_timesteps - self._last_look >= self.every
         if due and self.model._n_updates > 0 and self.model.replay_buffer.can_sample():

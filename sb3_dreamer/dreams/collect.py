@@ -10,6 +10,7 @@ from gymnasium import spaces
 from stable_baselines3.common.preprocessing import is_image_space
 from stable_baselines3.common.vec_env import VecEnv, VecNormalize, is_vecenv_wrapped, unwrap_vec_normalize
 
+from sb3_dreamer.acting import require_same_units
 from sb3_dreamer.dreamer import Dreamer
 from sb3_dreamer.dreams.trouble import RealReturns
 from sb3_dreamer.replay import SequenceReplayBuffer
@@ -25,8 +26,10 @@ def collect(
     :param n_steps: steps of each environment.
     :param sequence_length: entries of the sequences that the replay serves.
     :param random_actions: actions are drawn from the action space instead.
+    :raises ValueError: where ``env`` normalises observations and the model has learned without, or the reverse.
     :return: the replay, which holds what the model is given (normalised if ``env`` normalises); the mean real return.
     """
+    require_same_units(model, env)
     buffer = SequenceReplayBuffer(
         max((n_steps * 2 + 1) * env.num_envs, env.num_envs * (sequence_length + 1)),  # an episode has an entry more
         given_space(model.observation_space, env),

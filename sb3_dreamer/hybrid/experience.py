@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pathlib
 from collections.abc import Iterable, Iterator
+from itertools import accumulate
 from typing import Any
 
 import numpy as np
@@ -12,9 +13,8 @@ from gymnasium.wrappers import RepeatAction
 from stable_baselines3.common.atari_wrappers import MaxAndSkipEnv
 from stable_baselines3.common.buffers import DictReplayBuffer, ReplayBuffer
 from stable_baselines3.common.preprocessing import is_image_space, is_image_space_channels_first, maybe_transpose
-from stable_baselines3.common.save_util import load_from_pkl
 from stable_baselines3.common.utils import configure_logger
-from stable_baselines3.common.vec_env import VecTransposeImage
+from stable_baselines3.common.vec_env import VecNormalize, VecTransposeImage
 
 from sb3_dreamer.acting import require_dreamer, require_statistics
 from sb3_dreamer.dreamer import Dreamer
@@ -27,6 +27,7 @@ from sb3_dreamer.replay import (
     encoded_episode,
     read_episodes,
     split_transitions,
+    unpickled,
     write_episode,
 )
 from sb3_dreamer.spaces import by_key, parts_of
@@ -36,6 +37,8 @@ CHUNK = 16  # updates between two looks at how far it is
 
 def add_experience(model: Dreamer, source: Any, time_limit: int | None = None) -> None:
     """Put recorded experience into the model's replay; the environments are reset before they go on.
+
+    A VecNormalize around them sees it too, unless its ``training`` is off.
 
     :param model: whose replay.
     :param source: a SequenceReplayBuffer, an SB3 ReplayBuffer or DictReplayBuffer, the .pkl that ``save_replay_buffer``
@@ -47,6 +50,8 @@ def add_experience(model: Dreamer, source: Any, time_limit: int | None = None) -
     :raises TypeError: for a source of no known kind. Nothing is added then either.
     """
     replay = model.replay_buffer
+    if isinstance(source, str | pathlib.Path):
+        source = _opened(source)
     if source is replay:
         raise ValueError("this replay is the model's own: what would be added is there already")
     if isinstance(source, Iterator):
@@ -61,8 +66,19 @@ def add_experience(model: Dreamer, source: Any, time_limit: int | None = None) -
         raise ValueError(f"{type(source).__name__} holds no transition: collect something first")
     model._last_obs = None
     replay.cut()
+    normalize = model.get_vec_normalize_env()
     for episode in episodes_of(model, source, time_limit):
         write_episode(replay, episode)
+        if normalize is not None and normalize.training:
+            show(normalize, episode)
+
+
+def show(normalize: VecNormalize, episode: Episode) -> None:
+    """Let statistics see an episode, as if its steps had been taken behind them."""
+    for key, one in by_key(normalize.obs_rms).items() if normalize.norm_obs else ():
+        one.update(episode.obs[key])
+    returns = accumulate(episode.reward, lambda before, reward: before * normalize.gamma + reward)
+    normalize.ret_rms.update(np.array(list(returns)))
 
 
 def pretrain(model: Dreamer, updates: int, progress_bar: bool = False) -> None:
@@ -122,10 +138,6 @@ def episodes_of(model: Dreamer, source: Any, time_limit: int | None = None) -> I
     :raises ValueError: for other spaces.
     :raises TypeError: for a source of no known kind.
     """
-    if isinstance(source, str | pathlib.Path):
-        files = source, f"{source}.pkl"
-        is_replay = str(source).endswith(".pkl") or any(pathlib.Path(file).is_file() for file in files)
-        source = load_from_pkl(source) if is_replay else _load_minari(str(source))
     if isinstance(source, SequenceReplayBuffer):
         check_same_spaces(model, source.observation_space, source.action_space, "the replay")
         return read_episodes(source)
@@ -143,6 +155,13 @@ def episodes_of(model: Dreamer, source: Any, time_limit: int | None = None) -> I
         f"experience of type {type(source).__name__} is not understood: give an SB3 ReplayBuffer, a "
         "SequenceReplayBuffer, a Minari data set or its id, or sb3_dreamer.replay.Episode objects"
     )
+
+
+def _opened(path: str | pathlib.Path) -> Any:
+    """What is at a path: a saved replay, or by its id a Minari data set."""
+    files = path, f"{path}.pkl"
+    is_replay = str(path).endswith(".pkl") or any(pathlib.Path(file).is_file() for file in files)
+    return unpickled(path, "saved replay") if is_replay else _load_minari(str(path))
 
 
 def check_same_spaces(model: Dreamer, observation_space: spaces.Space, action_space: spaces.Space, what: str) -> None:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import inspect
+import math
 import pathlib
-import pickle
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -19,6 +19,7 @@ from stable_baselines3.common.vec_env import VecEnv, VecNormalize
 from sb3_dreamer.acting import ActsWithDreamer
 from sb3_dreamer.dreamer import Dreamer
 from sb3_dreamer.policies import DreamerPolicy
+from sb3_dreamer.replay import unpickled
 from sb3_dreamer.spaces import by_key, check_counted_from_zero, parts_of
 
 
@@ -60,7 +61,8 @@ class Guide:
         policy = getattr(teacher, "policy", teacher)
         if isinstance(policy, BasePolicy) and not isinstance(policy, DreamerPolicy):
             check_counted_from_zero(env.action_space)
-        self.teacher, self.deterministic = teacher, deterministic
+        self.teacher, self.deterministic, self.role = teacher, deterministic, role
+        self.action_space = env.action_space
         self.memory: Any = None  # of a recurrent teacher
         for name in ("observation", "action"):
             given = getattr(env, f"{name}_space")
@@ -77,9 +79,25 @@ class Guide:
         return actions
 
     def act(self, obs: Any, memory: Any, starts: np.ndarray | None) -> tuple[np.ndarray, Any]:
-        """What the teacher would do: original observations (n, .) -> actions (n, *shape), its memory of them."""
+        """What the teacher would do: original observations (n, .) -> actions (n, *shape), its memory of them.
+
+        Actions of a Box are clipped to its bounds, as SB3 clips them.
+
+        :raises ValueError: if it gives something else than that.
+        """
         shown = obs if self.normalize is None else self.normalize.normalize_obs(obs)
-        return self.teacher.predict(shown, memory, starts, self.deterministic)
+        given = self.teacher.predict(shown, memory, starts, self.deterministic)
+        space, n = self.action_space, len(next(iter(by_key(obs).values())))
+        pair = isinstance(given, tuple | list) and len(given) == 2
+        if not pair or np.size(given[0]) != n * math.prod(space.shape or ()):
+            raise ValueError(
+                f"the {self.role}'s predict() gave {given!r} for {n} observations: as SB3's it has to give a pair, "
+                f"actions {(n, *(space.shape or ()))} and what it remembers or None"
+            )
+        actions = np.reshape(given[0], (n, *(space.shape or ())))
+        if isinstance(space, spaces.Box):
+            actions = np.clip(actions, space.low, space.high).astype(space.dtype, copy=False)
+        return actions, given[1]
 
     def told(self, memory: Any, taken: np.ndarray) -> Any:
         """Its memory once these actions (n, *shape) were taken: a Dreamer's holds them, others see what they did."""
@@ -116,8 +134,7 @@ def _statistics(given: VecNormalize | str | pathlib.Path, env: VecEnv, role: str
     :raises ValueError: if it normalises other observations than there are in these environments.
     """
     if isinstance(given, str | pathlib.Path):
-        with pathlib.Path(given).open("rb") as file:
-            given = pickle.load(file)
+        given = unpickled(given, "statistics of VecNormalize")
     if not isinstance(given, VecNormalize):
         raise ValueError(f"the {role}'s statistics are a {type(given).__name__}: give a VecNormalize")
     shapes = {key: part.shape for key, part in parts_of(env.observation_space).items()}

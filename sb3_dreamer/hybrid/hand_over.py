@@ -16,7 +16,7 @@ from stable_baselines3.common.type_aliases import GymEnv
 from stable_baselines3.common.vec_env import VecEnv, unwrap_vec_normalize
 
 from sb3_dreamer.dreamer import Dreamer
-from sb3_dreamer.hybrid.experience import require_replay
+from sb3_dreamer.hybrid.experience import require_replay, show
 from sb3_dreamer.hybrid.latent_env import LatentVecEnv
 from sb3_dreamer.hybrid.lessons import Moments, latent_observations, lessons_from, verdicts_from
 from sb3_dreamer.hybrid.progress import progress
@@ -24,7 +24,7 @@ from sb3_dreamer.hybrid.real_states import RealStates, real_states
 from sb3_dreamer.hybrid.students import NORMED_RELU, start_slowly, student_of, teach, teach_critics
 from sb3_dreamer.knobs import as_whole
 from sb3_dreamer.replay import Episode, read_episodes
-from sb3_dreamer.spaces import as_observation, by_key, check_actions_of_sb3, check_counted_from_zero, policy_for
+from sb3_dreamer.spaces import as_observation, check_actions_of_sb3, check_counted_from_zero, policy_for
 
 Algorithm = TypeVar("Algorithm", bound=BaseAlgorithm)
 Seen = TypeVar("Seen", bound=Moments)
@@ -187,8 +187,7 @@ def _share_statistics(model: Dreamer, env: VecEnv) -> None:
     own, other = model.get_vec_normalize_env(), unwrap_vec_normalize(env)
     if own is None and other is not None and other.norm_obs:
         for episode in read_episodes(model.replay_buffer, NEWEST):
-            for key, statistics in by_key(other.obs_rms).items():
-                statistics.update(episode.obs[key])
+            show(other, episode)
     for name in ("obs_rms", "ret_rms"):
         if other is not own and hasattr(own, name):
             setattr(other, name, copy.deepcopy(getattr(own, name)))

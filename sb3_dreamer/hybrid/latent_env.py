@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 import torch as th
 from gymnasium import spaces
-from stable_baselines3.common.vec_env import VecEnv, unwrap_vec_normalize
+from stable_baselines3.common.vec_env import VecEnv
 from stable_baselines3.common.vec_env.base_vec_env import VecEnvIndices, VecEnvObs, VecEnvStepReturn
 
-from sb3_dreamer.acting import require_dreamer
+from sb3_dreamer.acting import require_dreamer, require_same_units
 from sb3_dreamer.dreamer import Dreamer
 
 
@@ -22,7 +22,7 @@ class LatentVecEnv(VecEnv):
 
     :param model: a trained Dreamer; it filters, and does not learn here.
     :param env: environments of its spaces, for example ``model.get_env()``.
-    :raises ValueError: for other spaces, and where the model needs the statistics of a VecNormalize and there is none.
+    :raises ValueError: for other spaces, and where a VecNormalize is around one of the model's environment and this.
     :raises TypeError: for a model that is no Dreamer, and an environment that is no VecEnv.
     """
 
@@ -33,9 +33,9 @@ class LatentVecEnv(VecEnv):
         for name in ("observation_space", "action_space"):
             if (given := getattr(env, name)) != (own := getattr(model, name)):
                 raise ValueError(f"env has the {name} {given}, the model {own}: wrap it as the model's environment")
-        if model.sees_normalised and unwrap_vec_normalize(env) is None:
-            raise ValueError("the model has learned with VecNormalize: give the environment with its statistics around")
+        require_same_units(model, env)
         self.model, self.env = model, env
+        self._packed: th.Tensor | None = None
         width = model.policy.world_model.feature_width
         super().__init__(env.num_envs, spaces.Box(-np.inf, np.inf, (width,), np.float32), env.action_space)
 
@@ -48,7 +48,12 @@ class LatentVecEnv(VecEnv):
         return features
 
     def step_async(self, actions: np.ndarray) -> None:
-        """Send the actions, and remember them."""
+        """Send the actions, and remember them.
+
+        :raises RuntimeError: before the first ``reset()``.
+        """
+        if self._packed is None:
+            raise RuntimeError("no episode has begun: call reset() before step()")
         self._action = th.as_tensor(self.model.policy.encode_action(actions), device=self.model.device)
         self.env.step_async(actions)
 
@@ -69,6 +74,7 @@ class LatentVecEnv(VecEnv):
     @th.inference_mode()
     def _see(self, obs: Any, is_first: np.ndarray) -> tuple[th.Tensor, np.ndarray]:
         """The next states (n, P) and their features (n, F)."""
+        assert self._packed is not None
         policy = self.model.policy
         tensors, _ = policy.finite_obs(obs, "LatentVecEnv")
         first = th.as_tensor(is_first, device=self.model.device)

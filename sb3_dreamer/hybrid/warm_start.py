@@ -75,13 +75,12 @@ def warm_start(
         answers = Answers(model.replay_buffer.heads(), model.policy.action_spec.width)
         fade_from = model._n_updates + updates
         rehearsals = n_steps // STEPS_PER_REHEARSAL if updates else 0  # updates=0: only the steps
-        cloning = model._cloning = Cloning(
-            guide, model.policy.actor, answers, fade_from, fade, n_steps, rehearsals, asked
-        )
+        cloning = Cloning(guide, model.policy.actor, answers, fade_from, fade, n_steps, rehearsals, asked)
     cloning.guide = guide
     owed = model._entries_owed
     try:
         with progress(cloning.left(model._n_updates), "warm start", progress_bar) as advance:
+            model._cloning = cloning
             if cloning.steps_left > 0:
                 _take_steps(model, cloning, advance)
             require_replay(model, "warm_start()")

@@ -2,7 +2,7 @@
 
 from sb3_dreamer.replay.buffer import SequenceReplayBuffer
 from sb3_dreamer.replay.episodes import Episode, encoded_episode, read_episodes, split_transitions, write_episode
-from sb3_dreamer.replay.saved import read_replay
+from sb3_dreamer.replay.saved import read_replay, unpickled
 
 __all__ = [
     "Episode",
@@ -11,5 +11,6 @@ __all__ = [
     "read_episodes",
     "read_replay",
     "split_transitions",
+    "unpickled",
     "write_episode",
 ]

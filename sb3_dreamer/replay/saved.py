@@ -5,10 +5,29 @@ from __future__ import annotations
 import io
 import pathlib
 import pickle
+from typing import Any
 
 from stable_baselines3.common.save_util import load_from_pkl, open_path
 
 from sb3_dreamer.replay.buffer import SequenceReplayBuffer
+
+
+def unpickled(path: str | pathlib.Path | io.BufferedIOBase, what: str, verbose: int = 0) -> Any:
+    """What SB3 has pickled into a file.
+
+    :param path: with or without its ``.pkl``, or an open file.
+    :param what: it should be, for the message.
+    :param verbose: as in SB3.
+    :raises ValueError: for a file that is cut short or no pickle.
+    """
+    file = open_path(path, "r", verbose, suffix="pkl")
+    try:
+        return load_from_pkl(file, verbose)
+    except (pickle.UnpicklingError, EOFError) as error:
+        raise ValueError(f"{path} is damaged or no {what} ({error}): use an older one") from error
+    finally:
+        if file is not path:
+            file.close()
 
 
 def read_replay(
@@ -19,22 +38,20 @@ def read_replay(
     :param path: what ``save_replay_buffer`` was given.
     :param own: the other one: of the same shapes, on the device to use.
     :param verbose: as in SB3.
-    :raises ValueError: for a file that is cut short or no pickle, and one that holds something else, or of
-        other shapes.
+    :raises ValueError: for a file that is cut short or no pickle, and one that holds something else, or of other
+        shapes, and where ``own`` is kept in a folder that is not the file's.
     """
-    file = open_path(path, "r", verbose, suffix="pkl")
-    try:
-        buffer = load_from_pkl(file, verbose)
-    except (pickle.UnpicklingError, EOFError) as error:
-        raise ValueError(f"{path} is damaged or no saved replay ({error}): use an older one") from error
-    finally:
-        if file is not path:
-            file.close()
+    buffer = unpickled(path, "saved replay", verbose)
     if not isinstance(buffer, SequenceReplayBuffer):
         raise ValueError(f"{path} holds a {type(buffer).__name__}, but Dreamer replays a SequenceReplayBuffer")
     for name in ("observation_space", "action_space", "n_envs", "sequence_length", "latent_size"):
         saved, needed = getattr(buffer, name), getattr(own, name)
         if saved != needed:
             raise ValueError(f"the replay in {path} has {name}={saved}, this agent {needed}: load it with the same")
+    if own.storage_path not in (None, buffer.storage_path):
+        raise ValueError(
+            f"this agent keeps its replay in {own.storage_path}, the one of {path} was in "
+            f"{buffer.storage_path or 'memory'}: make or load the agent without storage_path= to go on with that"
+        )
     buffer.device = own.device
     return buffer

@@ -50,6 +50,13 @@ def one_hot(x: th.Tensor, spec: Spec) -> th.Tensor:
     return th.cat([c[..., None] - first == th.arange(k, device=x.device) for c, first, k in numbers], -1).float()
 
 
+def are_choices(x: th.Tensor, spec: Spec) -> bool:
+    """Whether all integers (..., *shape) are among those that have a code."""
+    first, classes = (th.tensor(numbers, device=x.device) for numbers in (spec.first, spec.classes))
+    chosen = x.reshape(-1, len(spec.classes)) - first
+    return bool(((chosen >= 0) & (chosen < classes)).all())
+
+
 def symlog_mse(out: th.Tensor, raw: th.Tensor, spec: Spec) -> th.Tensor:
     """Squared error in symlog space: (..., width), (..., *shape) -> (...)."""
     return (out - symlog_flat(raw, spec)).square().sum(-1)

@@ -48,6 +48,12 @@ def test_a_run_is_read_back_with_its_last_row(tmp_path: Path):
     assert (type(model), model.num_timesteps, last["step"]) == (SAC, 40, "40")
 
 
+def test_of_a_run_that_was_killed_the_last_row_is_that_of_its_checkpoint(tmp_path: Path):
+    train(RUN, tmp_path, options(steps=40, eval_every=40))
+    Results(tmp_path / "results.csv", {"env": "Pendulum-v1"}, 40).append(step=60)
+    assert trained(tmp_path)[1]["step"] == "40"
+
+
 @pytest.mark.parametrize(("normalize", "steps", "message"), [(True, 20, "--normalize"), (False, 0, "no checkpoint")])
 def test_a_run_that_cannot_be_read_back_is_refused(tmp_path: Path, normalize: bool, steps: int, message: str):
     if steps:
@@ -187,6 +193,22 @@ def test_a_run_may_begin_with_what_another_has_learned(tmp_path: Path):
         train(RUN._replace(init=str(tmp_path / "first")), tmp_path, options(steps=20, eval_every=20))
     with pytest.raises(SystemExit, match="holds no checkpoint"):
         train(RUN._replace(init=str(tmp_path)), tmp_path, options(steps=20, eval_every=20))
+
+
+def test_who_begins_with_a_rate_that_has_fallen_says_with_which_to_go_on(tmp_path: Path):
+    falling = RUN._replace(overrides=SETTINGS | {"learning_rate": "lin_1e-3"})
+    (tmp_path / "first").mkdir()
+    train(falling, tmp_path / "first", options(steps=20, eval_every=20))
+    heir = RUN._replace(init=str(tmp_path / "first"), overrides={})
+    with pytest.raises(SystemExit, match="its learning rate has fallen with its steps, give learning_rate="):
+        new_model(heir, pendulum(), 20)
+    assert new_model(heir._replace(overrides={"learning_rate": "lin_1e-3"}), pendulum(), 20).learning_rate == 1e-3
+
+
+def test_an_environment_to_evaluate_in_that_does_not_fit_is_refused_before_a_step(tmp_path: Path):
+    with pytest.raises(SystemExit, match="--eval-env CartPole-v1 has observations of another shape"):
+        train(RUN, tmp_path, options(steps=20, eval_every=20, eval_env="CartPole-v1"))
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_rows_behind_the_checkpoint_are_dropped(tmp_path: Path):

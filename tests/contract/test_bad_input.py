@@ -267,6 +267,36 @@ def test_settings_that_cannot_work_are_named(name, value):
         agent(**{name: value})
 
 
+@pytest.mark.parametrize(
+    ("space", "bad"),
+    [(spaces.Discrete(3, start=5), 8), (spaces.Discrete(3), -1), (spaces.MultiDiscrete([2, 3]), [1, 3])],
+)
+def test_an_observation_that_is_no_choice_of_its_space_is_named(space, bad):
+    class Choices(Broken):
+        observation_space = space
+
+    model = agent(Choices())
+    model.predict(space.sample())
+    with pytest.raises(ValueError, match=r"predict\(\) got obs \[.*, expected choices of (Multi)?Discrete"):
+        model.predict(np.array(bad))
+
+
+@pytest.mark.parametrize("setting", [dict(tau=0.5), dict(use_sde=True), dict(optimize_memory_usage=True)])
+def test_settings_of_sac_are_refused_when_loading_too(tmp_path, setting):
+    agent().save(tmp_path / "model")
+    with pytest.raises(TypeError, match=rf"load\(\) got {next(iter(setting))}, which Dreamer does not have"):
+        Dreamer.load(tmp_path / "model", **setting)
+
+
+def test_a_replay_does_not_take_the_place_of_one_that_is_kept_on_disk(tmp_path):
+    agent().learn(20).save_replay_buffer(tmp_path / "replay")
+    on_disk = agent(replay_buffer_kwargs=dict(storage_path=tmp_path / "folder"))
+    with pytest.raises(ValueError, match=r"keeps its replay in .*folder, the one of .*replay was in memory"):
+        on_disk.load_replay_buffer(tmp_path / "replay")
+    on_disk.learn(20)
+    assert (tmp_path / "folder").exists()
+
+
 def test_an_agent_without_an_environment_is_asked_for_one():
     with pytest.raises(ValueError, match=r"a new agent needs an environment, .*: give env="):
         Dreamer("MlpPolicy", None)

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from gymnasium.envs.classic_control import PendulumEnv
 from stable_baselines3 import PPO
+from stable_baselines3.common.callbacks import EveryNTimesteps
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.logger import configure
 from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize, VecTransposeImage
@@ -226,6 +227,31 @@ def test_callback_refuses_what_does_not_fit_before_anything_is_learned(settings:
     with pytest.raises(ValueError, match=says):
         model.learn(100, callback=DreamCallback(**{"every": 20, **settings}))
     assert model.num_timesteps == 0
+
+
+@pytest.mark.parametrize("pieces", [1, 4])
+def test_callback_looks_at_the_same_steps_however_often_learn_is_called(pieces: int, monkeypatch: pytest.MonkeyPatch):
+    looked: list[int] = []
+    callback = DreamCallback(every=40)
+    monkeypatch.setattr(callback, "_look", lambda: looked.append(callback.num_timesteps))
+    model = Dreamer("MlpPolicy", Dial(), **{**TINY, "learning_starts": 16, "batch_length": 12})
+    for piece in range(pieces):
+        model.learn(120 // pieces, callback=callback, reset_num_timesteps=piece == 0)
+    assert looked == [40, 80, 120]
+    model.learn(50, callback=callback)
+    assert looked[3:] == [40], "counted anew"
+
+
+def test_callback_inside_of_one_that_calls_it_now_and_then_is_refused():
+    with pytest.raises(ValueError, match="DreamCallback inside of EveryNTimesteps would miss most rewards"):
+        Dreamer("MlpPolicy", Dial(), **TINY).learn(40, callback=EveryNTimesteps(10, DreamCallback()))
+
+
+def test_collecting_in_other_units_than_the_model_has_learned_from_is_refused():
+    model = Dreamer("MlpPolicy", Dial(), **TINY).learn(80)
+    with pytest.raises(ValueError, match="learned without VecNormalize around its observations, and env is with"):
+        collect(model, VecNormalize(DummyVecEnv([Dial])), 20)
+    collect(model, VecNormalize(DummyVecEnv([Dial]), norm_obs=False), 20, sequence_length=8)
 
 
 def test_callback_refuses_other_algorithms():

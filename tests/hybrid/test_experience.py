@@ -1,5 +1,6 @@
 """Experience of others: what of it becomes which entry of the replay."""
 
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,11 +13,13 @@ from stable_baselines3 import SAC
 from stable_baselines3.common.atari_wrappers import MaxAndSkipEnv
 from stable_baselines3.common.buffers import ReplayBuffer
 from stable_baselines3.common.envs import FakeImageEnv
+from stable_baselines3.common.save_util import save_to_pkl
+from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
 
 from sb3_dreamer import Dreamer
-from sb3_dreamer.hybrid import DreamVecEnv
+from sb3_dreamer.hybrid import DreamVecEnv, experience
 from sb3_dreamer.hybrid.experience import _replay_episodes, _time_limit, add_experience, episodes_of
-from sb3_dreamer.replay import Episode, SequenceReplayBuffer, read_episodes, write_episode
+from sb3_dreamer.replay import Episode, SequenceReplayBuffer, read_episodes, unpickled, write_episode
 
 LINE = spaces.Box(-np.inf, np.inf, (1,), np.float32)
 STICK = spaces.Box(-2.0, 2.0, (1,), np.float32)
@@ -33,10 +36,9 @@ class Line(gym.Env):
 
 
 def small(env: Any = None, n_envs: int = 1, **kwargs: Any) -> Dreamer:
-    from stable_baselines3.common.vec_env import DummyVecEnv
-
     settings = dict(model_size="debug", buffer_size=400, batch_size=2, batch_length=4, seed=0, device="cpu")
-    return Dreamer("MlpPolicy", DummyVecEnv([env or Line] * n_envs), **{**settings, **kwargs})
+    env = env if isinstance(env, VecNormalize) else DummyVecEnv([env or Line] * n_envs)
+    return Dreamer("MlpPolicy", env, **{**settings, **kwargs})
 
 
 def episode(first: int, length: int, terminal: bool = False) -> Episode:
@@ -328,6 +330,30 @@ class TestOtherSources:
         ):
             with pytest.raises(ValueError, match=r"episode 0 of list: an episode of \d rewards"):
                 add_experience(small(), [wrong])
+
+
+def test_a_file_is_read_once_and_a_damaged_one_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    source = sb3_replay()
+    put(source, 0, 1, done=True)
+    save_to_pkl(tmp_path / "replay.pkl", source)
+    read = []
+    monkeypatch.setattr(experience, "unpickled", lambda *args: read.append(args) or unpickled(*args))
+    add_experience(small(), tmp_path / "replay.pkl")
+    assert len(read) == 1
+    (tmp_path / "replay.pkl").write_bytes((tmp_path / "replay.pkl").read_bytes()[:100])
+    with pytest.raises(ValueError, match=r"replay.pkl is damaged or no saved replay"):
+        add_experience(small(), tmp_path / "replay.pkl")
+
+
+def test_statistics_see_what_is_added_as_if_it_had_been_lived():
+    lived = VecNormalize(DummyVecEnv([Line]), gamma=0.5)
+    model = small(env=lived)
+    add_experience(model, [episode(0, 3)])
+    assert lived.obs_rms.mean.item() == pytest.approx(np.mean([0, 1, 2, 3]), abs=1e-3)
+    assert lived.ret_rms.mean == pytest.approx(np.mean([0.1, 0.25, 0.425]), abs=1e-3)
+    lived.training = False
+    add_experience(model, [episode(50, 3)])
+    assert lived.obs_rms.mean.item() == pytest.approx(1.5, abs=1e-3)
 
 
 def test_what_is_recorded_is_drawn_and_what_is_lived_served_first():

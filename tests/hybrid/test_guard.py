@@ -129,7 +129,9 @@ def test_a_model_that_learned_normalised_is_not_used_without_its_statistics(tmp_
     alone = Dreamer.load(tmp_path / "model")
     with pytest.raises(ValueError, match="DreamVecEnv needs the statistics of VecNormalize"):
         DreamVecEnv(alone, 4, start=alone.policy.initial_state(1))
-    with pytest.raises(ValueError, match="model has learned with VecNormalize: give the environment with its stat"):
+    with pytest.raises(
+        ValueError, match="the model has learned with VecNormalize around its observations, and env is without"
+    ):
         LatentVecEnv(alone, pendulum())
     other = Dreamer("MlpPolicy", pendulum(), **SMALL)
     for teacher in (alone, Planner(alone)):
@@ -248,6 +250,31 @@ def test_a_controller_of_ones_own_needs_no_more_than_predict(dreamer: Dreamer):
         guard = Guard(dreamer, Still(), horizon=2)
         assert guard.predict(observe(2))[0].tolist() == [[0.0], [0.0]]
         assert guard.predict(observe()[0])[0].tolist() == [0.0]  # it is always asked about a batch
+
+
+def test_actions_of_a_controller_of_ones_own_are_clipped_to_their_bounds_and_take_their_shape(dreamer: Dreamer):
+    class Strong:
+        def predict(self, obs, state=None, episode_start=None, deterministic=False):
+            return [3.0] * len(obs), None
+
+    with continues_with(dreamer, 0.0):
+        actions, _ = Guard(dreamer, Strong(), horizon=2).predict(observe(2))
+    assert actions.tolist() == [[2.0], [2.0]]
+
+
+@pytest.mark.parametrize("given", [np.zeros((2, 1)), (np.zeros((2, 3)), None)], ids=["no pair", "too many"])
+def test_a_controller_whose_actions_are_none_is_named(dreamer: Dreamer, given: Any):
+    class Wrong:
+        def predict(self, obs, state=None, episode_start=None, deterministic=False):
+            return given
+
+    with (
+        continues_with(dreamer, 0.0),
+        pytest.raises(
+            ValueError, match=r"(?s)the fallback's predict\(\) gave .* for 2 observations: as SB3's it has to give"
+        ),
+    ):
+        Guard(dreamer, Wrong(), horizon=2).predict(observe(2))
 
 
 def test_a_controller_that_cannot_be_called_as_sb3s_is_refused(dreamer: Dreamer):

@@ -469,6 +469,10 @@ class TestLatents:
         with pytest.raises(ValueError, match=r"env has the observation_space Box\(.*, the model Box\("):
             LatentVecEnv(dreamer, make_vec_env("MountainCarContinuous-v0"))
 
+    def test_a_step_before_the_first_episode_is_refused(self, dreamer: Dreamer):
+        with pytest.raises(RuntimeError, match=r"no episode has begun: call reset\(\) before step"):
+            LatentVecEnv(dreamer, pendulum()).step(np.zeros((1, 1), np.float32))
+
     def test_the_last_observation_goes_through_the_filter_too(self, dreamer: Dreamer):
         latent, plain, state = LatentVecEnv(dreamer, pendulum(steps=2)), pendulum(steps=2), None
         for env in (latent, plain):

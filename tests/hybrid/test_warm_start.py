@@ -484,6 +484,18 @@ class TestRefused:
             model.warm_start(Constant(), 60, student_share=1)
         assert model.replay_buffer.size() == 0
 
+    def test_without_what_draws_its_progress_nobody_teaches(self, monkeypatch: pytest.MonkeyPatch):
+        monkeypatch.setattr("sb3_dreamer.hybrid.progress.tqdm", None)
+        model = fresh()
+        with pytest.raises(ImportError, match="progress_bar=True needs tqdm and rich"):
+            model.warm_start(Constant(), 60, progress_bar=True)
+        assert model._cloning is None
+
+    def test_statistics_out_of_a_damaged_file(self, tmp_path: Path):
+        (tmp_path / "vecnormalize.pkl").write_bytes(b"not a pickle")
+        with pytest.raises(ValueError, match=r"vecnormalize.pkl is damaged or no statistics of VecNormalize"):
+            fresh().warm_start(Constant(), 60, vec_normalize=tmp_path / "vecnormalize.pkl")
+
     def test_without_environment(self, tmp_path: Path):
         fresh().save(tmp_path / "model")
         with pytest.raises(ValueError, match="needs an environment"):

@@ -70,10 +70,10 @@ def add_experience(model: Dreamer, source: Any, time_limit: int | None = None) -
     for episode in episodes_of(model, source, time_limit):
         write_episode(replay, episode)
         if normalize is not None and normalize.training:
-            show(normalize, episode)
+            update_statistics(normalize, episode)
 
 
-def show(normalize: VecNormalize, episode: Episode) -> None:
+def update_statistics(normalize: VecNormalize, episode: Episode) -> None:
     """Let statistics see an episode, as if its steps had been taken behind them."""
     for key, one in by_key(normalize.obs_rms).items() if normalize.norm_obs else ():
         one.update(episode.obs[key])

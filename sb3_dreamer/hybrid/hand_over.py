@@ -16,7 +16,7 @@ from stable_baselines3.common.type_aliases import GymEnv
 from stable_baselines3.common.vec_env import VecEnv, unwrap_vec_normalize
 
 from sb3_dreamer.dreamer import Dreamer
-from sb3_dreamer.hybrid.experience import require_replay, show
+from sb3_dreamer.hybrid.experience import require_replay, update_statistics
 from sb3_dreamer.hybrid.latent_env import LatentVecEnv
 from sb3_dreamer.hybrid.lessons import Moments, latent_observations, lessons_from, verdicts_from
 from sb3_dreamer.hybrid.progress import progress
@@ -187,7 +187,7 @@ def _share_statistics(model: Dreamer, env: VecEnv) -> None:
     own, other = model.get_vec_normalize_env(), unwrap_vec_normalize(env)
     if own is None and other is not None and other.norm_obs:
         for episode in read_episodes(model.replay_buffer, NEWEST):
-            show(other, episode)
+            update_statistics(other, episode)
     for name in ("obs_rms", "ret_rms"):
         if other is not own and hasattr(own, name):
             setattr(other, name, copy.deepcopy(getattr(own, name)))

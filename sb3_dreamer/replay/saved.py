@@ -48,10 +48,11 @@ def read_replay(
         saved, needed = getattr(buffer, name), getattr(own, name)
         if saved != needed:
             raise ValueError(f"the replay in {path} has {name}={saved}, this agent {needed}: load it with the same")
-    if own.storage_path not in (None, buffer.storage_path):
+    kept, there = own.storage_path, buffer.storage_path
+    if kept is not None and (there is None or kept.resolve() != there.resolve()):
         raise ValueError(
-            f"this agent keeps its replay in {own.storage_path}, the one of {path} was in "
-            f"{buffer.storage_path or 'memory'}: make or load the agent without storage_path= to go on with that"
+            f"this agent keeps its replay in {kept}, the one of {path} was in {there or 'memory'}: make or load the "
+            "agent without storage_path= to go on with that"
         )
     buffer.device = own.device
     return buffer

@@ -123,9 +123,10 @@ def read_settings(path: FileLike) -> dict[str, Any]:
     finally:
         if isinstance(path, str | pathlib.Path):
             file.close()
-    if not isinstance(settings, dict) or "rssm_type" not in settings:
+    described = settings.get("described", {}) if isinstance(settings, dict) else None
+    if not isinstance(described, dict) or "rssm_type" not in settings:
         raise ValueError(f"{path} was not saved by Dreamer: load it with the algorithm that saved it")
-    saved = settings.get("described", {}).get("format", FORMAT)
+    saved = described.get("format", FORMAT)
     if saved != FORMAT:
         age = "an older" if saved < FORMAT else "a newer"
         raise ValueError(
@@ -168,14 +169,20 @@ def in_place_of_pickles(
     :param cls: the algorithm, whose defaults replace settings that are pickled.
     :param given: what the caller provides instead.
     :return: for ``custom_objects``.
-    :raises ValueError: if the file lacks the description, or asks for a policy of somebody else.
+    :raises ValueError: if the file lacks the description, asks for a policy of somebody else, or names methods.
     """
     described = settings.get("described")
     if not described:
         raise ValueError("the file is from before spaces were saved as data: only trusted=True can load it")
-    if described["policy"] not in policies:
+    if methods := sorted(key for key in settings if callable(getattr(cls, key, None))):
+        raise ValueError(f"the file would put something in the place of the methods {methods}: no save() wrote that")
+    try:
+        own_spaces = {key: space_from(described[key]) for key in ("observation_space", "action_space")}
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise ValueError(f"the file describes no spaces that an agent could have ({error!r})") from error
+    if (wanted := str(described.get("policy"))) not in policies:
         raise ValueError(
-            f"the file asks for the policy class {described['policy']}, which is not one of {sorted(policies)}: "
+            f"the file asks for the policy class {wanted}, which is not one of {sorted(policies)}: "
             "only trusted=True can load it"
         )
     defaults = {name: p.default for name, p in inspect.signature(cls).parameters.items()}
@@ -189,9 +196,8 @@ def in_place_of_pickles(
     folders: dict[str, Any] = {"tensorboard_log": None, "replay_buffer_kwargs": {}}  # of another's choosing
     if lost := sorted(key for key in folders if settings.get(key) and key not in {*replaced, *given}):
         warnings.warn(f"{lost} of the saved agent name folders and were not read: give your own", stacklevel=3)
-    replaced |= folders
-    replaced |= {key: space_from(described[key]) for key in ("observation_space", "action_space")}
-    return {**replaced, "policy_class": policies[described["policy"]], "train_freq": 1, **given}
+    replaced |= folders | own_spaces
+    return {**replaced, "policy_class": policies[wanted], "train_freq": 1, **given}
 
 
 def check_parameters(given: dict[str, dict[str, Any]], own: dict[str, dict[str, Any]], exact_match: bool) -> None:
@@ -265,8 +271,8 @@ def known_args(agent: type, saved: Mapping[str, Any], given: Mapping[str, Any]) 
     :return: those under the names by which an agent keeps them: one differs from its argument.
     :raises TypeError: naming them.
     """
-    known = saved.keys() - set(OF_SAC)
-    if unknown := sorted(given.keys() - known - inspect.signature(agent).parameters.keys()):
+    known = (saved.keys() | inspect.signature(agent).parameters.keys()) - {*OF_SAC, "policy"}
+    if unknown := sorted(given.keys() - known):
         raise TypeError(f"load() got {', '.join(unknown)}, which {agent.__name__} does not have")
     return {"_stats_window_size" if name == "stats_window_size" else name: value for name, value in given.items()}
 

@@ -281,7 +281,9 @@ def test_an_observation_that_is_no_choice_of_its_space_is_named(space, bad):
         model.predict(np.array(bad))
 
 
-@pytest.mark.parametrize("setting", [dict(tau=0.5), dict(use_sde=True), dict(optimize_memory_usage=True)])
+@pytest.mark.parametrize(
+    "setting", [dict(tau=0.5), dict(use_sde=True), dict(optimize_memory_usage=True), dict(policy="CnnPolicy")]
+)
 def test_settings_of_sac_are_refused_when_loading_too(tmp_path, setting):
     agent().save(tmp_path / "model")
     with pytest.raises(TypeError, match=rf"load\(\) got {next(iter(setting))}, which Dreamer does not have"):

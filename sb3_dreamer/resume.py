@@ -9,8 +9,8 @@ disk, and goes by a rename before the first byte of it is deleted; what begins w
       .000009_step_50000.part/   being written, or being deleted, or left by a kill
 
 ``model.zip`` and ``replay_buffer.pkl`` are what ``save`` and ``save_replay_buffer`` write. ``state.pth`` has the rest:
-the random numbers of Python, NumPy and PyTorch, what the agent saw last and remembers, and the environment; numbers
-and plain containers only, read with ``weights_only=True``.
+whose run it is, the random numbers of Python, NumPy and PyTorch, what the agent saw last and remembers, and the
+environment; numbers, strings and plain containers only, read with ``weights_only=True``.
 
 With an environment that can be restored, the resumed run has the same parameters, bit for bit on a CPU, as one that
 was never stopped. An environment can be restored if it (or its outermost wrapper that knows) has two methods::

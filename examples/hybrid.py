@@ -37,9 +37,8 @@ def main() -> None:
     report("SAC", sac, args.env)
     sac.save("runs/sac_after_dreamer.zip")  # a plain SB3 file
 
-    pupil = Dreamer("MlpPolicy", args.env, seed=args.seed + 1).warm_start(
-        sac, n_steps=max(args.steps // 3, 64), progress_bar=True
-    )
+    pupil = Dreamer("MlpPolicy", args.env, seed=args.seed + 1)
+    pupil.warm_start(sac, n_steps=max(args.steps // 3, pupil.batch_length), progress_bar=True)
     report("a new Dreamer that watched it", pupil, args.env)
 
 

@@ -38,6 +38,10 @@ from stable_baselines3.common.save_util import open_path
 
 FORMAT = 4
 PICKLED = ":serialized:"  # SB3's mark of a pickled attribute
+OF_SAC = (  # kept by the base class, and read by nothing here
+    *("tau", "gradient_steps", "train_freq", "action_noise", "n_steps", "optimize_memory_usage"),
+    *("use_sde", "sde_sample_freq", "use_sde_at_warmup"),
+)
 
 FileLike = str | pathlib.Path | io.BufferedIOBase
 
@@ -254,12 +258,6 @@ def written_aside(path: FileLike, suffix: str) -> Iterator[Any]:
         aside.replace(path)
     finally:
         aside.unlink(missing_ok=True)
-
-
-OF_SAC = (
-    *("tau", "gradient_steps", "train_freq", "action_noise", "n_steps", "optimize_memory_usage"),
-    *("use_sde", "sde_sample_freq", "use_sde_at_warmup"),
-)  # its base class keeps them, and nothing here reads them
 
 
 def known_args(agent: type, saved: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:

@@ -182,10 +182,11 @@ def resume(cls: type[SelfDreamer], folder: str | Path, env: GymEnv | str, **kwar
         raise FileNotFoundError(
             f"{folder} has no complete checkpoint: start a new run, with callback=ResumeCallback({str(folder)!r}, ...)"
         )
+    state = _read_state(there[-1])  # before the replay, which may be large, and on disk forgets what came later
     model = cls.load(there[-1] / "model.zip", env=env, **kwargs)
     # load_replay_buffer would end the episode under way
     model.replay_buffer = read_replay(there[-1] / "replay_buffer.pkl", model.replay_buffer, model.verbose)
-    restore_run_state(model, _read_state(there[-1]))
+    restore_run_state(model, state)
     return model
 
 

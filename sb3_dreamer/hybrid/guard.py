@@ -115,9 +115,8 @@ class Guard(ActsWithDreamer):
             parts = {key: np.asarray(part)[None] for key, part in by_key(original).items()}
             original = as_observation(self.model.observation_space, parts)
         instead, memory = self.fallback.act(original, None if state is None else state.memory, starts)
-        shape = n, *(self.model.action_space.shape or ())
-        own, other = actions.reshape(shape), np.reshape(instead, shape)
-        taken = np.where(taken_over.reshape(-1, *[1] * (own.ndim - 1)), other, own).astype(own.dtype)
+        own = actions.reshape(instead.shape)
+        taken = np.where(taken_over.reshape(-1, *[1] * (own.ndim - 1)), instead, own).astype(own.dtype)
         if taken_over.any():
             encoded = policy.encode_action(taken)
         memory = self.fallback.told(memory, taken)

@@ -88,13 +88,14 @@ class Guide:
         shown = obs if self.normalize is None else self.normalize.normalize_obs(obs)
         given = self.teacher.predict(shown, memory, starts, self.deterministic)
         space, n = self.action_space, len(next(iter(by_key(obs).values())))
+        shape = n, *(space.shape or ())
         pair = isinstance(given, tuple | list) and len(given) == 2
-        if not pair or np.size(given[0]) != n * math.prod(space.shape or ()):
+        if not pair or np.size(given[0]) != math.prod(shape):
             raise ValueError(
                 f"the {self.role}'s predict() gave {given!r} for {n} observations: as SB3's it has to give a pair, "
-                f"actions {(n, *(space.shape or ()))} and what it remembers or None"
+                f"actions {shape} and what it remembers or None"
             )
-        actions = np.reshape(given[0], (n, *(space.shape or ())))
+        actions = np.reshape(given[0], shape)
         if isinstance(space, spaces.Box):
             actions = np.clip(actions, space.low, space.high).astype(space.dtype, copy=False)
         return actions, given[1]

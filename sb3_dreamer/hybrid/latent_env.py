@@ -22,7 +22,7 @@ class LatentVecEnv(VecEnv):
 
     :param model: a trained Dreamer; it filters, and does not learn here.
     :param env: environments of its spaces, for example ``model.get_env()``.
-    :raises ValueError: for other spaces, and where a VecNormalize is around one of the model's environment and this.
+    :raises ValueError: for other spaces, and where it is normalised and the model has learned without, or the reverse.
     :raises TypeError: for a model that is no Dreamer, and an environment that is no VecEnv.
     """
 

@@ -266,9 +266,9 @@ class Dreamer(Doors, SequenceAlgorithm):
         world_model.normalizer.keep(learned)
 
         metrics = {f"{key}_loss": value.detach().mean() for key, value in losses.items()}
-        metrics.update(info, **actor_info, imagined_return=returns.mean(), value=values.mean(), return_scale=scale)
-        metrics.update(imagined_reward=dream.reward[:, 1:].mean(), replay_return=replay_returns.mean())
-        metrics.update(skipped_updates=~learned)
+        metrics.update(info, **actor_info, value=values.mean(), return_scale=scale, skipped_updates=~learned)
+        metrics.update(imagined_return=returns[:, 0].mean(), replay_return=replay_returns.mean())
+        metrics.update(imagined_reward=dream.reward[:, 1:].mean())
         return world_model.rssm.latents(states.detach()).nan_to_num(), metrics
 
     def _captured_update(self) -> Update:

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 import numpy as np
 from gymnasium import spaces
 from stable_baselines3.common.preprocessing import is_image_space
+from stable_baselines3.common.type_aliases import GymEnv
 from stable_baselines3.common.vec_env import VecEnv, VecNormalize, is_vecenv_wrapped, unwrap_vec_normalize
 
 from sb3_dreamer.acting import require_same_units
@@ -17,18 +18,19 @@ from sb3_dreamer.replay import SequenceReplayBuffer
 
 
 def collect(
-    model: Dreamer, env: VecEnv, n_steps: int, sequence_length: int = 64, random_actions: bool = False
+    model: Dreamer, env: GymEnv, n_steps: int, sequence_length: int = 64, random_actions: bool = False
 ) -> tuple[SequenceReplayBuffer, float]:
     """Let the model act, and keep what happens.
 
     :param model: acts as in training, its actions sampled; the model itself does not change.
-    :param env: environments of its spaces; they are reset first.
+    :param env: one environment or a VecEnv of its spaces; they are reset first.
     :param n_steps: steps of each environment.
     :param sequence_length: entries of the sequences that the replay serves.
     :param random_actions: actions are drawn from the action space instead.
     :raises ValueError: where ``env`` normalises observations and the model has learned without, or the reverse.
     :return: the replay, which holds what the model is given (normalised if ``env`` normalises); the mean real return.
     """
+    env = model._wrap_env(env)
     require_same_units(model, env)
     buffer = SequenceReplayBuffer(
         max((n_steps * 2 + 1) * env.num_envs, env.num_envs * (sequence_length + 1)),  # an episode has an entry more

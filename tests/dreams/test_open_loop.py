@@ -1,5 +1,6 @@
 import dataclasses
 
+import gymnasium as gym
 import numpy as np
 import pytest
 import torch as th
@@ -149,10 +150,9 @@ def test_peek_leaves_the_replay_as_it_was():
 
 
 def test_collect_keeps_whole_episodes_and_scaled_actions():
-    model = Dreamer("MlpPolicy", "Pendulum-v1", model_size="debug", seed=0)
-    assert isinstance(model.action_space, spaces.Box)
-    assert model.env is not None
-    replay, real_return = collect(model, model.env, 401, sequence_length=50, random_actions=True)
+    env = gym.make("Pendulum-v1")
+    model = Dreamer("MlpPolicy", env, model_size="debug", seed=0)
+    replay, real_return = collect(model, env, 401, sequence_length=50, random_actions=True)
     assert replay.size() == 401 + 2  # two episodes of 200 actions have 201 entries each
     batch = replay.peek(8)
     assert 0.9 < batch.action.abs().max() <= 1.0

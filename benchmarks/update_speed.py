@@ -41,7 +41,6 @@ def random_batch(model: Dreamer, device: str) -> Batch:
     first[::8, t // 2] = True
     return Batch(
         obs={k: th.randn(b, t, *s.shape, device=device) for k, s in model.policy.world_model.decoder.specs.items()},
-        action=th.rand(b, t, spec.width, device=device) * 2 - 1,
         prev_action=(th.rand(b, t, spec.width, device=device) * 2 - 1) * ~first[..., None],
         reward=th.randn(b, t, device=device),
         is_first=first,

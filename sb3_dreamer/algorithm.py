@@ -170,11 +170,11 @@ class SequenceAlgorithm(OffPolicyAlgorithm):
         with step_named(self.num_timesteps):
             self.replay_buffer.check(self.original_obs)
         last_obs: Any = self._last_obs
-        actions, self._online_state = self.policy.predict(last_obs, self._online_state, self._last_episode_starts)
+        actions, state = self.policy.predict(last_obs, self._online_state, self._last_episode_starts)
         if self._exploring():
             actions = np.array([self.action_space.sample() for _ in range(n_envs)])
-            assert self._online_state is not None
-            self._online_state = (self._online_state[0], self.policy.encode_action(actions))
+            state = (state[0], self.policy.encode_action(actions))
+        self._online_state = state
         if self._cloning is not None:
             self._cloning.go_on_asking(self, actions)
         return actions, self.policy.replay_action(actions)
@@ -205,6 +205,7 @@ class SequenceAlgorithm(OffPolicyAlgorithm):
         obs, next_obs = self.original_obs, new_obs
         if self._vec_normalize_env is not None:
             next_obs, reward, infos = self._originals
+        assert self._online_state is not None
         latent = self.policy.latents(self._online_state)
         with step_named(self.num_timesteps):
             self.replay_buffer.add(obs, next_obs, buffer_action, reward, dones, infos, latent=latent)
@@ -227,7 +228,7 @@ class SequenceAlgorithm(OffPolicyAlgorithm):
         state: PolicyState | None = None,
         episode_start: np.ndarray | None = None,
         deterministic: bool = False,
-    ) -> tuple[np.ndarray, PolicyState | None]:
+    ) -> tuple[np.ndarray, PolicyState]:
         """See :meth:`sb3_dreamer.policies.DreamerPolicy.predict`."""
         return self.policy.predict(observation, state, episode_start, deterministic)
 

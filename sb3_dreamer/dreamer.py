@@ -161,7 +161,7 @@ class Dreamer(Doors, SequenceAlgorithm):
                 f"policy is {self.policy_class!r}, which has no world model: give one of {list(self.policy_aliases)}, "
                 "or a class derived from DreamerPolicy"
             )
-        shared = ("model_size", "rssm_type", "gamma", "warmup_updates", "actor_lr_scale", "critic_lr_scale")
+        shared = ("model_size", "rssm_type", "gamma")
         if own := sorted(self.policy_kwargs.keys() & shared):
             raise ValueError(f"policy_kwargs {own} are arguments of Dreamer itself: give them to it")
         self.policy = self.policy_class(

@@ -17,7 +17,7 @@ class Metrics:
 
     def __init__(self, device: th.device) -> None:
         self._updates = 0
-        self._sums: dict[tuple[str, ...], th.Tensor] = {}  # by names: sum of each, and how many
+        self._sums: th.Tensor | None = None  # of each metric, and how many
         self._skips = th.zeros(2, device=device)  # all, and in a row
         self._latest: dict[str, th.Tensor] = {}
 
@@ -28,29 +28,22 @@ class Metrics:
         """
         self._latest = metrics = dict(metrics)
         skipped = metrics.pop("skipped_updates").float()
-        learned = 1 - skipped
-        values = th.stack([*metrics.values(), learned]).float()
+        values = th.stack([*metrics.values(), 1 - skipped]).float()
         values = th.where(skipped.bool(), 0.0, values)
-        names = tuple(metrics)
-        self._sums[names] = self._sums[names] + values if names in self._sums else values
-        self._skips = (self._skips + skipped) * th.stack([th.ones_like(learned), skipped])
+        self._sums = values if self._sums is None else self._sums + values
+        self._skips = (self._skips + skipped) * th.stack([th.ones_like(skipped), skipped])
         self._updates += 1
         if self._updates % MAX_SKIPPED == 0:
             self._stop_if_stuck()
 
     def means(self) -> dict[str, float]:
         """The means since :meth:`begin_anew`; those of skipped updates are not among them."""
-        totals: dict[str, list[float]] = {}
-        for names, sums in self._sums.items():
-            *values, count = sums.tolist()
-            for name, value in zip(names, values, strict=True):
-                total = totals.setdefault(name, [0.0, 0.0])
-                total[0], total[1] = total[0] + value, total[1] + count
-        return {name: total / count for name, (total, count) in totals.items() if count}
+        *sums, count = [0.0] if self._sums is None else self._sums.tolist()
+        return {name: total / count for name, total in zip(self._latest, sums) if count}
 
     def begin_anew(self) -> None:
         """Forget what the means are of."""
-        self._sums = {}
+        self._sums = None
 
     def skips(self) -> int:
         """How many updates were skipped since this object was made."""

@@ -58,7 +58,6 @@ class Planner(ActsWithDreamer):
         """As :meth:`sb3_dreamer.policies.DreamerPolicy.predict`; without ``deterministic``, the best elite's action."""
         policy = self.model.policy
         proposed, carried = policy.predict(observation, state, episode_start, deterministic)
-        assert carried is not None
         actions = policy.decode_action(self.plan(carried[0], deterministic))
         return actions.reshape(proposed.shape), (carried[0], policy.encode_action(actions))
 

@@ -38,9 +38,6 @@ class DreamerPolicy(BasePolicy):
     :param model_size: key of ``sb3_dreamer.types.SIZES``.
     :param rssm_type: sequence model, "gru" or "transformer".
     :param gamma: discount.
-    :param warmup_updates: updates over which the learning rate rises from zero.
-    :param actor_lr_scale: learning rate of the actor, relative to the world model's.
-    :param critic_lr_scale: learning rate of the critic, relative to the world model's.
     :param normalize_obs: scale vectors by their running mean and variance; False: symlog alone, as in the paper.
     :param widths: single widths in place of those of ``model_size``, e.g. ``units=128``.
     :raises ValueError: for spaces that have no code, or that another policy reads, and for unknown settings.
@@ -57,13 +54,10 @@ class DreamerPolicy(BasePolicy):
         model_size: str = "size1m",
         rssm_type: str = "gru",
         gamma: float = 0.99,
-        warmup_updates: int = 100,
-        actor_lr_scale: float = 0.2,
-        critic_lr_scale: float = 4.0,
         normalize_obs: bool = True,
         **widths: int,
     ) -> None:
-        super().__init__(observation_space, action_space, squash_output=isinstance(action_space, spaces.Box))
+        super().__init__(observation_space, action_space)
         if model_size not in SIZES:
             raise ValueError(f'model_size="{model_size}" is unknown; use one of {list(SIZES)}')
         known = {field.name for field in dataclasses.fields(SIZES[model_size])}
@@ -76,11 +70,8 @@ class DreamerPolicy(BasePolicy):
         for name, value in widths.items():
             if isinstance(value, bool) or not isinstance(value, Integral) or value < 1:
                 raise ValueError(f"{name}={value!r} in policy_kwargs must be a whole number of at least 1")
-        rates: dict[str, Any] = dict(
-            warmup_updates=warmup_updates, actor_lr_scale=actor_lr_scale, critic_lr_scale=critic_lr_scale
-        )
         model: dict[str, Any] = dict(rssm_type=rssm_type, gamma=gamma, normalize_obs=normalize_obs)
-        self._arguments = dict(model_size=model_size, **model, **rates, **widths)
+        self._arguments = dict(model_size=model_size, **model, **widths)
         if self.alias not in (None, right := policy_for(observation_space)):
             raise ValueError(
                 f'{self.alias} does not read {observation_space}: use "{right}" (MultiInputPolicy is for Dicts, '
@@ -96,14 +87,10 @@ class DreamerPolicy(BasePolicy):
         self.return_scale = ReturnScale()
         groups = [{"params": list(part.parameters())} for part in (self.world_model, self.actor, self.critic.fast)]
         self.optimizer = LaProp(groups, lr=lr_schedule(1.0))
-        self.set_rates(**rates)
 
     def _get_constructor_parameters(self) -> dict[str, Any]:
-        data = super()._get_constructor_parameters()
-        data.pop("squash_output", None)
-        data.pop("normalize_images", None)
-        data.pop("features_extractor_class", None)
-        return {**data, "lr_schedule": self._dummy_schedule, **self._arguments}
+        its_spaces = dict(observation_space=self.observation_space, action_space=self.action_space)
+        return {**its_spaces, "lr_schedule": self._dummy_schedule, **self._arguments}
 
     def set_rates(self, warmup_updates: int, actor_lr_scale: float, critic_lr_scale: float) -> None:
         """Settings of the optimiser that a saved one must not overrule; the learning rate itself is SB3's to set."""
@@ -134,7 +121,7 @@ class DreamerPolicy(BasePolicy):
         state: PolicyState | None = None,
         episode_start: np.ndarray | None = None,
         deterministic: bool = False,
-    ) -> tuple[np.ndarray, PolicyState | None]:
+    ) -> tuple[np.ndarray, PolicyState]:
         """Actions for one observation or a batch of n, and the state to hand in at the next call.
 
         :param observation: in the space's units, single or batched.
@@ -228,12 +215,11 @@ class DreamerPolicy(BasePolicy):
         rssm = self.world_model.rssm
         if is_first is not None:
             packed, prev_action = (x.masked_fill(is_first.unsqueeze(-1), 0.0) for x in (packed, prev_action))
-        return rssm.observe_step(rssm.unpack(packed), self.world_model.embed(obs), prev_action, None, sample)
+        return rssm.observe_step(rssm.unpack(packed), self.world_model.embed(obs), prev_action, sample)
 
     @th.inference_mode()
-    def latents(self, state: PolicyState | None) -> np.ndarray:
+    def latents(self, state: PolicyState) -> np.ndarray:
         """What the replay keeps of the state that ``predict`` gave: (n, latent_width)."""
-        assert state is not None
         rssm = self.world_model.rssm
         return rssm.latents(rssm.unpack(th.as_tensor(state[0], device=self.device))).cpu().numpy()
 

@@ -66,7 +66,6 @@ class TianshouPolicy(Policy):
         before = None if state is None else (np.asarray(state.packed), np.asarray(state.action))
         starts = None if state is None else np.asarray(state.running) == 0
         action, after = self.model.predict(obs, before, starts, self.deterministic)
-        assert after is not None
         running = np.ones(len(action), np.float32)
         return Batch(act=action, state=Batch(running=running, packed=after[0], action=after[1]))
 

@@ -93,8 +93,7 @@ class Batch:
     """``B`` sequences of ``T`` consecutive entries, as the replay serves them.
 
     :param obs: key -> (B, T, *shape) in the dtype of storage; a space that is no Dict has the single key "obs".
-    :param action: (B, T, A) a_t, taken after seeing o_t; encoded as floats.
-    :param prev_action: (B, T, A) a_{t-1}, zero where ``is_first``.
+    :param prev_action: (B, T, A) a_{t-1}, encoded as floats; zero where ``is_first``.
     :param reward: (B, T) r_t, which came with o_t; zero where ``is_first``.
     :param is_first: (B, T) bool, the first entry of an episode: the state is reset here.
     :param is_terminal: (B, T) bool, the episode ended here for good.
@@ -104,7 +103,6 @@ class Batch:
     """
 
     obs: dict[str, th.Tensor]
-    action: th.Tensor
     prev_action: th.Tensor
     reward: th.Tensor
     is_first: th.Tensor

@@ -26,6 +26,7 @@ from sb3_dreamer.world_model import WorldModel, rssm, scan
 from sb3_dreamer.world_model.decoders import ImageDecoder
 from sb3_dreamer.world_model.encoders import ImageEncoder
 from sb3_dreamer.world_model.rssm import State
+from tests.afresh import afresh
 from tests.no_chance import most_likely
 
 SIZE = Size(deter=32, hidden=8, classes=5, units=8, depth=2, stoch=4, blocks=4)
@@ -214,7 +215,6 @@ def batch(model: WorldModel) -> Batch:
     is_first = given("is_first")
     return Batch(
         obs={"obs": given("obs")},
-        action=th.zeros(3, 6, 2),
         prev_action=given("prevact") * ~is_first[..., None],
         reward=given("reward"),
         is_first=is_first,
@@ -284,8 +284,8 @@ def test_single_filtering_step_matches_the_jax_reference(world_model: WorldModel
     data, states = batch(world_model), [world_model.rssm.restore(batch(world_model).start)]
     embed = world_model.encoder(data.obs)
     for t in range(6):
-        args = embed[:, t], given("prevact")[:, t], data.is_first[:, t]
-        states.append(world_model.rssm.observe_step(states[-1], *args))
+        state, prev_action = afresh(world_model.rssm, states[-1], given("prevact")[:, t], data.is_first[:, t])
+        states.append(world_model.rssm.observe_step(state, embed[:, t], prev_action))
     assert_same(th.stack([s.deter for s in states[1:]], 1), "obs_deter")
     assert_same(by_latent(th.stack([s.stoch for s in states[1:]], 1)), "obs_stoch")
 

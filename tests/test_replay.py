@@ -67,7 +67,6 @@ class TestTime:
         batch = two_episodes().sample(1)
         assert batch.obs["obs"].tolist() == [[[10], [11], [12], [13], [20]]]
         assert batch.reward.tolist() == [[0, 1, 2, 3, 0]]
-        np.testing.assert_allclose(batch.action[0, :, 0], [0.1, 0.2, 0.3, 0.0, 0.4])
         np.testing.assert_allclose(batch.prev_action[0, :, 0], [0.0, 0.1, 0.2, 0.3, 0.0])
         assert batch.is_first.int().tolist() == [[1, 0, 0, 0, 1]]
         assert batch.is_last.int().tolist() == [[0, 0, 0, 1, 0]]
@@ -139,7 +138,7 @@ class TestTime:
         batch = buffer.sample(1)
         assert batch.obs["obs"].flatten().tolist() == [1, 2, 3]
         assert batch.reward.tolist() == [[0, 1, 2]]
-        np.testing.assert_allclose(batch.action.flatten(), [0.1, 0.2, 0.0])
+        np.testing.assert_allclose(batch.prev_action.flatten(), [0.0, 0.1, 0.2])
 
     def test_cut_before_the_first_entry_is_allowed(self):
         buffer = make()
@@ -162,7 +161,7 @@ class TestTime:
         assert batch.is_last.int().tolist() == [[0, 0, 0, 0, 0, 1, 0]]
         assert not batch.is_terminal.any()
         assert batch.reward.tolist() == [[0, 1, 1, 1, 1, 1, 0]]
-        assert batch.action[0].tolist() == [[1, 0], [0, 1], [1, 0], [0, 1], [1, 0], [0, 0], [0, 1]]
+        assert batch.prev_action[0].tolist() == [[0, 0], [1, 0], [0, 1], [1, 0], [0, 1], [1, 0], [0, 0]]
 
 
 class TestRing:
@@ -308,12 +307,6 @@ class TestLatents:
         batch = buffer.sample(20)
         assert set(batch.start[batch.index[:, 1] == 1].flatten().tolist()) == {65504.0}
 
-    def test_latents_with_nan_are_refused(self):
-        buffer = make(latent_size=1)
-        walk(buffer, 0, 4)
-        with pytest.raises(ValueError, match="latents hold NaN"):
-            buffer.update_latents(np.array([[0, 0]]), th.full((1, 3, 1), th.nan))
-
     def test_without_latents_start_is_empty(self):
         buffer = two_episodes()
         batch = buffer.sample(1)
@@ -361,13 +354,12 @@ class TestSpaces:
             (spaces.Box(-5, 5, ()), 0.25, [0.25]),
         ],
     )
-    def test_actions_are_served_as_floats_and_as_zeros_after_the_last_observation(self, space, given, served):
+    def test_actions_are_served_as_floats_one_entry_later(self, space, given, served):
         buffer = make(act=space, sequence_length=2)
         info = {"terminal_observation": np.array([1.0])}
         buffer.add(np.zeros((1, 1)), None, np.array([given]), np.zeros(1), np.array([True]), [info])
         batch = buffer.sample(1)
-        assert batch.action.dtype == th.float32
-        assert batch.action.tolist() == [[served, [0.0] * len(served)]]
+        assert batch.prev_action.dtype == th.float32
         assert batch.prev_action.tolist() == [[[0.0] * len(served), served]]
 
     def test_discrete_observations_keep_their_start_and_come_at_an_episode_end_as_numbers(self):
@@ -544,7 +536,7 @@ class TestKeeping:
         loaded = load_from_pkl(tmp_path / "replay.pkl")
         assert loaded.size() == buffer.size()
         for one, two in zip(go_on(buffer), go_on(loaded), strict=True):
-            for name in ("action", "prev_action", "reward", "is_first", "is_last", "is_terminal", "start", "index"):
+            for name in ("prev_action", "reward", "is_first", "is_last", "is_terminal", "start", "index"):
                 np.testing.assert_array_equal(getattr(one, name), getattr(two, name), err_msg=name)
             np.testing.assert_array_equal(one.obs["obs"], two.obs["obs"])
 

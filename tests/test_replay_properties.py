@@ -106,7 +106,6 @@ class Truth:
         assert obs[:, 0].tolist() == [entry.obs for entry in piece]
         for name in ("reward", "is_first", "is_last", "is_terminal"):
             assert batch[name].tolist() == [getattr(entry, name) for entry in piece], name
-        np.testing.assert_array_equal(batch["action"], [entry.one_hot for entry in piece])
         previous = [
             np.zeros(ACTIONS) if entry.is_first else one.one_hot for one, entry in zip(before + piece[:-1], piece)
         ]
@@ -114,7 +113,7 @@ class Truth:
         assert batch["start"].tolist() == [0.0 if piece[0].is_first else before[0].latent]
 
 
-FIELDS = ("reward", "is_first", "is_last", "is_terminal", "action", "prev_action", "start")
+FIELDS = ("reward", "is_first", "is_last", "is_terminal", "prev_action", "start")
 
 Event = tuple[str, int, int]
 events = st.lists(

@@ -56,9 +56,9 @@ def served(buffer: SequenceReplayBuffer) -> set[int]:
     batch = buffer.sample(40 * buffer.n_sequences)  # each with probability 1 - 1e-17
     number = batch.index[:, 1:] + np.arange(LENGTH)
     assert (batch.obs["obs"].numpy() == number[:, :, None]).all()
-    acting = ~batch.is_terminal.numpy()
-    np.testing.assert_allclose(batch.action.numpy()[acting], np.repeat(number[acting][:, None], 2, 1) / 1e6, rtol=1e-6)
     counted = ~batch.is_first.numpy()
+    before = np.repeat(number[counted][:, None] - 1, 2, 1)
+    np.testing.assert_allclose(batch.prev_action.numpy()[counted], before / 1e6, rtol=1e-6)
     np.testing.assert_array_equal(batch.reward.numpy()[counted], number[counted])
     led_in = counted[:, 0]
     np.testing.assert_allclose(batch.start[led_in][:, 0], (number[led_in][:, 0] - 1) / 100, rtol=1e-3)

@@ -13,6 +13,7 @@ from sb3_dreamer.types import SIZES, Batch, Size, Spec
 from sb3_dreamer.world_model import WorldModel, rssm, sequence
 from sb3_dreamer.world_model.rssm import RSSM, State
 from sb3_dreamer.world_model.sequence import Transformer
+from tests.afresh import afresh
 from tests.no_chance import most_likely
 
 SIZE = SIZES["debug"]
@@ -45,8 +46,9 @@ def entries(n: int, length: int, starts: dict[int, list[int]] | None = None) -> 
 def step_through(model: RSSM, data: tuple[th.Tensor, ...], between: Callable[[State], State] = lambda s: s) -> State:
     """The same entries one at a time, stacked (B, T)."""
     state, states = model.initial(len(data[0])), []
-    for entry in zip(*(x.unbind(1) for x in data), strict=True):
-        state = between(model.observe_step(state, *entry))
+    for embed, action, is_first in zip(*(x.unbind(1) for x in data), strict=True):
+        state, action = afresh(model, state, action, is_first)
+        state = between(model.observe_step(state, embed, action))
         states.append(state)
     return State.of(th.stack([s.deter for s in states], 1), th.stack([s.stoch for s in states], 1))
 
@@ -218,9 +220,9 @@ def test_zeros_are_the_state_before_an_episode(model: RSSM):
     action = th.zeros_like(action)
     unpacked = model.unpack(th.zeros(2, model.packed_width)), model.restore(th.zeros(2, model.latent_width))
     for zeros in unpacked:
-        from_zeros = model.observe_step(zeros, embed, action, th.zeros(2, dtype=th.bool), sample=False)
-        reset = model.observe_step(from_zeros, embed, action, th.ones(2, dtype=th.bool), sample=False)
-        th.testing.assert_close(from_zeros.deter, reset.deter, **EXACT)
+        from_zeros = model.observe_step(zeros, embed, action, sample=False)
+        initial = model.observe_step(model.initial(2), embed, action, sample=False)
+        th.testing.assert_close(from_zeros.deter, initial.deter, **EXACT)
 
 
 def test_the_replay_keeps_one_number_for_each_latent(model: RSSM):
@@ -252,11 +254,9 @@ def recall(n: int, wait: int, asked: int) -> Batch:
     reward[:, 1 + wait :] = cue[:, None]
     is_first, is_last = th.zeros(2, n, length, dtype=th.bool)
     is_first[:, 0], is_last[:, -1] = True, True
-    nothing = th.zeros(n, length, A)
     return Batch(
         obs={"obs": obs},
-        action=nothing,
-        prev_action=nothing,
+        prev_action=th.zeros(n, length, A),
         reward=reward,
         is_first=is_first,
         is_terminal=th.zeros_like(is_last),

@@ -58,7 +58,6 @@ def _act(
     obs, state, start = env.reset(), None, np.ones(env.num_envs, bool)
     for _ in range(n_steps):
         actions, state = model.predict(obs, state, start)  # type: ignore[arg-type]
-        assert state is not None
         if random_actions:
             actions = np.array([model.action_space.sample() for _ in range(env.num_envs)])
             state = (state[0], model.policy.encode_action(actions))

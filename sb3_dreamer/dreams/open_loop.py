@@ -88,7 +88,7 @@ def open_loop(policy: DreamerPolicy, batch: Batch, context: int = 10, samples: i
     embed = world_model.embed({key: value[:, :context] for key, value in batch.obs.items()})
     start = rssm.restore(batch.start.repeat(samples, 1))
     states, _ = rssm.observe(seen(embed), seen(batch.prev_action), seen(batch.is_first), start)
-    dream = imagine_actions(world_model, states[:, -1], batch.action[:, context - 1 : -1].repeat(samples, 1, 1))
+    dream = imagine_actions(world_model, states[:, -1], batch.prev_action[:, context:].repeat(samples, 1, 1))
     features = th.cat([states.features[:, :-1], dream.features], 1).unflatten(0, (samples, n))  # (M, B, T, F)
 
     decoded = [world_model.predict_obs(one) for one in features]  # one at a time: images are large

@@ -100,7 +100,6 @@ class Guard(ActsWithDreamer):
         """As :meth:`sb3_dreamer.policies.DreamerPolicy.predict`; where the fallback has taken over, its actions."""
         policy, normalize = self.model.policy, self.model.get_vec_normalize_env()
         actions, carried = policy.predict(observation, state and state[:2], episode_start, deterministic)
-        assert carried is not None
         packed, encoded = carried
         n = len(packed)
         starts = np.full(n, state is None) if episode_start is None else np.array(episode_start, bool).flatten()

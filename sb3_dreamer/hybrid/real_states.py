@@ -88,9 +88,8 @@ def _filter(model: Dreamer, episodes: list[Episode], packed: th.Tensor, begins: 
     for t in range(lengths[0]):
         n = int((lengths > t).sum())
         now = {key: th.as_tensor(np.stack([o[key][t] for o in obs[:n]]), device=model.device) for key in obs[0]}
-        before = th.stack([a[max(t - 1, 0)] for a in actions[:n]]).to(model.device)
-        first = th.full((n,), t == 0, device=model.device)
-        state = rssm.observe_step(state[:n], world_model.embed(now), before, first, sample=False)
+        before = th.stack([a[t - 1] if t else th.zeros_like(a[0]) for a in actions[:n]]).to(model.device)
+        state = rssm.observe_step(state[:n], world_model.embed(now), before, sample=False)
         packed[th.as_tensor(begins[:n] + t, device=model.device)] = rssm.pack(state)
 
 

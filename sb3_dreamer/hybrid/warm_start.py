@@ -112,7 +112,6 @@ def _step(model: Dreamer, cloning: Cloning, teacher_acts: bool) -> None:
     answers = cloning.ask(model)
     last_obs: Any = model._last_obs
     actions, state = policy.predict(last_obs, model._online_state, model._last_episode_starts)
-    assert state is not None
     actions = answers if teacher_acts else actions
     model._online_state = (state[0], policy.encode_action(actions))
     cloning.guide.memory = cloning.guide.told(cloning.guide.memory, actions)

@@ -223,25 +223,21 @@ class SequenceReplayBuffer:
         index = self._rings.draw(batch_size, since)
         arrays = self._storage.arrays  # type: ignore[union-attr]
         # (B, 1 + T): the entry before the sequence comes first; where there is none, is_first covers what is read
-        rows = self._rings.row(index[:, :1], index[:, 1:] + np.arange(-1, self.sequence_length))
-        before, rows = rows[:, 0], rows[:, 1:]
+        entries = self._rings.row(index[:, :1], index[:, 1:] + np.arange(-1, self.sequence_length))
+        before, rows = entries[:, 0], entries[:, 1:]
         flags = arrays["flags"][rows]
         is_first = (flags & FIRST) != 0
         obs: Any = {key: arrays[f"obs/{key}"].take(rows, axis=0) for key in self._entries.observation}
         reward = arrays["reward"][rows]
         if env is not None:
             obs, reward = self.normalize_obs(obs, env), env.normalize_reward(reward)
-        action = self._entries.action.serve(arrays["action"].take(rows, axis=0))
-        prev_action = np.zeros_like(action)
-        prev_action[:, 0] = self._entries.action.serve(arrays["action"][before])
-        prev_action[:, 1:] = action[:, :-1]
+        prev_action = self._entries.action.serve(arrays["action"].take(entries[:, :-1], axis=0))
         prev_action[is_first] = 0.0
         start = np.zeros((batch_size, self.latent_size), np.float32)
         if self.latent_size:
             start[~is_first[:, 0]] = arrays["latent"][before[~is_first[:, 0]]]
         return Batch(
             obs={key: to_device(value, self.device) for key, value in obs.items()},
-            action=to_device(action, self.device),
             prev_action=to_device(prev_action, self.device),
             reward=to_device(reward, self.device),
             is_first=to_device(is_first, self.device),

@@ -282,12 +282,7 @@ class HalfLatents:
         return self._arrived is not None
 
     def numpy(self) -> np.ndarray:
-        """(B, T, L) float16.
-
-        :raises ValueError: for NaN.
-        """
+        """(B, T, L) float16."""
         if self._arrived is not None:
             self._arrived.synchronize()
-        if not np.isfinite(self._half.sum(dtype=th.float32).item()):
-            raise ValueError("latents hold NaN: the state of the model has diverged, nothing was written back")
         return self._half.numpy()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch as th
 
@@ -21,10 +21,6 @@ class Context:
 
     def detach(self) -> Context:
         """The same values without gradient."""
-        return self
-
-    def restart(self, is_first: th.Tensor) -> Context:
-        """Forget everything where ``is_first`` (n,)."""
         return self
 
 
@@ -91,10 +87,6 @@ class Cache(Context):
         """The same values without gradient."""
         tapes = tuple(Tape(tape.data[:, :, :, : tape.used].detach(), tape.used) for tape in self.tapes)
         return Cache(tapes, self.row, self.end, self.age)
-
-    def restart(self, is_first: th.Tensor) -> Cache:
-        """Forget everything where ``is_first`` (n,)."""
-        return replace(self, age=self.age * ~is_first)
 
     def last(self, length: int, room: int) -> tuple[Tape, ...]:
         """Copies of the last entries before n moments: ``length`` of them, or all if the tapes are shorter."""

@@ -121,10 +121,8 @@ class RSSM(nn.Module):
 
     # -- one step ------------------------------------------------------------------------------------------------------
 
-    def observe_step(
-        self, state: State, embed: th.Tensor, prev_action: th.Tensor, is_first: th.Tensor | None, sample: bool = True
-    ) -> State:
-        """The next state, having seen an observation. Members where ``is_first`` start afresh.
+    def observe_step(self, state: State, embed: th.Tensor, prev_action: th.Tensor, sample: bool = True) -> State:
+        """The next state, having seen an observation.
 
         Without sampling the latents are their expectation; their most likely values together are no typical sample, and
         an agent that is fed with them acts worse (``benchmarks/STUDIES.md``, "Acting without chance").
@@ -132,13 +130,8 @@ class RSSM(nn.Module):
         :param state: n states.
         :param embed: (n, E).
         :param prev_action: (n, A).
-        :param is_first: (n,) bool; None: nowhere.
         :param sample: sample the latents, else take their probabilities.
         """
-        if is_first is not None:
-            keep = (~is_first).to(embed.dtype)[:, None]
-            state = State(state.features * keep, state.width, state.context.restart(is_first))
-            prev_action = prev_action * keep
         deter, context = self.sequence(state.deter, state.stoch, prev_action, state.context)
         logits = self.posterior_logits(self.posterior(th.cat([deter[:, : self.carried], embed], -1)))
         return State.of(deter, _latents(self._probs(logits), sample), context)

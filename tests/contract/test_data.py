@@ -196,7 +196,9 @@ def test_the_model_gets_the_action_before_and_none_at_a_start():
     env = Ramp()
     model = agent(env).learn(30)
     batch = model.replay_buffer.sample(3)
-    assert th.equal(batch.prev_action[:, 1:][~batch.is_first[:, 1:]], batch.action[:, :-1][~batch.is_first[:, 1:]])
+    number = batch.index[:, 1:] + np.arange(batch.reward.shape[1])
+    went_on = ~batch.is_first.numpy()
+    np.testing.assert_array_equal(batch.prev_action.numpy()[went_on], stored(model)["action"][number[went_on] - 1])
     assert not batch.prev_action[batch.is_first].any()
 
 

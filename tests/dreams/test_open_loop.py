@@ -155,7 +155,7 @@ def test_collect_keeps_whole_episodes_and_scaled_actions():
     replay, real_return = collect(model, env, 401, sequence_length=50, random_actions=True)
     assert replay.size() == 401 + 2  # two episodes of 200 actions have 201 entries each
     batch = replay.peek(8)
-    assert 0.9 < batch.action.abs().max() <= 1.0
+    assert 0.9 < batch.prev_action.abs().max() <= 1.0
     assert real_return < -300  # chance earns some -6 a step, discounted by 0.99
 
 

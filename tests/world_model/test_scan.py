@@ -14,6 +14,7 @@ from sb3_dreamer.nets.distributions import sample_onehot_with, straight_through
 from sb3_dreamer.types import SIZES
 from sb3_dreamer.world_model import scan
 from sb3_dreamer.world_model.rssm import RSSM, State
+from tests.afresh import afresh
 
 B, T, EMBED, ACTION = 3, 7, 5, 2
 SIZE = SIZES["debug"]
@@ -142,17 +143,18 @@ def test_acting_step_by_step_filters_as_training_does(rssm: RSSM) -> None:
         state = start
         for t in range(T):
             # the deterministic part at t depends on the sample at t - 1: hand it the one that training drew
-            state = rssm.observe_step(state, embed[:, t], action[:, t], first[:, t])
+            state, before = afresh(rssm, state, action[:, t], first[:, t])
+            state = rssm.observe_step(state, embed[:, t], before)
             assert th.allclose(state.deter, states.deter[:, t], atol=1e-12)
             state = states[:, t]
 
 
 def test_without_sampling_the_latents_are_their_expectation(rssm: RSSM) -> None:
     embed, action, first, start = inputs()
-    now = embed[:, 0], action[:, 0], first[:, 0]
+    start, before = afresh(rssm, start, action[:, 0], first[:, 0])
     with th.no_grad():
-        expected = rssm.observe_step(start, *now, sample=False)
-        samples = th.stack([rssm.observe_step(start, *now).stoch for _ in range(2000)])
+        expected = rssm.observe_step(start, embed[:, 0], before, sample=False)
+        samples = th.stack([rssm.observe_step(start, embed[:, 0], before).stoch for _ in range(2000)])
     assert th.allclose(samples.mean(0), expected.stoch, atol=0.05)
     assert th.equal(samples[0].square(), samples[0])
     assert not th.equal(expected.stoch.square(), expected.stoch)

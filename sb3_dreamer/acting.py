@@ -1,4 +1,4 @@
-"""What acts with a Dreamer's model: what it asks of the model, and what it tells of itself."""
+"""Base class and checks for policies that are built on a trained Dreamer."""
 
 from __future__ import annotations
 
@@ -27,15 +27,15 @@ class ActsWithDreamer:
         return self.model.action_space
 
     @property
-    def sees_normalised(self) -> bool:
+    def trained_on_normalized_obs(self) -> bool:
         """Whether the model needs the statistics of a VecNormalize."""
-        return self.model.sees_normalised
+        return self.model.trained_on_normalized_obs
 
     def get_vec_normalize_env(self) -> VecNormalize | None:
         """The statistics of the model, if it has any."""
         return self.model.get_vec_normalize_env()
 
-    def told(self, memory: Any, taken: np.ndarray) -> Any:
+    def with_action(self, memory: Any, taken: np.ndarray) -> Any:
         """The state that ``predict`` returned, once other actions (n, *shape) were taken than its own."""
         return memory[0], self.model.policy.encode_action(taken)
 
@@ -56,8 +56,8 @@ def require_same_units(model: Dreamer, env: VecEnv) -> None:
     """
     normalize = unwrap_vec_normalize(env)
     normalised = normalize is not None and normalize.norm_obs
-    if model._n_updates > 0 and normalised != model.sees_normalised:
-        learned, given = ("with", "without") if model.sees_normalised else ("without", "with")
+    if model._n_updates > 0 and normalised != model.trained_on_normalized_obs:
+        learned, given = ("with", "without") if model.trained_on_normalized_obs else ("without", "with")
         raise ValueError(
             f"the model has learned {learned} VecNormalize around its observations, and env is {given}: wrap env as "
             "the model's environment was, with the same statistics"
@@ -71,7 +71,7 @@ def require_statistics(model: Dreamer, who: str, rewards: bool = False) -> None:
     :raises TypeError: for a model that is no Dreamer.
     """
     require_dreamer(model, who)
-    needed = model.learned_normalised if rewards else model.sees_normalised
+    needed = model.trained_with_vecnormalize if rewards else model.trained_on_normalized_obs
     if needed and model.get_vec_normalize_env() is None:
         raise ValueError(
             f"{who} needs the statistics of VecNormalize that this model has learned with: load it with its "

@@ -1,4 +1,4 @@
-"""What an SB3 algorithm with a memory and a replay of sequences needs beside learning: collecting and keeping."""
+"""Collecting, saving and loading for an off-policy SB3 algorithm with a recurrent policy and a sequence replay."""
 
 from __future__ import annotations
 
@@ -18,7 +18,15 @@ from stable_baselines3.common.save_util import load_from_zip_file
 from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, TensorDict
 from stable_baselines3.common.vec_env import VecEnv
 
-from sb3_dreamer.environments import NoteStep, check_spaces, check_statistics, check_wrapping, deaths_told, step_named
+from sb3_dreamer.environments import (
+    NoteStep,
+    ResetWatch,
+    check_spaces,
+    check_statistics,
+    check_wrapping,
+    name_dead_workers,
+    step_named,
+)
 from sb3_dreamer.files import FileLike, check_parameters, in_place_of_pickles, known_args, read_settings, written_aside
 from sb3_dreamer.policies import DreamerPolicy, PolicyState
 from sb3_dreamer.replay import SequenceReplayBuffer, read_replay
@@ -26,9 +34,8 @@ from sb3_dreamer.types import Imitation, Observation
 
 SelfAlgorithm = TypeVar("SelfAlgorithm", bound="SequenceAlgorithm")
 NOT_SAVED = (
-    *("_online_state", "_last_obs", "_last_original_obs", "_originals", "_resets", "_cloning"),
-    *("lent_env", "run_id"),
-)
+    "_online_state", "_last_obs", "_last_original_obs", "_originals", "_cloning", "lent_env", "run_id", "resets",
+)  # fmt: skip
 
 
 class SequenceAlgorithm(OffPolicyAlgorithm):
@@ -43,15 +50,15 @@ class SequenceAlgorithm(OffPolicyAlgorithm):
     replay_buffer: SequenceReplayBuffer  # type: ignore[assignment]
     batch_length: int
     train_ratio: float
-    _entries_owed: float  # replayed entries that the steps taken so far pay for
-    _online_state: PolicyState | None  # of the training environments
+    resets: ResetWatch  # of the training environments
+    _entries_owed: float = 0.0  # entries still to be replayed for the steps taken so far, see train_ratio
+    _online_state: PolicyState | None = None  # of the training environments
     lent_env: VecEnv | None = None  # the environments, if another agent steps them too
-    run_id: str | None = None  # whose checkpoints are whose
-    _resets: tuple[Any, ...] = ()  # what the environments said when they were last reset
+    run_id: str | None = None  # names this run in the folder of a ResumeCallback
     _originals: Any = None  # observations, rewards and infos of the last step, before VecNormalize
     _cloning: Imitation | None = None  # of a warm start, until its teacher is forgotten
-    learned_normalised: bool = False  # whether the last update saw what a VecNormalize makes of the replay ...
-    sees_normalised: bool = False  # ... of its observations, and not of the rewards alone
+    trained_with_vecnormalize: bool = False  # whether the last update saw what a VecNormalize makes of the replay ...
+    trained_on_normalized_obs: bool = False  # ... of its observations, and not of the rewards alone
 
     @staticmethod
     def _wrap_env(env: GymEnv | str, verbose: int = 0, monitor_wrapper: bool = True) -> VecEnv:
@@ -91,7 +98,7 @@ class SequenceAlgorithm(OffPolicyAlgorithm):
         self, total_timesteps: int, callback: MaybeCallback = None, *args: Any, **kwargs: Any
     ) -> tuple[int, BaseCallback]:
         check_statistics(self, stacklevel=4)
-        if self.env is self.lent_env or self._reset_by_others():
+        if self.env is self.lent_env or self.resets.reset_by_others(self.env):
             self._last_obs = None
         if self._n_updates > 0 and self.replay_buffer.size() == 0:
             warnings.warn(
@@ -104,7 +111,7 @@ class SequenceAlgorithm(OffPolicyAlgorithm):
         both = super()._setup_learn(total_timesteps, [NoteStep(), *callbacks], *args, **kwargs)
         if np.all(self._last_episode_starts):  # the environments were just reset
             self.replay_buffer.cut()
-        self._note_resets()
+        self.resets.note(self.env)
         return both
 
     def note_step(self, infos: list[dict[str, Any]]) -> None:
@@ -113,26 +120,11 @@ class SequenceAlgorithm(OffPolicyAlgorithm):
             last = "terminal_observation"
             infos = [{**info, last: normalize.unnormalize_obs(info[last])} if last in info else info for info in infos]
             self._originals = normalize.get_original_obs(), normalize.get_original_reward(), infos
-        self._note_resets()
-
-    def _note_resets(self) -> None:
-        infos = self._reset_infos()
-        if isinstance(infos, list):  # of copies: an environment may give the same object each time
-            infos[:] = map(copy.copy, infos)
-        self._resets = tuple(infos)
-        if self._reset_by_others():  # they are made anew whenever asked for, and tell nothing
-            self._resets = ()
-
-    def _reset_infos(self) -> Any:
-        return getattr(getattr(self.env, "unwrapped", None), "reset_infos", ())
-
-    def _reset_by_others(self) -> bool:
-        """Whether somebody else has used the environments since the last step, for an evaluation perhaps."""
-        return any(now is not then for now, then in zip(self._reset_infos(), self._resets, strict=False))
+        self.resets.note(self.env)
 
     def begin_where_others_reset(self) -> None:
         """Begin anew where somebody else has used the environments: what they left is of no episode of this run."""
-        if self._reset_by_others():
+        if self.resets.reset_by_others(self.env):
             self.begin_episodes()
 
     def begin_episodes(self) -> None:
@@ -143,14 +135,14 @@ class SequenceAlgorithm(OffPolicyAlgorithm):
         self._last_original_obs = None if normalize is None else normalize.get_original_obs()
         self._last_episode_starts = np.ones(self.env.num_envs, bool)
         self.replay_buffer.cut()
-        self._note_resets()
+        self.resets.note(self.env)
 
     def _collect(self, callback: BaseCallback, log_interval: int | None) -> bool:
         """One step of all environments. An interrupted step leaves the stream cut, never misaligned."""
         assert self.env is not None
         finished = False
         try:
-            with deaths_told(self.env):
+            with name_dead_workers(self.env):
                 finished = self.collect_rollouts(
                     self.env,
                     callback,

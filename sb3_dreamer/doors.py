@@ -1,4 +1,4 @@
-"""Methods of the agent that live in a wing, which is imported when they are called."""
+"""Public methods of Dreamer that live in optional subpackages, which are imported when the methods are called."""
 
 from __future__ import annotations
 

@@ -15,6 +15,7 @@ from sb3_dreamer.behavior.actor_critic import actor_loss, advantages, critic_los
 from sb3_dreamer.behavior.imagination import draw_starts, imagine, lambda_returns
 from sb3_dreamer.capture import CapturedUpdate, Update, record_cuda_graph
 from sb3_dreamer.doors import Doors
+from sb3_dreamer.environments import ResetWatch
 from sb3_dreamer.files import describe
 from sb3_dreamer.knobs import check_knobs
 from sb3_dreamer.metrics import Metrics
@@ -26,9 +27,9 @@ from sb3_dreamer.types import Batch
 LOSS_SCALES = {"rep": 0.1, "replay_critic": 0.3}  # all others 1
 
 READ_BY_UPDATE = (
-    *("imagination_starts", "imagination_horizon", "gamma", "gae_lambda"),
-    *("ent_coef", "center_advantage", "critic_ema_decay", "warmup_updates"),
-)
+    "imagination_starts", "imagination_horizon", "gamma", "gae_lambda",
+    "ent_coef", "center_advantage", "critic_ema_decay", "warmup_updates",
+)  # fmt: skip
 
 
 class Dreamer(Doors, SequenceAlgorithm):
@@ -42,8 +43,8 @@ class Dreamer(Doors, SequenceAlgorithm):
     :param critic_lr_scale: learning rate of the critic, relative to the world model's.
     :param critic_ema_decay: how much of the critic's slow copy stays at each update.
     :param buffer_size: capacity of the replay in entries, all environments together.
-    :param learning_starts: entries in the replay before the first update, with random actions until then; an episode
-        has one more than steps, and one of the environments needs ``batch_length`` of them.
+    :param learning_starts: entries in the replay before the first update, an episode of n steps has n + 1; actions are
+        random until then. One environment also needs ``batch_length`` entries.
     :param batch_size: sequences in a batch.
     :param batch_length: entries of a sequence.
     :param train_ratio: replayed entries per environment step, fractions allowed.
@@ -78,7 +79,7 @@ class Dreamer(Doors, SequenceAlgorithm):
         policy: str | type[DreamerPolicy],
         env: GymEnv | str | None,
         learning_rate: float | Schedule = 6e-4,
-        *,  # what SAC has next is not what would stand here
+        *,  # SAC's next positional argument, buffer_size, is not the next one here
         warmup_updates: int = 100,
         actor_lr_scale: float = 0.2,
         critic_lr_scale: float = 4.0,
@@ -139,8 +140,7 @@ class Dreamer(Doors, SequenceAlgorithm):
         self.center_advantage = center_advantage
         self.rssm_type = rssm_type
         self.model_size = model_size
-        self._entries_owed = 0.0
-        self._online_state = None
+        self.resets = ResetWatch()
         self._metrics = Metrics(self.device)
         self._captured: tuple[list[Any], CapturedUpdate] | None = None
         if _init_setup_model:
@@ -205,8 +205,8 @@ class Dreamer(Doors, SequenceAlgorithm):
         self.policy.optimizer.put_rates_on_device()
         self.policy.world_model.gamma = self.gamma
         normalize = self._vec_normalize_env
-        self.learned_normalised = normalize is not None
-        self.sees_normalised = normalize is not None and normalize.norm_obs
+        self.trained_with_vecnormalize = normalize is not None
+        self.trained_on_normalized_obs = normalize is not None and normalize.norm_obs
         update = self._captured_update()
         for _ in range(gradient_steps):
             batch = self.replay_buffer.sample(batch_size, env=normalize)
@@ -218,7 +218,7 @@ class Dreamer(Doors, SequenceAlgorithm):
                 self._cloning.imitate(self, imitation)
         if imitation == 0.0:
             self._cloning = None
-        if self.device.type == "cpu":  # a GPU would be waited for
+        if self.device.type == "cpu":  # to read the means would wait for a GPU
             self._record_metrics()
 
     def update(self, batch: Batch) -> tuple[th.Tensor, dict[str, th.Tensor]]:
@@ -236,7 +236,7 @@ class Dreamer(Doors, SequenceAlgorithm):
             starts = draw_starts(batch.reward.numel(), self.imagination_starts, self.device)
             start = states.detach().flatten()[starts]
             dream = imagine(world_model, actor, start, self.imagination_horizon, compiled=True)
-            th.clear_autocast_cache()  # older torch keeps what was cast without a gradient so (pytorch#112583)
+            th.clear_autocast_cache()  # older torch reuses weights cast under no_grad, which get none (pytorch#112583)
             logits = critic(dream.features)
             values = critic.fast.mean(logits.detach())
             returns = lambda_returns(dream.reward, dream.discount, values, self.gae_lambda)
@@ -262,8 +262,8 @@ class Dreamer(Doors, SequenceAlgorithm):
         loss.backward()
         learned = self.policy.optimizer.step(loss)
         critic.update_slow(self.critic_ema_decay, learned)
-        self.policy.return_scale.keep(learned)
-        world_model.normalizer.keep(learned)
+        self.policy.return_scale.rollback_unless(learned)
+        world_model.normalizer.rollback_unless(learned)
 
         metrics = {f"{key}_loss": value.detach().mean() for key, value in losses.items()}
         metrics.update(info, **actor_info, value=values.mean(), return_scale=scale, skipped_updates=~learned)
@@ -294,7 +294,7 @@ class Dreamer(Doors, SequenceAlgorithm):
     def dump_logs(self) -> None:
         """Write the log: the means of the training metrics since the last time, and SB3's own entries."""
         self._record_metrics()
-        self._metrics.begin_anew()
+        self._metrics.reset()
         super().dump_logs()
 
     def _excluded_save_params(self) -> list[str]:

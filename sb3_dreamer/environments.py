@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -82,7 +83,7 @@ def check_statistics(model: BaseAlgorithm, stacklevel: int) -> None:
     """
     normalize = model.get_vec_normalize_env()
     if normalize is None:
-        if getattr(model, "sees_normalised", False) and model.env is not None:
+        if getattr(model, "trained_on_normalized_obs", False) and model.env is not None:
             warnings.warn(
                 "this model learned from what a VecNormalize made of the observations, and its environment has none: "
                 "load(path, env=VecNormalize.load(statistics, env))",
@@ -98,8 +99,35 @@ def check_statistics(model: BaseAlgorithm, stacklevel: int) -> None:
             )
 
 
+class ResetWatch:
+    """Notices where somebody else, an evaluation perhaps, resets environments in which an agent is under way.
+
+    SB3's vectors keep the infos of each reset, and replace them at the next one.
+    """
+
+    def __init__(self) -> None:
+        self._noted: tuple[Any, ...] = ()
+
+    def note(self, env: VecEnv | None) -> None:
+        """Take the environments as they are now; before the next :meth:`reset_by_others`."""
+        infos = self._infos(env)
+        if isinstance(infos, list):  # of copies: an environment may give the same object each time
+            infos[:] = map(copy.copy, infos)
+        self._noted = tuple(infos)
+        if self.reset_by_others(env):  # this vector builds its infos at each access, so they tell nothing
+            self._noted = ()
+
+    def reset_by_others(self, env: VecEnv | None) -> bool:
+        """Whether they have been reset since they were noted."""
+        return any(now is not then for now, then in zip(self._infos(env), self._noted, strict=False))
+
+    @staticmethod
+    def _infos(env: VecEnv | None) -> Any:
+        return getattr(getattr(env, "unwrapped", None), "reset_infos", ())
+
+
 @contextmanager
-def deaths_told(env: VecEnv) -> Iterator[None]:
+def name_dead_workers(env: VecEnv) -> Iterator[None]:
     """Around steps of SubprocVecEnv: say which worker died, where Python only knows of a broken pipe.
 
     With ``start_method="fork"`` the workers hold each other's pipes open, no pipe breaks, and SB3 waits for ever: use

@@ -36,12 +36,13 @@ from gymnasium import spaces
 from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.save_util import open_path
 
-FORMAT = 4
+FORMAT = 5
 PICKLED = ":serialized:"  # SB3's mark of a pickled attribute
-OF_SAC = (  # kept by the base class, and read by nothing here
-    *("tau", "gradient_steps", "train_freq", "action_noise", "n_steps", "optimize_memory_usage"),
-    *("use_sde", "sde_sample_freq", "use_sde_at_warmup"),
-)
+# kept by the base class, and read by nothing here
+OF_SAC = (
+    "tau", "gradient_steps", "train_freq", "action_noise", "n_steps", "optimize_memory_usage",
+    "use_sde", "sde_sample_freq", "use_sde_at_warmup",
+)  # fmt: skip
 
 FileLike = str | pathlib.Path | io.BufferedIOBase
 
@@ -127,11 +128,10 @@ def read_settings(path: FileLike) -> dict[str, Any]:
     finally:
         if isinstance(path, str | pathlib.Path):
             file.close()
-    described = settings.get("described", {}) if isinstance(settings, dict) else None
-    if not isinstance(described, dict) or "rssm_type" not in settings:
+    described = settings.get("described") if isinstance(settings, dict) else None
+    if not isinstance(described, dict):
         raise ValueError(f"{path} was not saved by Dreamer: load it with the algorithm that saved it")
-    saved = described.get("format", FORMAT)
-    if saved != FORMAT:
+    if (saved := described.get("format", 0)) != FORMAT:
         age = "an older" if saved < FORMAT else "a newer"
         raise ValueError(
             f"{path} was saved by {age} version of sb3_dreamer, in format {saved}, this one reads {FORMAT}: "
@@ -175,9 +175,7 @@ def in_place_of_pickles(
     :return: for ``custom_objects``.
     :raises ValueError: if the file lacks the description, asks for a policy of somebody else, or names methods.
     """
-    described = settings.get("described")
-    if not described:
-        raise ValueError("the file is from before spaces were saved as data: only trusted=True can load it")
+    described = settings["described"]
     if methods := sorted(key for key in settings if callable(getattr(cls, key, None))):
         raise ValueError(f"the file would put something in the place of the methods {methods}: no save() wrote that")
     try:

@@ -37,11 +37,11 @@ class Metrics:
             self._stop_if_stuck()
 
     def means(self) -> dict[str, float]:
-        """The means since :meth:`begin_anew`; those of skipped updates are not among them."""
+        """The means since :meth:`reset`; those of skipped updates are not among them."""
         *sums, count = [0.0] if self._sums is None else self._sums.tolist()
         return {name: total / count for name, total in zip(self._latest, sums) if count}
 
-    def begin_anew(self) -> None:
+    def reset(self) -> None:
         """Forget what the means are of."""
         self._sums = None
 

@@ -40,7 +40,7 @@ class DreamerPolicy(BasePolicy):
     :param gamma: discount.
     :param normalize_obs: scale vectors by their running mean and variance; False: symlog alone, as in the paper.
     :param widths: single widths in place of those of ``model_size``, e.g. ``units=128``.
-    :raises ValueError: for spaces that have no code, or that another policy reads, and for unknown settings.
+    :raises ValueError: for unsupported spaces, for those that another policy reads, and for unknown settings.
     """
 
     alias: ClassVar[str | None] = None  # of the policies that read one kind of observation

@@ -256,7 +256,7 @@ def restore_run_state(model: Dreamer, state: dict[str, Any]) -> None:
         _restore_environments(env, state["environments"], state["episodes"])
         for name, value in state["agent"].items():
             setattr(model, name, value)
-        model._note_resets()
+        model.resets.note(env)
     elif model.seed is not None:
         env.seed(model.seed + model.num_timesteps)  # not the first episodes of the run again
     wrappers = remembering(env)

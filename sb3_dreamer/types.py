@@ -1,4 +1,4 @@
-"""The furniture carried between the rooms. Read this first.
+"""Data classes, and the conventions for shapes and time that all modules share. Read this first.
 
 Dimension key, used in every shape comment::
 
@@ -11,13 +11,13 @@ Dimension key, used in every shape comment::
 
 Time. Entry ``t`` holds what belongs to one moment, and the model at ``t`` is given the action *before* it::
 
-    entry        0          1          2         ...  L (last)
-    observation  o_0        o_1        o_2            o_L
-    reward       0          r_1        r_2            r_L        r_t came WITH o_t
+    entry        0          1          2         ...  n (last)
+    observation  o_0        o_1        o_2            o_n
+    reward       0          r_1        r_2            r_n        r_t came WITH o_t
     is_first     1          0          0              0
     is_last      0          0          0              1          is_terminal too, unless it was a time limit
     action       a_0        a_1        a_2            0          a_t was chosen AFTER seeing o_t
-    prev_action  0          a_0        a_1            a_{L-1}    what moved the world from t-1 to t
+    prev_action  0          a_0        a_1            a_{n-1}    what moved the world from t-1 to t
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch as th
 
 from sb3_dreamer.behavior.actor_critic import Actor
-from sb3_dreamer.nets.layers import fused
+from sb3_dreamer.nets.layers import compile_on_cuda
 from sb3_dreamer.nets.running import RunningStatistics
 from sb3_dreamer.types import Dream
 from sb3_dreamer.world_model import WorldModel
@@ -45,8 +45,8 @@ def imagine(
     """
     # a transformer's memory grows with each step, and each would be compiled anew
     compiled = compiled and not world_model.rssm.sequence.parallel
-    move = fused(start.features.device)(_move) if compiled else _move
-    states, actions = [start.for_products()], []
+    move = compile_on_cuda(start.features.device)(_move) if compiled else _move
+    states, actions = [start.to_autocast_dtype()], []
     for t in range(horizon):
         action, state = move(world_model, actor, states[t], first if t == 0 else None, sample)
         states.append(state)
@@ -63,7 +63,7 @@ def imagine_actions(world_model: WorldModel, start: State, action: th.Tensor, sa
     :param action: (N, H, A) encoded; entry 0 is taken at the start.
     :param sample: sample latents, else take the expected ones.
     """
-    states = [start.for_products()]
+    states = [start.to_autocast_dtype()]
     for a in action.unbind(1):
         states.append(world_model.rssm.imagine_step(states[-1], a, sample))
     return _dream(world_model, states, action)
@@ -138,7 +138,7 @@ class ReturnScale(RunningStatistics):
 
     def update(self, returns: th.Tensor) -> th.Tensor:
         """Take note of new returns (any shape) and give the current scale ()."""
-        self.remember()
+        self.snapshot()
         low, high = th.quantile(returns.detach().flatten(), self.quantiles)
         self.low.lerp_(low, self.rate)
         self.high.lerp_(high, self.rate)

@@ -93,12 +93,12 @@ def main(argv: list[str] | None = None) -> Path:
     env = make_env(args.env, args.vecnormalize, args.seed)
     # its replay stays empty, and so takes no memory; not one on disk, which may hold the data of the training
     model = Dreamer.load(args.model, env=env, buffer_size=env.num_envs * 100_000, replay_buffer_kwargs={})
-    if model.learned_normalised and args.vecnormalize is None:
+    if model.trained_with_vecnormalize and args.vecnormalize is None:
         raise SystemExit(
             f"{args.model} learned from what a VecNormalize made of observations or rewards, and dreams of that: "
             "give its statistics, --vecnormalize PATH"
         )
-    if args.vecnormalize is not None and model._n_updates > 0 and not model.learned_normalised:
+    if args.vecnormalize is not None and model._n_updates > 0 and not model.trained_with_vecnormalize:
         raise SystemExit(f"{args.model} learned from observations as they come: leave --vecnormalize out")
     try:
         check_dims(model.policy.world_model.decoder.specs, args.dims)

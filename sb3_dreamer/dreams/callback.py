@@ -84,7 +84,9 @@ class DreamCallback(BaseCallback):
 
     def _on_step(self) -> bool:
         self._last_step = self.num_timesteps
-        self._real.add(self.locals["rewards"], self.locals["dones"], self.locals["infos"])
+        step = (self.locals[name] for name in ("rewards", "dones", "infos"))
+        begins: Any = self.model._last_episode_starts
+        self._real.add(begins, *step)
         due = self.num_timesteps - self._last_look >= self.every
         if due and self.model._n_updates > 0 and self.model.replay_buffer.can_sample():
             self._last_look = self.num_timesteps

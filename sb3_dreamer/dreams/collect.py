@@ -61,11 +61,11 @@ def _act(
         if random_actions:
             actions = np.array([model.action_space.sample() for _ in range(env.num_envs)])
             state = (state[0], model.policy.encode_action(actions))
-        next_obs, rewards, start, infos = env.step(actions)
+        next_obs, rewards, dones, infos = env.step(actions)
         stored, latent = model.policy.replay_action(actions), model.policy.latents(state)
-        buffer.add(obs, next_obs, stored, rewards, start, infos, latent=latent)  # type: ignore[arg-type]
-        returns.add(rewards, start, infos)
-        obs = next_obs
+        buffer.add(obs, next_obs, stored, rewards, dones, infos, latent=latent)  # type: ignore[arg-type]
+        returns.add(start, rewards, dones, infos)
+        obs, start = next_obs, dones
     if env is model.env:
         model._last_obs = None  # whoever goes on there resets it first
 

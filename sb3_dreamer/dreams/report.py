@@ -25,9 +25,9 @@ from sb3_dreamer.types import Batch
 
 TEMPLATE = Path(__file__).with_name("page.html")
 SETTINGS = (
-    *("num_timesteps", "_n_updates", "model_size", "rssm_type", "batch_size", "batch_length", "train_ratio", "seed"),
-    *("imagination_starts", "imagination_horizon", "learning_rate", "gamma", "gae_lambda", "ent_coef", "device"),
-)
+    "num_timesteps", "_n_updates", "model_size", "rssm_type", "batch_size", "batch_length", "train_ratio", "seed",
+    "imagination_starts", "imagination_horizon", "learning_rate", "gamma", "gae_lambda", "ent_coef", "device",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -109,20 +109,20 @@ def setting(model: Dreamer, name: str) -> str:
     return f"{value(model._current_progress_remaining):g}" if callable(value) else str(value)
 
 
-def open_loop_pictures(loop: OpenLoop, dims: Sequence[str] | None, at_most: int = 3) -> list[Picture]:
+def open_loop_pictures(loop: OpenLoop, dims: Sequence[str] | None) -> list[Picture]:
     """Figures of the sequences that can be compared longest."""
 
     def draw(sequence: int) -> str:
         return svg(open_loop_figure(loop, sequence, dims))
 
-    return [attempt(f"Sequence {i}", partial(draw, int(i))) for i in loop.best_sequences[:at_most]]
+    return [attempt(f"Sequence {i}", partial(draw, int(i))) for i in loop.best_sequences[:3]]
 
 
-def video_pictures(model: Dreamer, loop: OpenLoop, body: Body | str, at_most: int = 2) -> list[Picture]:
+def video_pictures(model: Dreamer, loop: OpenLoop, body: Body | str) -> list[Picture]:
     """Videos of the same sequences, and of the bodies."""
     films: dict[str, Callable[[], np.ndarray]] = {}
     in_units = partial(original_units, model.get_env())
-    for i in map(int, loop.best_sequences[:at_most]):
+    for i in map(int, loop.best_sequences[:2]):
         for key in [key for key, spec in loop.specs.items() if spec.kind == "image"]:
             films[f"{key}, sequence {i}: truth | dream | error"] = partial(image_video, loop, i, key)
         if isinstance(body, Body):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -101,9 +101,13 @@ class RealReturns:
     _running: dict[int, list[float]] = field(default_factory=dict)
     _means: list[float] = field(default_factory=list)
 
-    def add(self, rewards: np.ndarray, dones: np.ndarray, infos: list[dict]) -> None:
-        """One step of all environments, as ``VecEnv.step`` returns it."""
-        for i, (reward, done, info) in enumerate(zip(rewards, dones, infos)):
+    def add(
+        self, begins: Sequence[bool] | np.ndarray, rewards: np.ndarray, dones: np.ndarray, infos: list[dict]
+    ) -> None:
+        """One step of all environments, as ``VecEnv.step`` returns it; ``begins``: where an episode began with it."""
+        for i, (begin, reward, done, info) in enumerate(zip(begins, rewards, dones, infos)):
+            if begin:  # what was under way there has been cut
+                self._running[i] = []
             self._running.setdefault(i, []).append(float(reward))
             if done:
                 terminated = not info.get("TimeLimit.truncated", False)

@@ -10,7 +10,7 @@ import torch as th
 from sb3_dreamer.behavior.actor_critic import Actor
 from sb3_dreamer.dreamer import Dreamer
 from sb3_dreamer.hybrid.guide import Guide
-from sb3_dreamer.hybrid.progress import Advance, unseen
+from sb3_dreamer.hybrid.progress import Advance, no_progress
 
 RATE = 1e-3  # learning rate of an actor that does nothing but imitate
 STEPS_PER_REHEARSAL = 4  # for each minibatch of the actor alone: with more of these it learns the answers by heart
@@ -94,7 +94,7 @@ class Cloning:
         """
         try:
             self.ask(model)
-            self.guide.memory = self.guide.told(self.guide.memory, taken)
+            self.guide.memory = self.guide.with_action(self.guide.memory, taken)
         except Exception as error:
             model._cloning = None
             raise RuntimeError(
@@ -156,7 +156,7 @@ class Answers:
         return np.where(inside[..., None], self.table[env, column.clip(0, known - 1)], np.float32(np.nan))
 
 
-def rehearse(model: Dreamer, cloning: Cloning, advance: Advance = unseen) -> None:
+def rehearse(model: Dreamer, cloning: Cloning, advance: Advance = no_progress) -> None:
     """Let the actor imitate alone, on a world model that stands still, at a rate that falls to zero.
 
     What the model makes of the entries is computed once, so that a step takes milliseconds.

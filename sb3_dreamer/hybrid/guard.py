@@ -118,15 +118,15 @@ class Guard(ActsWithDreamer):
         taken = np.where(taken_over.reshape(-1, *[1] * (own.ndim - 1)), instead, own).astype(own.dtype)
         if taken_over.any():
             encoded = policy.encode_action(taken)
-        memory = self.fallback.told(memory, taken)
+        memory = self.fallback.with_action(memory, taken)
         self.decisions += n
         self.taken_over += int(taken_over.sum())
         holds = np.where(due, self.every, holds) - 1
         return taken.reshape(actions.shape), GuardState(packed, encoded, holds, taken_over, memory)
 
-    def told(self, memory: GuardState, taken: np.ndarray) -> GuardState:
-        """As :meth:`~sb3_dreamer.acting.ActsWithDreamer.told`."""
-        instead = self.fallback.told(memory.memory, taken)
+    def with_action(self, memory: GuardState, taken: np.ndarray) -> GuardState:
+        """As :meth:`~sb3_dreamer.acting.ActsWithDreamer.with_action`."""
+        instead = self.fallback.with_action(memory.memory, taken)
         return memory._replace(action=self.model.policy.encode_action(taken), memory=instead)
 
     @th.inference_mode()

@@ -44,7 +44,7 @@ class Guide:
         role: str = "teacher",
     ) -> None:
         env = raw_env(model)
-        normalised = getattr(teacher, "sees_normalised", False)
+        normalised = getattr(teacher, "trained_on_normalized_obs", False)
         if isinstance(teacher, BaseAlgorithm):
             normalised |= saw_normalised(vars(teacher))
         if isinstance(teacher, str | pathlib.Path):
@@ -100,12 +100,12 @@ class Guide:
             actions = np.clip(actions, space.low, space.high).astype(space.dtype, copy=False)
         return actions, given[1]
 
-    def told(self, memory: Any, taken: np.ndarray) -> Any:
+    def with_action(self, memory: Any, taken: np.ndarray) -> Any:
         """Its memory once these actions (n, *shape) were taken: a Dreamer's holds them, others see what they did."""
         policy = getattr(self.teacher, "policy", self.teacher)
         if isinstance(policy, DreamerPolicy):
             return memory[0], policy.encode_action(taken)
-        return self.teacher.told(memory, taken) if isinstance(self.teacher, ActsWithDreamer) else memory
+        return self.teacher.with_action(memory, taken) if isinstance(self.teacher, ActsWithDreamer) else memory
 
 
 def _check_predict(teacher: Any, role: str) -> None:
@@ -186,7 +186,7 @@ def load_policy(path: str | pathlib.Path, device: th.device) -> tuple[BasePolicy
         raise ValueError(f"{path} holds no algorithm of SB3: give the file that its save() wrote")
     if "described" in data:  # it brings neither its seed nor the folder of its replay
         teacher = Dreamer.load(path, device=device, seed=None, replay_buffer_kwargs={})
-        return teacher, teacher.sees_normalised
+        return teacher, teacher.trained_on_normalized_obs
     kwargs = dict(data["policy_kwargs"])
     if data.get("use_sde"):
         kwargs["use_sde"] = True

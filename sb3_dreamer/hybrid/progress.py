@@ -10,7 +10,7 @@ from stable_baselines3.common.callbacks import tqdm
 Advance = Callable[[int], object]
 
 
-def unseen(steps: int) -> None:
+def no_progress(steps: int) -> None:
     """Progress that nobody looks at."""
 
 
@@ -24,7 +24,7 @@ def progress(total: int, what: str, shown: bool) -> Iterator[Advance]:
     :raises ImportError: if the libraries that draw it are missing.
     """
     if not shown:
-        yield unseen
+        yield no_progress
         return
     if tqdm is None:
         raise ImportError("progress_bar=True needs tqdm and rich: pip install tqdm rich")

@@ -19,7 +19,7 @@ from stable_baselines3.common.policies import ActorCriticPolicy
 
 from sb3_dreamer.hybrid.experience import prepare_training
 from sb3_dreamer.hybrid.lessons import Lessons, Verdicts
-from sb3_dreamer.hybrid.progress import Advance, unseen
+from sb3_dreamer.hybrid.progress import Advance, no_progress
 
 BATCH = 256
 LEARNING_RATE = 1e-3  # at the beginning of what is taught
@@ -153,7 +153,7 @@ class StochasticActorCritic:
                     self.policy.log_std.copy_((lessons.std.mean(0) * half_range).clamp(min=1e-3).log())
 
 
-def teach(target: BaseAlgorithm, lessons: Lessons, updates: int, advance: Advance = unseen) -> None:
+def teach(target: BaseAlgorithm, lessons: Lessons, updates: int, advance: Advance = no_progress) -> None:
     """Make the student act (and, on policy, judge) as Dreamer does; its own optimisers stay as new.
 
     :param target: the student.
@@ -172,7 +172,7 @@ def teach(target: BaseAlgorithm, lessons: Lessons, updates: int, advance: Advanc
     student.finish(lessons)
 
 
-def teach_critics(target: Any, verdicts: Verdicts, updates: int, advance: Advance = unseen) -> None:
+def teach_critics(target: Any, verdicts: Verdicts, updates: int, advance: Advance = no_progress) -> None:
     """Off-policy critics learn what Dreamer thinks of actions, and foremost how they differ at one moment.
 
     The actor follows their slope over actions from its first step on, and replayed actions hardly tell them apart.

@@ -8,7 +8,7 @@ from typing import Any, Literal
 from stable_baselines3.common.vec_env import VecNormalize
 
 from sb3_dreamer.dreamer import Dreamer
-from sb3_dreamer.environments import deaths_told
+from sb3_dreamer.environments import name_dead_workers
 from sb3_dreamer.hybrid.cloning import STEPS_PER_REHEARSAL, Answers, Asked, Cloning, rehearse
 from sb3_dreamer.hybrid.experience import prepare_training, require_replay, train_until
 from sb3_dreamer.hybrid.guide import Guide
@@ -114,9 +114,9 @@ def _step(model: Dreamer, cloning: Cloning, teacher_acts: bool) -> None:
     actions, state = policy.predict(last_obs, model._online_state, model._last_episode_starts)
     actions = answers if teacher_acts else actions
     model._online_state = (state[0], policy.encode_action(actions))
-    cloning.guide.memory = cloning.guide.told(cloning.guide.memory, actions)
+    cloning.guide.memory = cloning.guide.with_action(cloning.guide.memory, actions)
     stored = policy.replay_action(actions)
-    with deaths_told(env):
+    with name_dead_workers(env):
         outcome = env.step(actions)
     model.note_step(outcome[3])
     model._store_transition(model.replay_buffer, stored, *outcome)  # type: ignore[arg-type]

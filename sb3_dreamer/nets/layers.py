@@ -193,7 +193,7 @@ def mixed_precision(device: th.device) -> th.autocast:
     return th.autocast(device.type, th.bfloat16, enabled=fast_bfloat16(device))
 
 
-def for_products(x: th.Tensor) -> th.Tensor:
+def to_autocast_dtype(x: th.Tensor) -> th.Tensor:
     """``x`` in the type that autocast would turn it into for every product; the same ``x`` outside of autocast."""
     kind = x.device.type
     return x.to(th.get_autocast_dtype(kind)) if th.is_autocast_enabled(kind) else x
@@ -219,7 +219,7 @@ def can_compile() -> bool:
         return False
 
 
-def fused(device: th.device) -> Callable[[Function], Function]:
+def compile_on_cuda(device: th.device) -> Callable[[Function], Function]:
     """A decorator: on a GPU all that a function does between two matrix products becomes one kernel, where possible.
 
     In a CUDA graph an update takes as long as its kernels, and most of them are too small to be busy. The first call

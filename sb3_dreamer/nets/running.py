@@ -13,12 +13,12 @@ class RunningStatistics(nn.Module):
         super().__init__()
         self._before: dict[str, th.Tensor] = {}
 
-    def remember(self) -> None:
+    def snapshot(self) -> None:
         """Note the present values; to be called before they change."""
         self._before = {name: value.clone() for name, value in self.state_dict().items()}
 
-    def keep(self, learned: th.Tensor) -> None:
-        """Take what changed since :meth:`remember` back unless something was ``learned`` (() bool) from it."""
+    def rollback_unless(self, learned: th.Tensor) -> None:
+        """Take what changed since :meth:`snapshot` back unless something was ``learned`` (() bool) from it."""
         for name, before in self._before.items():
             now = self.get_buffer(name)
             now.copy_(th.where(learned, now, before))

@@ -65,7 +65,7 @@ class Cache(Context):
     :param row: (...) the row of each moment.
     :param end: (...) its place.
     :param age: (...) entries of the episode so far; older ones are never attended to.
-    :param tip: if moment i is on row i and all are at this same place: the place.
+    :param tip: set where moment i is the newest entry of row i for all i, so that tapes grow in place: that place.
     """
 
     tapes: tuple[Tape, ...]

@@ -44,7 +44,7 @@ class ObsNormalizer(RunningStatistics):
             return
         x = th.cat([flat(obs[key], spec).flatten(0, -2) for key, spec in self.specs.items()], -1)
         x = x.clamp(-LIMIT, LIMIT)
-        self.remember()
+        self.snapshot()
         var, mean = th.var_mean(x, 0, correction=0)
         share = (1 / self.updates.add_(1)).clamp(min=self.rate)
         shift = mean - self.mean

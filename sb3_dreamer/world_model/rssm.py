@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from sb3_dreamer.nets.distributions import categorical_kl, sample_onehot, unimix_probs
-from sb3_dreamer.nets.layers import Dense, Linear, for_products
+from sb3_dreamer.nets.layers import Dense, Linear, to_autocast_dtype
 from sb3_dreamer.types import Size
 from sb3_dreamer.world_model.context import Context
 from sb3_dreamer.world_model.sequence import SEQUENCE_MODELS, SequenceModel
@@ -54,9 +54,9 @@ class State:
         """(B, T, .) -> (B * T, .)."""
         return State(self.features.flatten(0, 1), self.width, self.context.flatten())
 
-    def for_products(self) -> State:
-        """In the type that autocast multiplies in: what is dreamed from there needs no turning to and fro."""
-        return State(for_products(self.features), self.width, self.context)
+    def to_autocast_dtype(self) -> State:
+        """Cast once to the type of autocast, so that imagination does not cast at every step."""
+        return State(to_autocast_dtype(self.features), self.width, self.context)
 
     def detach(self) -> State:
         """The same values without gradient."""

@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
 from sb3_dreamer.nets.distributions import UNIMIX
-from sb3_dreamer.nets.layers import fast_tanh, fused, norm_constants, norm_silu_backward, norm_silu_to
+from sb3_dreamer.nets.layers import compile_on_cuda, fast_tanh, norm_constants, norm_silu_backward, norm_silu_to
 
 sigmoid_backward = th.ops.aten.sigmoid_backward.default
 
@@ -136,7 +136,7 @@ class FilterScan(th.autograd.Function):
             now.after.copy_(th.cat([deter, draw(now.logits.view_as(limit), limit)], 1))
 
         if any(ctx.needs_input_grad):  # training; a few sequences of another size are not worth it
-            entry = fused(drive.device)(entry)
+            entry = compile_on_cuda(drive.device)(entry)
         state, limits = start, class_limits(noise, z_width // noise.shape[-1])
         for now, *known in zip(steps(saved), keep, drive, seen, limits, strict=True):
             entry(now, state, *known)
@@ -160,7 +160,7 @@ class FilterScan(th.autograd.Function):
         own_w, gates_w = (x.transpose(1, 2).to(kind).contiguous() for x in (w.own, w.gates_w))
         shared_w, input_w = (x.t().to(kind).contiguous() for x in (w.shared, input_layer(w)))
 
-        @fused(d_after.device)
+        @compile_on_cuda(d_after.device)
         def entry(
             now: Saved, d: Gradients, carried: th.Tensor, keep: th.Tensor, d_after: th.Tensor, d_logits: th.Tensor
         ) -> th.Tensor:

@@ -15,8 +15,8 @@ from sb3_dreamer.nets.layers import (
     Linear,
     RMSNorm,
     fast_tanh,
-    for_products,
     norm_silu,
+    to_autocast_dtype,
     trunc_normal_,
 )
 from sb3_dreamer.types import Size
@@ -141,7 +141,7 @@ class BlockGRU(nn.Module):
         weights = self._scan_weights(from_deter, posterior.norm.weight, to_logits)
         drive, seen = drive.to(keep.dtype), seen.to(keep.dtype)
         # the loop's products are small: on a CPU bfloat16 gains nothing
-        kind = for_products(keep[:0]).dtype if embed.is_cuda else keep.dtype
+        kind = to_autocast_dtype(keep[:0]).dtype if embed.is_cuda else keep.dtype
         with th.autocast(embed.device.type, enabled=False):
             features, logits = FilterScan.apply(kind, noise, keep, start.features, drive, seen, *weights)
         return features.transpose(0, 1), logits.transpose(0, 1), start.context

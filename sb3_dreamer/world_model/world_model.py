@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from sb3_dreamer.nets.distributions import symexp_bins, twohot_loss, twohot_mean
-from sb3_dreamer.nets.layers import MLP, Linear, for_products
+from sb3_dreamer.nets.layers import MLP, Linear, to_autocast_dtype
 from sb3_dreamer.types import Batch, Size, Spec
 from sb3_dreamer.world_model.decoders import Decoder
 from sb3_dreamer.world_model.encoders import Encoder
@@ -100,7 +100,7 @@ class WorldModel(nn.Module):
             self.normalizer.update(batch.obs)
         states, post = self.observe(batch)
         losses, info = self.rssm.kl_loss(states, post)
-        features = for_products(states.features)
+        features = to_autocast_dtype(states.features)
         losses["reconstruction"] = self.decoder.loss(features, self.normalizer(batch.obs))
         losses["reward"] = self.reward_head.loss(self.reward_head(features), batch.reward)
         losses["continue"] = self.continue_loss(features, batch.is_terminal)
@@ -127,4 +127,4 @@ class WorldModel(nn.Module):
 
     def predict_continue(self, features: th.Tensor) -> th.Tensor:
         """Probability that the episode goes on after a state: (..., F) -> (...)."""
-        return self.predict_discount(features) / self.gamma
+        return (self.predict_discount(features) / self.gamma).clamp(max=1.0)  # the head may be surer than gamma

@@ -105,7 +105,7 @@ def test_compiled_as_on_a_gpu_a_dream_is_the_same_one(monkeypatch: pytest.Monkey
     actor = Actor(model.feature_width, Spec("vector", (2,)), size)
     dreams = []
     for fused in (lambda function: function, partial(th.compile, dynamic=False, fullgraph=True, backend="eager")):
-        monkeypatch.setattr(imagination, "fused", lambda device, fused=fused: fused)
+        monkeypatch.setattr(imagination, "compile_on_cuda", lambda device, fused=fused: fused)
         th.manual_seed(0)
         dreams.append(imagine(model, actor, model.rssm.initial(4), 3, compiled=True))
     assert th.equal(dreams[0].features, dreams[1].features)

@@ -200,7 +200,7 @@ def test_a_gradient_that_is_not_finite_changes_nothing_either(monkeypatch):
 
 def test_skipped_updates_are_logged_and_are_in_no_mean(monkeypatch):
     model = agent().learn(30, log_interval=None)
-    model._metrics.begin_anew()
+    model._metrics.reset()
     poison(model, monkeypatch, range(1, 2))
     model.train(3, 2)
     logged = {}

@@ -374,9 +374,7 @@ def test_without_an_interval_nothing_is_logged_and_nothing_piles_up():
     output = written(model)
     model.learn(45, log_interval=None)
     assert output.rows == []
-    sums = model._metrics._sums
-    assert len(sums) == 1
-    assert sum(one.numel() for one in sums.values()) < 40
+    assert model._metrics._sums.numel() < 40
 
 
 def test_every_weight_of_the_actor_learns_where_products_are_in_bfloat16(monkeypatch):
@@ -438,7 +436,7 @@ def test_metrics_are_means_since_the_last_time():
     metrics.add({"a": th.tensor(th.nan), "skipped_updates": th.tensor(True)})
     assert metrics.skips() == 1
     assert metrics.means() == {"a": 3.0}
-    metrics.begin_anew()
+    metrics.reset()
     assert metrics.means() == {}
 
 

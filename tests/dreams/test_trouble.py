@@ -80,11 +80,18 @@ def test_an_episode_that_was_cut_short_goes_on_with_its_mean_reward():
 def test_real_returns_keep_environments_apart_and_the_newest_episodes():
     real = RealReturns(gamma=0.5, newest=1)
     assert np.isnan(real.mean)
-    real.add(np.array([1.0, 10.0]), np.array([False, False]), [{}, {}])
-    real.add(np.array([2.0, 10.0]), np.array([True, False]), [{}, {}])
+    real.add([True, True], np.array([1.0, 10.0]), np.array([False, False]), [{}, {}])
+    real.add([False, False], np.array([2.0, 10.0]), np.array([True, False]), [{}, {}])
     assert real.mean == 2.0  # of 1 + 2 / 2 and 2
-    real.add(np.array([0.0, 10.0]), np.array([False, True]), [{}, {"TimeLimit.truncated": True}])
+    real.add([True, False], np.array([0.0, 10.0]), np.array([False, True]), [{}, {"TimeLimit.truncated": True}])
     np.testing.assert_allclose(real.mean, 20.0)
+
+
+def test_what_was_cut_is_no_part_of_the_next_episode():
+    real = RealReturns(gamma=0.5)
+    real.add([True], np.array([100.0]), np.array([False]), [{}])  # then learn() was stopped
+    real.add([True], np.array([2.0]), np.array([True]), [{}])
+    assert real.mean == 2.0
 
 
 class Named(gym.Wrapper):

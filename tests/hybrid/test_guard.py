@@ -146,7 +146,7 @@ def test_a_model_whose_rewards_alone_were_normalised_acts_without_statistics(tmp
     env = VecNormalize(pendulum(), norm_obs=False)
     Dreamer("MlpPolicy", env, **SMALL).learn(60).save(tmp_path / "model")
     raw = Dreamer.load(tmp_path / "model", env=pendulum())  # without a warning
-    assert raw.learned_normalised
+    assert raw.trained_with_vecnormalize
     obs, _ = Guard(raw, raw).predict(observe())
     assert obs.shape == LatentVecEnv(raw, pendulum()).reset()[:, :1].shape == (1, 1)
     alone = Dreamer.load(tmp_path / "model")

@@ -14,8 +14,8 @@ from sb3_dreamer.nets.layers import (
     RMSNorm,
     fast_bfloat16,
     fast_tanh,
-    for_products,
     norm_silu,
+    to_autocast_dtype,
 )
 
 
@@ -77,9 +77,9 @@ def test_fast_tanh_is_tanh() -> None:
 def test_norms_compute_in_float32_inside_autocast() -> None:
     layer, x = Dense(8, 8), th.randn(2, 8)
     with th.autocast("cpu", th.bfloat16):
-        assert for_products(x).dtype == th.bfloat16
+        assert to_autocast_dtype(x).dtype == th.bfloat16
         assert layer(x).dtype == th.float32
-    assert for_products(x) is x
+    assert to_autocast_dtype(x) is x
 
 
 @pytest.mark.parametrize("shape", [(5, 4), (2, 3, 4)])
@@ -110,6 +110,6 @@ def test_where_torch_cannot_compile_for_the_gpu_it_is_said_once_and_nothing_is_c
     monkeypatch.setattr(th, "compile", no_compiler)
     layers.can_compile.cache_clear()
     with pytest.warns(UserWarning, match="does not work here.*no C compiler"):
-        assert layers.fused(th.device("cuda"))(abs) is abs
-    assert layers.fused(th.device("cuda"))(abs) is abs
+        assert layers.compile_on_cuda(th.device("cuda"))(abs) is abs
+    assert layers.compile_on_cuda(th.device("cuda"))(abs) is abs
     layers.can_compile.cache_clear()

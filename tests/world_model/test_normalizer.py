@@ -131,5 +131,5 @@ def test_normalize_obs_is_a_bool() -> None:
 
 def test_what_was_never_updated_is_kept_on_any_device() -> None:
     normalizer = ObsNormalizer(SPECS).to("meta")  # the next best thing to a GPU
-    normalizer.keep(th.ones((), dtype=th.bool, device="meta"))
+    normalizer.rollback_unless(th.ones((), dtype=th.bool, device="meta"))
     assert normalizer.mean.device.type == "meta"

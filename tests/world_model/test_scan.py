@@ -97,7 +97,7 @@ def test_compiled_as_on_a_gpu_each_step_is_one_graph_and_computes_the_same(
 
     compiled = partial(th.compile, dynamic=False, fullgraph=True, backend=count)
     for fused in (lambda function: function, compiled):
-        monkeypatch.setattr(scan, "fused", lambda device, fused=fused: fused)
+        monkeypatch.setattr(scan, "compile_on_cuda", lambda device, fused=fused: fused)
         rssm.zero_grad()
         th.manual_seed(1)
         states, post = rssm.observe(embed, action, first, start)

@@ -16,7 +16,6 @@ from sb3_dreamer.hybrid.real_states import (
     RealStates,
     dream_returns,
     imagined_observations,
-    state_values,
     unpacked,
 )
 from sb3_dreamer.nets.distributions import ActionDistribution, Bits, BoundedNormal, OneHots
@@ -112,7 +111,7 @@ def lessons_from(model: Dreamer, real: RealStates, gamma: float, on_latents: boo
     parts = [_real_lessons(model, real, alive, gamma, on_latents)]
     if (horizon := model.imagination_horizon) > 1:  # a dream of one step has nothing between its ends
         # each dream brings H lessons, so that real and imagined ones are equally many
-        starts = np.random.default_rng(len(real)).choice(alive, -(-len(alive) // horizon), replace=False)
+        starts = alive[th.randperm(len(alive))[: -(-len(alive) // horizon)].numpy()]
         for i in range(0, len(starts), CHUNK):
             parts.append(_imagined_lessons(model, real, starts[i : i + CHUNK], gamma, on_latents))
     return Lessons(
@@ -131,14 +130,12 @@ def _seen(model: Dreamer, real: RealStates, index: np.ndarray, on_latents: bool)
 
 
 def _real_lessons(model: Dreamer, real: RealStates, alive: np.ndarray, gamma: float, on_latents: bool) -> Lessons:
-    values = state_values(model, real, gamma)
-    answers = [answer(model, unpacked(model, part).features) for part in real.packed[alive].split(CHUNK)]
-    return Lessons(
-        obs=_seen(model, real, alive, on_latents),
-        mean=th.cat([mean for mean, _ in answers]),
-        std=th.cat([std for _, std in answers]),
-        value=values[alive],
-    )
+    answers = []
+    for packed in real.packed[alive].split(CHUNK):
+        start = unpacked(model, packed)
+        answers.append((*answer(model, start.features), dream_returns(model, start, gamma)[1][:, 0]))
+    mean, std, value = (th.cat(parts) for parts in zip(*answers, strict=True))
+    return Lessons(_seen(model, real, alive, on_latents), mean, std, value)
 
 
 def _imagined_lessons(model: Dreamer, real: RealStates, starts: np.ndarray, gamma: float, on_latents: bool) -> Lessons:

@@ -151,9 +151,3 @@ def dream_returns(
     values = policy.critic.value(dream.features) * scale
     discount = dream.discount / policy.world_model.gamma * gamma
     return dream, lambda_returns(dream.reward, discount, values, model.gae_lambda)
-
-
-def state_values(model: Dreamer, real: RealStates, gamma: float) -> th.Tensor:
-    """(M,) what Dreamer expects to get from each real entry on, as if none were the last one."""
-    values = [dream_returns(model, unpacked(model, part), gamma)[1][:, 0] for part in real.packed.split(CHUNK)]
-    return th.cat(values)

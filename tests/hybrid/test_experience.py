@@ -79,7 +79,7 @@ class TestEpisodes:
             lived.add(obs, obs, action, np.array([1.1 + t / 10]), np.array([t == 2]), info)
         write_episode(written, episode(10, 3, terminal=True))
         a, b = lived.sample(1), written.sample(1)
-        for name in ("action", "prev_action", "reward", "is_first", "is_last", "is_terminal"):
+        for name in ("prev_action", "reward", "is_first", "is_last", "is_terminal"):
             np.testing.assert_allclose(getattr(a, name).numpy(), getattr(b, name).numpy(), err_msg=name)
         assert a.obs["obs"].tolist() == b.obs["obs"].tolist()
 

@@ -340,7 +340,7 @@ def test_a_fallback_with_a_memory_is_told_what_was_done_in_its_place(dreamer: Dr
     guard = Guard(dreamer, dreamer)
     _, state = guard.predict(observe(2), deterministic=True)
     taken = np.array([[0.5], [-1.5]], np.float32)
-    told = guard.told(state, taken)
+    told = guard.with_action(state, taken)
     encoded = dreamer.policy.encode_action(taken)
     assert not np.allclose(state.action, encoded)
     np.testing.assert_array_equal(told.action, encoded)

@@ -394,7 +394,7 @@ class TestTeachers:
         guide = Guide(fresh(), teacher, None, deterministic=True)
         assert guide.normalize is other.get_vec_normalize_env()
         _, memory = guide.act(pendulum().reset(), None, np.array([True]))
-        told = guide.told(memory, np.array([[1.0]], np.float32))
+        told = guide.with_action(memory, np.array([[1.0]], np.float32))
         assert told[1].tolist() == [[0.5]], "scaled: the torque limit is 2"
         assert np.array_equal(told[0], memory[0])
         assert type(told) is type(memory)

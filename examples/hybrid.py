@@ -25,17 +25,21 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--env", default="Pendulum-v1")
     parser.add_argument("--steps", type=int, default=3_000, help="of each of the two")
+    parser.add_argument(
+        "--updates", type=int, default=20_000, help="minibatches from which SAC learns Dreamer's policy"
+    )
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
 
     dreamer = Dreamer("MlpPolicy", args.env, seed=args.seed).learn(args.steps, progress_bar=True)
     report("Dreamer", dreamer, args.env)
 
-    sac = dreamer.to_model_free(SAC, progress_bar=True)
+    critic_updates = 3 * args.updates // 10
+    sac = dreamer.to_model_free(SAC, updates=args.updates, critic_updates=critic_updates, progress_bar=True)
     report("SAC, just handed over", sac, args.env)
     sac.learn(args.steps, reset_num_timesteps=False, progress_bar=True)
     report("SAC", sac, args.env)
-    sac.save("runs/sac_after_dreamer.zip")  # a plain SB3 file
+    sac.save("sac_after_dreamer.zip")  # a plain SB3 file
 
     pupil = Dreamer("MlpPolicy", args.env, seed=args.seed + 1)
     pupil.warm_start(sac, n_steps=max(args.steps // 3, pupil.batch_length), progress_bar=True)

@@ -77,18 +77,24 @@ def statistics(normalize: VecNormalize) -> dict[str, RunningMeanStd]:
 def check_statistics(model: BaseAlgorithm, stacklevel: int) -> None:
     """Refuse statistics that a bad number has got into: all that they normalise is bad from then on.
 
-    A model that learned from normalised observations and acts in an environment without statistics is warned of.
+    A Dreamer that learned from normalised observations and acts in an environment without statistics, or the reverse,
+    is warned of.
 
     :raises ValueError: with what to do.
     """
     normalize = model.get_vec_normalize_env()
+    normalised = normalize is not None and normalize.norm_obs
+    learned = getattr(model, "trained_on_normalized_obs", normalised)
+    if model.env is not None and model._n_updates > 0 and learned != normalised:
+        warnings.warn(
+            "this model learned from what a VecNormalize made of the observations, and its environment has none: "
+            "load(path, env=VecNormalize.load(statistics, env))"
+            if learned
+            else "this model learned from observations as they are, and VecNormalize changes those of its environment: "
+            "load(path, env=env) without it, or with norm_obs=False",
+            stacklevel=stacklevel,
+        )
     if normalize is None:
-        if getattr(model, "trained_on_normalized_obs", False) and model.env is not None:
-            warnings.warn(
-                "this model learned from what a VecNormalize made of the observations, and its environment has none: "
-                "load(path, env=VecNormalize.load(statistics, env))",
-                stacklevel=stacklevel,
-            )
         return
     for name, one in statistics(normalize).items():
         used = normalize.norm_reward if name == "returns" else normalize.norm_obs

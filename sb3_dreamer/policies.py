@@ -75,7 +75,8 @@ class DreamerPolicy(BasePolicy):
         if self.alias not in (None, right := policy_for(observation_space)):
             raise ValueError(
                 f'{self.alias} does not read {observation_space}: use "{right}" (MultiInputPolicy is for Dicts, '
-                "CnnPolicy for images: Boxes of uint8 with three dimensions, from 0 to 255; MlpPolicy for all else)"
+                "CnnPolicy for images: Boxes of uint8 with three dimensions, from 0 to 255; MlpPolicy for all else). "
+                "Images in another form are vectors to MlpPolicy: better give them that one"
             )
         check_action_bounds(action_space)
         size = dataclasses.replace(SIZES[model_size], **widths)

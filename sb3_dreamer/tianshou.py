@@ -128,10 +128,12 @@ def add_experience(model: Dreamer, buffer: ReplayBuffer, policy: Policy | Algori
     :param policy: whose actions these are, if it maps them on their way to the environment (``action_scaling``), or its
         algorithm; None: the buffer holds them in the units of the environment.
     :raises ValueError: for other spaces, an empty buffer, and one without ``obs_next``; nothing is added then.
-    :raises TypeError: for a buffer that does not hold what happened in the order of time.
+    :raises TypeError: for a buffer that does not hold what happened in the order of time, and what is no buffer.
     """
     _check_kind(buffer)
-    if len(buffer) > 0 and not hasattr(buffer, "obs_next"):
+    if len(buffer) == 0:
+        raise ValueError("the buffer is empty, as that of an on-policy algorithm is after its update: collect first")
+    if not hasattr(buffer, "obs_next"):
         raise ValueError("a buffer with ignore_obs_next=True has lost how its episodes end: collect with obs_next")
     policy = None if policy is None else policy_of(policy)
     if policy is not None and policy.action_space != model.action_space:
@@ -162,7 +164,8 @@ def _episodes(model: Dreamer, buffer: ReplayBuffer, policy: Policy | None) -> It
 def fill_buffer(model: Dreamer, buffer: ReplayBuffer) -> None:
     """Put the model's real transitions into a Tianshou buffer, for its off-policy or offline algorithms.
 
-    The newest that it has room for, a quarter of a millisecond each. Actions of a Box are scaled to [-1, 1], as
+    The newest that it has room for, of each episode as much as one environment's part of it; a quarter of a millisecond
+    each. Actions of a Box are scaled to [-1, 1], as
     policies with ``action_scaling=True`` hand them in; images come as the model sees them, channels first. What is not
     the end of a task ends with ``truncated``, so that no transition follows what it does not belong to.
 
@@ -175,7 +178,8 @@ def fill_buffer(model: Dreamer, buffer: ReplayBuffer) -> None:
     _check_kind(buffer)
     if len(buffer) > 0 and len(buffer.unfinished_index()) > 0:
         raise ValueError(
-            "the buffer holds an episode that has not ended, and what is added would follow it: reset it first"
+            "the buffer holds an episode that has not ended, and what is added would follow it: fill a new buffer, or "
+            "collect whole episodes (n_episode=) before"
         )
     episodes = list(read_episodes(model.replay_buffer, buffer.maxsize))
     if not episodes:
@@ -191,7 +195,9 @@ def fill_buffer(model: Dreamer, buffer: ReplayBuffer) -> None:
 
 
 def _check_kind(buffer: ReplayBuffer) -> None:
-    """Refuse buffers that invent goals, or keep episodes elsewhere until they have ended."""
+    """Refuse what is no buffer, and buffers that invent goals or keep episodes elsewhere until they have ended."""
+    if not isinstance(buffer, ReplayBuffer):
+        raise TypeError(f"{type(buffer).__name__} is no buffer of Tianshou: use a ReplayBuffer or VectorReplayBuffer")
     if isinstance(buffer, CachedReplayBuffer | HERReplayBuffer | HERReplayBufferManager):
         raise TypeError(f"{type(buffer).__name__} is not understood: use a ReplayBuffer or VectorReplayBuffer")
 

@@ -235,7 +235,7 @@ def test_an_episode_that_was_left_is_not_joined_to_the_next():
 @pytest.mark.parametrize(
     ("env", "buffer", "error"),
     [
-        (Clock, lambda: VectorReplayBuffer(10, 2), "no transition"),
+        (Clock, lambda: VectorReplayBuffer(10, 2), "the buffer is empty, as that of an on-policy algorithm"),
         (Clock, lambda: collected(DictClock, 1, 20, 10), "keys .'episode', 'obs'., the model's .."),
         (DictClock, lambda: collected(Clock, 1, 20, 10), "keys .., the model's .'episode', 'obs'."),
     ],
@@ -264,7 +264,7 @@ def test_actions_of_another_space_are_refused(env: type[Clock]):
 def test_buffers_that_do_not_hold_what_happened_are_refused(dreamer: Dreamer):
     cached = CachedReplayBuffer(ReplayBuffer(20), cached_buffer_num=2, max_episode_length=10)
     goals = HERVectorReplayBuffer(20, 2, compute_reward_fn=lambda *_: np.zeros(1), horizon=5)
-    for buffer in (cached, goals):
+    for buffer in (cached, goals, dreamer.replay_buffer):
         with pytest.raises(TypeError, match="use a ReplayBuffer or VectorReplayBuffer"):
             add_experience(dreamer, buffer)
         with pytest.raises(TypeError, match="use a ReplayBuffer or VectorReplayBuffer"):

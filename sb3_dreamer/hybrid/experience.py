@@ -153,7 +153,8 @@ def episodes_of(model: Dreamer, source: Any, time_limit: int | None = None) -> I
         return iter(source)
     raise TypeError(
         f"experience of type {type(source).__name__} is not understood: give an SB3 ReplayBuffer, a "
-        "SequenceReplayBuffer, a Minari data set or its id, or sb3_dreamer.replay.Episode objects"
+        "SequenceReplayBuffer, a Minari data set or its id, or sb3_dreamer.replay.Episode objects; what Tianshou has "
+        "collected takes sb3_dreamer.tianshou.add_experience(model, buffer)"
     )
 
 

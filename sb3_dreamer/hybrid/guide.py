@@ -113,7 +113,10 @@ def _check_predict(teacher: Any, role: str) -> None:
         raise TypeError(f"the {role} is the class {teacher.__name__}: give a model of it that has learned")
     predict = getattr(teacher, "predict", None)
     if not callable(predict):
-        raise TypeError(f"the {role} is {teacher!r}, which has no predict(): give a model of SB3 or the path of one")
+        raise TypeError(
+            f"the {role} is a {type(teacher).__name__}, which has no predict(): give a model of SB3 or the path of "
+            "one, for a policy of Tianshou sb3_dreamer.tianshou.TianshouTeacher(policy)"
+        )
     signature = inspect.signature(predict)
     try:
         signature.bind("observation", "state", "episode_start", "deterministic")

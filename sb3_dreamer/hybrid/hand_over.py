@@ -62,10 +62,13 @@ def to_model_free(
         Older ones are of other policies, and critics that learn from them forget what they know of this one.
     :param progress_bar: show how far it is, as in ``learn()``: minibatches of both together.
     :param kwargs: constructor arguments of the algorithm; what is given here is not chosen for it.
-    :raises ValueError: for other spaces, an algorithm that cannot take over, and an empty replay; before any work.
+    :raises ValueError: for other spaces, an algorithm that cannot take over, an empty replay, and a Dreamer that has
+        not learned yet; before any work.
     :raises TypeError: for what is no algorithm.
     """
     require_replay(model, "to_model_free()")
+    if model._n_updates == 0:
+        raise ValueError("this Dreamer has not learned anything to hand over yet: call learn() or pretrain() first")
     updates, critic_updates = as_whole("updates", updates, least=0), as_whole("critic_updates", critic_updates, least=0)
     target: Any = _new_student(model, algorithm, env, on, kwargs)
     wanted_entropy = getattr(target, "target_entropy", None)

@@ -47,7 +47,8 @@ def read_replay(
     for name in ("observation_space", "action_space", "n_envs", "sequence_length", "latent_size"):
         saved, needed = getattr(buffer, name), getattr(own, name)
         if saved != needed:
-            raise ValueError(f"the replay in {path} has {name}={saved}, this agent {needed}: load it with the same")
+            way = "" if name.endswith("space") else ", or take its episodes over with add_experience(path)"
+            raise ValueError(f"the replay in {path} has {name}={saved}, this agent {needed}: make them the same{way}")
     kept, there = own.storage_path, buffer.storage_path
     if kept is not None and (there is None or kept.resolve() != there.resolve()):
         raise ValueError(

@@ -402,3 +402,12 @@ def test_who_learned_with_statistics_is_warned_of_an_environment_without(tmp_pat
     assert warned[0].filename == __file__
     with pytest.warns(UserWarning, match="the replay is empty"), pytest.warns(UserWarning, match=told):
         model.learn(5)
+
+
+def test_who_learned_without_statistics_is_warned_of_an_environment_that_normalises(tmp_path):
+    settings = dict(model_size="debug", learning_starts=10, batch_size=2, batch_length=8, train_ratio=16, seed=0)
+    Dreamer("MlpPolicy", "Pendulum-v1", **settings).learn(12).save(tmp_path / "model")
+    Dreamer.load(tmp_path / "model", env=VecNormalize(make_vec_env("Pendulum-v1"), norm_obs=False))
+    with pytest.warns(UserWarning, match="learned from observations as they are, and VecNormalize") as warned:
+        Dreamer.load(tmp_path / "model", env=VecNormalize(make_vec_env("Pendulum-v1")))
+    assert warned[0].filename == __file__

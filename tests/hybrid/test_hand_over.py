@@ -578,6 +578,11 @@ class TestRefused:
         with pytest.raises(ValueError, match="needs experience, and the replay holds 0 entries"):
             Dreamer("MlpPolicy", pendulum(), **SMALL).to_model_free(SAC)
 
+    def test_one_that_has_not_learned_yet(self, dreamer: Dreamer):
+        model = Dreamer("MlpPolicy", pendulum(), **SMALL).add_experience(dreamer.replay_buffer)
+        with pytest.raises(ValueError, match="has not learned anything to hand over yet"):
+            model.to_model_free(SAC)
+
     def test_choices_that_begin_elsewhere(self):
         class Shifted(gym.Wrapper):
             action_space = gym.spaces.Discrete(2, start=5)

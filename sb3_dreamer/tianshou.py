@@ -165,9 +165,9 @@ def fill_buffer(model: Dreamer, buffer: ReplayBuffer) -> None:
     """Put the model's real transitions into a Tianshou buffer, for its off-policy or offline algorithms.
 
     The newest that it has room for, of each episode as much as one environment's part of it; a quarter of a millisecond
-    each. Actions of a Box are scaled to [-1, 1], as
-    policies with ``action_scaling=True`` hand them in; images come as the model sees them, channels first. What is not
-    the end of a task ends with ``truncated``, so that no transition follows what it does not belong to.
+    each. Actions of a Box are scaled to [-1, 1], as policies with ``action_scaling=True`` hand them in; images come as
+    the model sees them, channels first. What is not the end of a task ends with ``truncated``, so that no transition
+    follows what it does not belong to.
 
     :param model: a Dreamer with its replay.
     :param buffer: a ReplayBuffer or VectorReplayBuffer, prioritised or not; each episode goes to the environment that

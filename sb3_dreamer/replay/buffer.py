@@ -118,8 +118,7 @@ class SequenceReplayBuffer:
             final = self._entries.store_final(infos, rewards, ended) if ended.size else None
         except ValueError as error:
             raise ValueError(
-                f"{error}. Nothing of this step was stored: it would have been entry {self._rings.head.tolist()} "
-                f"of the environments, which have {self.size()} entries in the replay"
+                f"{error}. Nothing of this step was stored, the replay keeps its {self.size()} entries"
             ) from None
         storage = self._writable_storage()
         entry["reward"] = self._pending_reward

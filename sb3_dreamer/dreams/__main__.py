@@ -23,6 +23,7 @@ from sb3_dreamer.dreams.extras import MissingExtra
 from sb3_dreamer.dreams.figures import check_dims
 from sb3_dreamer.dreams.report import write_report
 from sb3_dreamer.dreams.videos import Body
+from sb3_dreamer.files import read_settings
 
 
 def positive(text: str) -> int:
@@ -48,6 +49,19 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--random-actions", action="store_true", help="chance acts instead of the model")
     parser.add_argument("--seed", type=int, default=0)
     return parser
+
+
+def check_vecnormalize(model: Path, given: Path | None) -> None:
+    """Refuse statistics that the agent has not learned with, and none where it has, before anything is made."""
+    learned = read_settings(model)
+    normalised = learned.get("trained_with_vecnormalize", False)
+    if normalised and given is None:
+        raise SystemExit(
+            f"{model} learned from what a VecNormalize made of observations or rewards, and dreams of that: "
+            "give its statistics, --vecnormalize PATH"
+        )
+    if given is not None and learned["_n_updates"] > 0 and not normalised:
+        raise SystemExit(f"{model} learned from observations as they come: leave --vecnormalize out")
 
 
 def make_env(env_id: str, vecnormalize: Path | None, seed: int) -> VecEnv:
@@ -90,16 +104,10 @@ def main(argv: list[str] | None = None) -> Path:
         raise SystemExit(f"--out {args.out} is a file: give a folder") from error
     if sys.platform == "linux" and "DISPLAY" not in os.environ and ctypes.util.find_library("EGL"):
         os.environ.setdefault("MUJOCO_GL", "egl")
+    check_vecnormalize(args.model, args.vecnormalize)
     env = make_env(args.env, args.vecnormalize, args.seed)
     # its replay stays empty, and so takes no memory; not one on disk, which may hold the data of the training
     model = Dreamer.load(args.model, env=env, buffer_size=env.num_envs * 100_000, replay_buffer_kwargs={})
-    if model.trained_with_vecnormalize and args.vecnormalize is None:
-        raise SystemExit(
-            f"{args.model} learned from what a VecNormalize made of observations or rewards, and dreams of that: "
-            "give its statistics, --vecnormalize PATH"
-        )
-    if args.vecnormalize is not None and model._n_updates > 0 and not model.trained_with_vecnormalize:
-        raise SystemExit(f"{args.model} learned from observations as they come: leave --vecnormalize out")
     try:
         check_dims(model.policy.world_model.decoder.specs, args.dims)
     except ValueError as error:

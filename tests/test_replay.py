@@ -307,6 +307,12 @@ class TestLatents:
         batch = buffer.sample(20)
         assert set(batch.start[batch.index[:, 1] == 1].flatten().tolist()) == {65504.0}
 
+    def test_latents_with_nan_are_refused(self):
+        buffer = make(latent_size=1)
+        walk(buffer, 0, 4)
+        with pytest.raises(ValueError, match="latents hold NaN"):
+            buffer.update_latents(np.array([[0, 0]]), th.full((1, 3, 1), th.nan))
+
     def test_without_latents_start_is_empty(self):
         buffer = two_episodes()
         batch = buffer.sample(1)

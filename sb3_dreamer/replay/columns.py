@@ -282,7 +282,12 @@ class HalfLatents:
         return self._arrived is not None
 
     def numpy(self) -> np.ndarray:
-        """(B, T, L) float16."""
+        """(B, T, L) float16.
+
+        :raises ValueError: for NaN.
+        """
         if self._arrived is not None:
             self._arrived.synchronize()
+        if not np.isfinite(self._half.sum(dtype=th.float32).item()):
+            raise ValueError("latents hold NaN: the state of the model has diverged, nothing was written back")
         return self._half.numpy()

@@ -138,4 +138,4 @@ class Imitation(Protocol):
         """Of the teacher in what the actor learns, after some updates."""
 
     def imitate(self, model: Any, intensity: float) -> None:
-        """One update of the actor alone, at a share of the full rate."""
+        """Updates of the actor alone, at a share of the full rate."""

@@ -14,6 +14,7 @@ from sb3_dreamer.hybrid.progress import Advance, no_progress
 
 RATE = 1e-3  # learning rate of an actor that does nothing but imitate
 STEPS_PER_REHEARSAL = 4  # for each minibatch of the actor alone: with more of these it learns the answers by heart
+IMITATIONS = 4  # updates of the actor for each of the model: with one it lags behind the features, which move
 MINIBATCH = 512
 LESSONS = 40  # batches of the replay that they are taken from
 
@@ -103,15 +104,23 @@ class Cloning:
             ) from error
 
     def imitate(self, model: Dreamer, intensity: float) -> None:
-        """One update of the actor alone, on the features of a batch, at a share of the full rate."""
+        """Updates of the actor alone, on the features of a batch, at a share of the full rate."""
         if model.replay_buffer.can_sample(self.answers.first):
-            self.step(*self.lessons(model, 1), intensity)
+            features, answers = self.lessons(model, 1)
+            for _ in range(IMITATIONS):
+                self.step(features, answers, intensity)
 
     def step(self, features: th.Tensor, answers: th.Tensor, intensity: float) -> None:
-        """One update of the actor: features (n, F), what the teacher would do there (n, A); share of the full rate."""
+        """One update of the actor on some of n lessons.
+
+        :param features: (n, F).
+        :param answers: (n, A) what the teacher would do there.
+        :param intensity: share of the full rate.
+        """
         if len(features) == 0:
             return
-        loss = -self.actor(features).log_prob(answers).mean()
+        index = th.randperm(len(features), device=features.device)[:MINIBATCH]
+        loss = -self.actor(features[index]).log_prob(answers[index]).mean()
         self.optimizer.param_groups[0]["lr"] = RATE * intensity
         self.optimizer.zero_grad()
         loss.backward()
@@ -165,7 +174,6 @@ def rehearse(model: Dreamer, cloning: Cloning, advance: Advance = no_progress) -
         return
     features, answers = cloning.lessons(model, LESSONS)
     while cloning.rehearsed < cloning.rehearsals:
-        index = th.randperm(len(features), device=model.device)[:MINIBATCH]
-        cloning.step(features[index], answers[index], 1 - cloning.rehearsed / cloning.rehearsals)
+        cloning.step(features, answers, 1 - cloning.rehearsed / cloning.rehearsals)
         cloning.rehearsed += 1
         advance(1)

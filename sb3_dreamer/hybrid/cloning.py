@@ -14,7 +14,7 @@ from sb3_dreamer.hybrid.progress import Advance, no_progress
 
 RATE = 1e-3  # learning rate of an actor that does nothing but imitate
 STEPS_PER_REHEARSAL = 4  # for each minibatch of the actor alone: with more of these it learns the answers by heart
-IMITATIONS = 4  # updates of the actor for each of the model: with one it lags behind the features, which move
+IMITATIONS = 16  # updates of the actor for each of the model: with one it lags behind the features, which move
 MINIBATCH = 512
 LESSONS = 40  # batches of the replay that they are taken from
 

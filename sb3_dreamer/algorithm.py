@@ -21,6 +21,7 @@ from stable_baselines3.common.vec_env import VecEnv
 from sb3_dreamer.environments import (
     NoteStep,
     ResetWatch,
+    check_loaded_statistics,
     check_spaces,
     check_statistics,
     check_wrapping,
@@ -28,6 +29,7 @@ from sb3_dreamer.environments import (
     step_named,
 )
 from sb3_dreamer.files import FileLike, check_parameters, in_place_of_pickles, known_args, read_settings, written_aside
+from sb3_dreamer.knobs import check_knobs
 from sb3_dreamer.policies import DreamerPolicy, PolicyState
 from sb3_dreamer.replay import SequenceReplayBuffer, read_replay
 from sb3_dreamer.types import Imitation, Observation
@@ -97,6 +99,7 @@ class SequenceAlgorithm(OffPolicyAlgorithm):
     def _setup_learn(
         self, total_timesteps: int, callback: MaybeCallback = None, *args: Any, **kwargs: Any
     ) -> tuple[int, BaseCallback]:
+        check_knobs(self.__dict__)
         check_statistics(self, stacklevel=4)
         if self.env is self.lent_env or self.resets.reset_by_others(self.env):
             self._last_obs = None
@@ -269,7 +272,7 @@ class SequenceAlgorithm(OffPolicyAlgorithm):
             custom_objects = in_place_of_pickles(settings, cls.policy_aliases, cls, {**kwargs, **custom_objects})
         given: Any = env  # an id too
         model = super().load(path, given, device, custom_objects, print_system_info, force_reset, **kwargs)
-        check_statistics(model, stacklevel=3)
+        check_loaded_statistics(model, stacklevel=3)
         return model
 
     def load_replay_buffer(self, path: FileLike, truncate_last_traj: bool = True) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 from gymnasium import spaces
+from gymnasium.vector import VectorEnv
 from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.preprocessing import is_image_space
@@ -27,6 +28,8 @@ def check_spaces(env: Any) -> None:
     :raises ValueError: for infinite bounds of actions, and for actions and observations of a kind that has no code.
     :raises TypeError: for what is no environment.
     """
+    if isinstance(env, VectorEnv):
+        raise TypeError(f"{env} is a vector of Gymnasium's, SB3 has its own: stable_baselines3's make_vec_env(id, n)")
     if not hasattr(env, "action_space"):
         raise TypeError(f"{env!r} is no environment: give one of Gymnasium, a VecEnv, or the id of one")
     action_spec_of(env.action_space)
@@ -103,6 +106,20 @@ def check_statistics(model: BaseAlgorithm, stacklevel: int) -> None:
                 f"the statistics of VecNormalize ({name.strip()}) are not finite, since an environment sent a number "
                 "that was not: set_env() with a new VecNormalize, or with an older one that VecNormalize.load() reads"
             )
+
+
+def check_loaded_statistics(model: BaseAlgorithm, stacklevel: int) -> None:
+    """As :func:`check_statistics`, of a Dreamer that comes from a file: it is warned of new statistics too."""
+    check_statistics(model, stacklevel + 1)
+    normalize = model.get_vec_normalize_env()
+    if normalize is None or not getattr(model, "trained_on_normalized_obs", False):
+        return
+    if all(one.count < 1 for one in statistics(normalize).values()):
+        warnings.warn(
+            "this model has learned with a VecNormalize, and that around its environment has seen nothing yet: "
+            "load(path, env=VecNormalize.load(statistics, env))",
+            stacklevel=stacklevel,
+        )
 
 
 class ResetWatch:

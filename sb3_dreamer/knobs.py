@@ -1,4 +1,8 @@
-"""What each knob may be. Checked when the networks are built, so that ``load(..., knob=...)`` is covered too."""
+"""What each knob may be.
+
+Checked when the networks are built, so that ``load(..., knob=...)`` is covered too, and before learning begins, since a
+knob may have been assigned meanwhile.
+"""
 
 from __future__ import annotations
 
@@ -88,4 +92,10 @@ def check_knobs(settings: Mapping[str, Any]) -> None:
         raise ValueError(
             f"replay_buffer_class={name} is no SequenceReplayBuffer: a world model learns from "
             "sequences, leave it out (goals relabelled in hindsight, as HER does, do not fit into them)"
+        )
+    length, replay = settings["batch_length"], settings.get("replay_buffer")
+    if replay is not None and replay.sequence_length != length:
+        raise ValueError(
+            f"batch_length={length} was assigned to an agent whose replay serves {replay.sequence_length} entries: "
+            "give it to the constructor or to load()"
         )

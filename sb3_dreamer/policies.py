@@ -76,7 +76,7 @@ class DreamerPolicy(BasePolicy):
             raise ValueError(
                 f'{self.alias} does not read {observation_space}: use "{right}" (MultiInputPolicy is for Dicts, '
                 "CnnPolicy for images: Boxes of uint8 with three dimensions, from 0 to 255; MlpPolicy for all else). "
-                "Images in another form are vectors to MlpPolicy: better give them that one"
+                "To MlpPolicy images of another form are vectors: better turn them into such Boxes"
             )
         check_action_bounds(action_space)
         size = dataclasses.replace(SIZES[model_size], **widths)

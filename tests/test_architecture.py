@@ -23,7 +23,7 @@ CORE = {
     "policies": {"types", "nets", "world_model", "behavior", "spaces"},
     "environments": {"spaces"},
     "files": set(),
-    "algorithm": {"types", "replay", "policies", "environments", "files"},
+    "algorithm": {"types", "replay", "knobs", "policies", "environments", "files"},
     "knobs": {"replay"},
     "metrics": set(),
     "capture": {"types"},

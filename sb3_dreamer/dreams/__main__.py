@@ -107,7 +107,10 @@ def main(argv: list[str] | None = None) -> Path:
     check_vecnormalize(args.model, args.vecnormalize)
     env = make_env(args.env, args.vecnormalize, args.seed)
     # its replay stays empty, and so takes no memory; not one on disk, which may hold the data of the training
-    model = Dreamer.load(args.model, env=env, buffer_size=env.num_envs * 100_000, replay_buffer_kwargs={})
+    try:
+        model = Dreamer.load(args.model, env=env, buffer_size=env.num_envs * 100_000, replay_buffer_kwargs={})
+    except ValueError as error:
+        raise SystemExit(f"{args.model} in {args.env}: {error}") from error
     try:
         check_dims(model.policy.world_model.decoder.specs, args.dims)
     except ValueError as error:

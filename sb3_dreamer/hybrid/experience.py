@@ -20,7 +20,7 @@ from sb3_dreamer.acting import require_dreamer, require_statistics
 from sb3_dreamer.dreamer import Dreamer
 from sb3_dreamer.environments import check_statistics
 from sb3_dreamer.hybrid.progress import Advance, progress
-from sb3_dreamer.knobs import as_whole
+from sb3_dreamer.knobs import as_whole, check_knobs
 from sb3_dreamer.replay import (
     Episode,
     SequenceReplayBuffer,
@@ -91,6 +91,7 @@ def pretrain(model: Dreamer, updates: int, progress_bar: bool = False) -> None:
     """
     require_replay(model, "pretrain()")
     updates = as_whole("updates", updates, least=1)
+    check_knobs(vars(model))
     prepare_training(model)
     with progress(updates, "pretrain", progress_bar) as advance:
         train_until(model, model._n_updates + updates, advance)

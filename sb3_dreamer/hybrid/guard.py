@@ -52,7 +52,8 @@ class Guard(ActsWithDreamer):
     what it has seen. The horizon has to reach back to where the fallback can still help. It is for robots that fall
     often: to be taken over in the middle of a gait has its own risk, and one that hardly falls may fall more with it.
 
-    Use it where a policy is used, in ``evaluate_policy`` for one.
+    Use it where a policy is used, in ``evaluate_policy`` for one. Its ``decisions`` counts the actions that it
+    was asked for, ``taken_over`` those of the fallback.
 
     :param model: a trained Dreamer with an environment.
     :param fallback: a model of SB3 or sb3-contrib, the path of a saved one, or anything with their ``predict``; it acts
@@ -98,6 +99,8 @@ class Guard(ActsWithDreamer):
         deterministic: bool = False,
     ) -> tuple[np.ndarray, GuardState]:
         """As :meth:`sb3_dreamer.policies.DreamerPolicy.predict`; where the fallback has taken over, its actions."""
+        if not (state is None or isinstance(state, GuardState)):
+            raise ValueError("Guard.predict() got a state of another: pass what its last call returned, or None")
         policy, normalize = self.model.policy, self.model.get_vec_normalize_env()
         actions, carried = policy.predict(observation, state and state[:2], episode_start, deterministic)
         packed, encoded = carried

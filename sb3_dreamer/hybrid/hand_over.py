@@ -53,7 +53,7 @@ def to_model_free(
     :param algorithm: SAC, TD3, DDPG, TQC, CrossQ, PPO, A2C, TRPO, or a class derived from one of them.
     :param env: environment to go on in or its id; None: Dreamer's own, which Dreamer resets from then on whenever it
         learns. If both are to learn in turns, give another one here: other algorithms do not reset. A VecNormalize
-        around it takes Dreamer's statistics over, or learns those of the replay where Dreamer has none.
+        around it takes Dreamer's statistics over; where Dreamer has none it learns from the replay, if it is training.
     :param on: what the new policy sees. "latents" are the features of Dreamer's model state, for tasks that need
         memory: the algorithm's environment then is a :class:`~sb3_dreamer.hybrid.LatentVecEnv`.
     :param updates: minibatches for the policy.
@@ -188,7 +188,7 @@ def _check_env(model: Dreamer, env: Any, on: str) -> None:
 def _share_statistics(model: Dreamer, env: VecEnv) -> None:
     """What the student learns from is normalised as for Dreamer, so what it will see has to be too."""
     own, other = model.get_vec_normalize_env(), unwrap_vec_normalize(env)
-    if own is None and other is not None and other.norm_obs:
+    if own is None and other is not None and other.norm_obs and other.training:
         for episode in read_episodes(model.replay_buffer, NEWEST):
             update_statistics(other, episode)
     for name in ("obs_rms", "ret_rms"):

@@ -13,7 +13,7 @@ from sb3_dreamer.hybrid.cloning import STEPS_PER_REHEARSAL, Answers, Asked, Clon
 from sb3_dreamer.hybrid.experience import prepare_training, require_replay, train_until
 from sb3_dreamer.hybrid.guide import Guide
 from sb3_dreamer.hybrid.progress import Advance, progress
-from sb3_dreamer.knobs import as_whole
+from sb3_dreamer.knobs import as_whole, check_knobs
 
 
 def warm_start(
@@ -62,6 +62,7 @@ def warm_start(
             f"n_steps={n_steps} makes no sequence of batch_length={model.batch_length} in each of {model.n_envs} "
             f"environments: give {needed} or more"
         )
+    check_knobs(vars(model))
     if not 0 <= student_share < 1:
         raise ValueError(f"student_share={student_share} has to be at least 0 and below 1")
     guide = Guide(model, teacher, vec_normalize, deterministic)

@@ -24,7 +24,7 @@ def unpickled(path: str | pathlib.Path | io.BufferedIOBase, what: str, verbose: 
     try:
         return load_from_pkl(file, verbose)
     except (pickle.UnpicklingError, EOFError) as error:
-        raise ValueError(f"{path} is damaged or no {what} ({error}): use an older one") from error
+        raise ValueError(f"{path} is damaged or no {what} ({error}): give another file") from error
     finally:
         if file is not path:
             file.close()
@@ -43,7 +43,10 @@ def read_replay(
     """
     buffer = unpickled(path, "saved replay", verbose)
     if not isinstance(buffer, SequenceReplayBuffer):
-        raise ValueError(f"{path} holds a {type(buffer).__name__}, but Dreamer replays a SequenceReplayBuffer")
+        raise ValueError(
+            f"{path} holds a {type(buffer).__name__}, but Dreamer replays a SequenceReplayBuffer: add_experience(path) "
+            "takes over what one of SB3 holds"
+        )
     for name in ("observation_space", "action_space", "n_envs", "sequence_length", "latent_size"):
         saved, needed = getattr(buffer, name), getattr(own, name)
         if saved != needed:

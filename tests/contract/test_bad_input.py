@@ -267,6 +267,27 @@ def test_settings_that_cannot_work_are_named(name, value):
         agent(**{name: value})
 
 
+@pytest.mark.parametrize("learn", [lambda model: model.learn(1), lambda model: model.pretrain(1)])
+@pytest.mark.parametrize(
+    ("name", "value", "says"),
+    [
+        ("batch_size", 0, "batch_size=0 must be a whole number"),
+        ("imagination_starts", 0, "imagination_starts=0 must be a whole number"),
+        ("batch_length", 5, "batch_length=5 was assigned to an agent whose replay serves 8 entries: give it to"),
+    ],
+)
+def test_settings_that_were_assigned_meanwhile_are_checked_before_learning(learn, name, value, says):
+    model = agent().learn(20)
+    setattr(model, name, value)
+    with pytest.raises(ValueError, match=says):
+        learn(model)
+
+
+def test_a_vector_of_gymnasium_is_refused_with_sb3s():
+    with pytest.raises(TypeError, match="SB3 has its own"):
+        Dreamer("MlpPolicy", gym.make_vec("Pendulum-v1", 2))
+
+
 @pytest.mark.parametrize(
     ("space", "bad"),
     [(spaces.Discrete(3, start=5), 8), (spaces.Discrete(3), -1), (spaces.MultiDiscrete([2, 3]), [1, 3])],

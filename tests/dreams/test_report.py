@@ -106,6 +106,7 @@ def test_the_command_writes_the_page(tmp_path: Path, capsys: pytest.CaptureFixtu
         (["--horizon", "0"], "--horizon: 0 has to be at least 1"),
         (["--steps", "40"], "--steps 40: --context and --horizon together need 65 or more"),
         (["--vecnormalize", "nowhere.pkl"], "nowhere.pkl does not exist: give the file that VecNormalize.save wrote"),
+        (["--env", "CartPole-v1"], "model.zip in CartPole-v1: Observation spaces do not match"),
         (["--dims", "obs[9]"], r"--dims: dims ['obs[9]'] are unknown; there are obs[0], obs[1], obs[2]"),
     ],
 )

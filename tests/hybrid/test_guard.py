@@ -119,6 +119,12 @@ def test_dreamer_remembers_under_a_guard(dreamer: Dreamer):
     np.testing.assert_array_equal(state.packed, own[0])
 
 
+def test_the_state_of_another_is_refused(dreamer: Dreamer):
+    _, state = dreamer.predict(observe())
+    with pytest.raises(ValueError, match=r"Guard.predict\(\) got a state of another"):
+        Guard(dreamer, Constant(dreamer)).predict(observe(), state)
+
+
 def test_a_model_that_learned_normalised_is_not_used_without_its_statistics(tmp_path):
     env = VecNormalize(pendulum())
     Dreamer("MlpPolicy", env, **SMALL).learn(60).save(tmp_path / "model")

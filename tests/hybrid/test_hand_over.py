@@ -673,6 +673,16 @@ def test_a_new_vecnormalize_takes_dreamers_statistics_over():
     assert other.obs_rms.count > own.obs_rms.count, "its own from there on"
 
 
+def test_statistics_that_are_not_training_stay_as_they_are():
+    model = Dreamer("MlpPolicy", pendulum(), **SMALL).learn(60)
+    env = VecNormalize(pendulum(), norm_reward=False)
+    env.reset()
+    env.training = False
+    before = env.obs_rms.copy()
+    model.to_model_free(SAC, env=env, **QUICK)
+    assert (env.obs_rms.count, env.obs_rms.mean.tolist()) == (before.count, before.mean.tolist())
+
+
 @pytest.mark.parametrize("algorithm", [SAC, PPO])
 def test_the_students_environment_alone_may_normalise_what_it_sees(algorithm: Any):
     model = Dreamer("MlpPolicy", pendulum(), **SMALL).learn(200)

@@ -96,6 +96,6 @@ def check_knobs(settings: Mapping[str, Any]) -> None:
     length, replay = settings["batch_length"], settings.get("replay_buffer")
     if replay is not None and replay.sequence_length != length:
         raise ValueError(
-            f"batch_length={length} was assigned to an agent whose replay serves {replay.sequence_length} entries: "
-            "give it to the constructor or to load()"
+            f"batch_length={length} was assigned to an agent whose replay serves sequences of "
+            f"{replay.sequence_length}: give it to the constructor or to load()"
         )

@@ -56,13 +56,13 @@ def warm_start(
     """
     if model.env is None:
         raise ValueError("warm_start() needs an environment: give one to the constructor, to load() or to set_env()")
+    check_knobs(vars(model))
     n_steps = as_whole("n_steps", n_steps, least=1)
     if n_steps < (needed := model.batch_length * model.n_envs):
         raise ValueError(
             f"n_steps={n_steps} makes no sequence of batch_length={model.batch_length} in each of {model.n_envs} "
             f"environments: give {needed} or more"
         )
-    check_knobs(vars(model))
     if not 0 <= student_share < 1:
         raise ValueError(f"student_share={student_share} has to be at least 0 and below 1")
     guide = Guide(model, teacher, vec_normalize, deterministic)

@@ -273,7 +273,7 @@ def test_settings_that_cannot_work_are_named(name, value):
     [
         ("batch_size", 0, "batch_size=0 must be a whole number"),
         ("imagination_starts", 0, "imagination_starts=0 must be a whole number"),
-        ("batch_length", 5, "batch_length=5 was assigned to an agent whose replay serves 8 entries: give it to"),
+        ("batch_length", 5, "batch_length=5 was assigned to an agent whose replay serves sequences of 8: give it to"),
     ],
 )
 def test_settings_that_were_assigned_meanwhile_are_checked_before_learning(learn, name, value, says):

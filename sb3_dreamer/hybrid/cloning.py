@@ -14,7 +14,7 @@ from sb3_dreamer.hybrid.progress import Advance, no_progress
 
 RATE = 1e-3  # learning rate of an actor that does nothing but imitate
 STEPS_PER_REHEARSAL = 4  # for each minibatch of the actor alone: with more of these it learns the answers by heart
-IMITATIONS = 16  # updates of the actor for each of the model: with one it lags behind the features, which move
+IMITATIONS = 16  # of the actor, for each update of the model in learn(): with one it lags behind the moving features
 MINIBATCH = 512
 LESSONS = 40  # batches of the replay that they are taken from
 
@@ -104,10 +104,13 @@ class Cloning:
             ) from error
 
     def imitate(self, model: Dreamer, intensity: float) -> None:
-        """Updates of the actor alone, on the features of a batch, at a share of the full rate."""
+        """Updates of the actor alone, on the features of a batch, at a share of the full rate.
+
+        One while the warm start goes on, which ends with a rehearsal: more would learn its few answers by heart.
+        """
         if model.replay_buffer.can_sample(self.answers.first):
             features, answers = self.lessons(model, 1)
-            for _ in range(IMITATIONS):
+            for _ in range(1 if self.left(model._n_updates) else IMITATIONS):
                 self.step(features, answers, intensity)
 
     def step(self, features: th.Tensor, answers: th.Tensor, intensity: float) -> None:

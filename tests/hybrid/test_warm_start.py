@@ -144,12 +144,12 @@ class TestImitation:
         expected = [(1e-3 * share, 0.4 * (1 - share)) for share in (1, 0.75, 0.5, 0.25, 0, 0)]
         np.testing.assert_allclose(rates, expected, rtol=1e-6)
 
-    def test_the_actor_keeps_up_with_the_model_by_sixteen_updates_for_each_of_its(self):
+    def test_the_actor_imitates_once_for_each_update_of_the_warm_start_and_sixteen_times_for_each_after_it(self):
         model = fresh().warm_start(Constant(), 60, updates=2)
         of_teacher = model._cloning.optimizer.state[model.policy.actor.out.weight]
-        before = int(of_teacher["step"])
+        assert of_teacher["step"] == 2 + model._cloning.rehearsed
         model.train(3, 4)
-        assert int(of_teacher["step"]) == before + 3 * 16
+        assert of_teacher["step"] == 2 + model._cloning.rehearsed + 3 * 16
 
     def test_as_long_as_it_lasts_the_teacher_goes_on_being_asked(self):
         teacher = Constant()

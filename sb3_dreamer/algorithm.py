@@ -21,7 +21,6 @@ from stable_baselines3.common.vec_env import VecEnv
 from sb3_dreamer.environments import (
     NoteStep,
     ResetWatch,
-    check_loaded_statistics,
     check_spaces,
     check_statistics,
     check_wrapping,
@@ -272,7 +271,7 @@ class SequenceAlgorithm(OffPolicyAlgorithm):
             custom_objects = in_place_of_pickles(settings, cls.policy_aliases, cls, {**kwargs, **custom_objects})
         given: Any = env  # an id too
         model = super().load(path, given, device, custom_objects, print_system_info, force_reset, **kwargs)
-        check_loaded_statistics(model, stacklevel=3)
+        check_statistics(model, stacklevel=3)
         return model
 
     def load_replay_buffer(self, path: FileLike, truncate_last_traj: bool = True) -> None:

@@ -108,20 +108,6 @@ def check_statistics(model: BaseAlgorithm, stacklevel: int) -> None:
             )
 
 
-def check_loaded_statistics(model: BaseAlgorithm, stacklevel: int) -> None:
-    """As :func:`check_statistics`, of a Dreamer that comes from a file: it is warned of new statistics too."""
-    check_statistics(model, stacklevel + 1)
-    normalize = model.get_vec_normalize_env()
-    if normalize is None or not getattr(model, "trained_on_normalized_obs", False):
-        return
-    if all(one.count < 1 for one in statistics(normalize).values()):
-        warnings.warn(
-            "this model has learned with a VecNormalize, and that around its environment has seen nothing yet: "
-            "load(path, env=VecNormalize.load(statistics, env))",
-            stacklevel=stacklevel,
-        )
-
-
 class ResetWatch:
     """Notices where somebody else, an evaluation perhaps, resets environments in which an agent is under way.
 

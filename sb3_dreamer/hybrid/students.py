@@ -130,9 +130,8 @@ class StochasticActorCritic:
     def loss(self, obs: Any, lessons: Lessons, index: np.ndarray) -> th.Tensor:
         chosen: Any = self.policy.get_distribution(obs).distribution
         wanted = lessons.mean[index]
-        scale = lessons.value.std().clamp(min=1e-3)
         value = self.policy.predict_values(obs).squeeze(-1)
-        loss = ((value - lessons.value[index]) / scale).square().mean()
+        loss = (value - standardized(lessons.value)[index]).square().mean()
         if isinstance(self.space, spaces.Box):
             return loss + (chosen.mean - wanted).square().sum(-1).mean()
         if isinstance(self.space, spaces.MultiBinary):
@@ -141,15 +140,14 @@ class StochasticActorCritic:
         return loss - (wanted * logits).sum(-1).mean()
 
     def finish(self, lessons: Lessons) -> None:
+        unstandardize(self.policy.value_net, lessons.value)
         if isinstance(self.space, spaces.Box):
             bounds = self.space.low.flatten(), self.space.high.flatten()
             low, high = (th.as_tensor(bound, device=lessons.std.device) for bound in bounds)
-            last: Any = self.policy.action_net
             half_range = (high - low) / 2
-            with th.no_grad():
-                last.weight.mul_(half_range.unsqueeze(-1))
-                last.bias.mul_(half_range).add_((low + high) / 2)
-                if not self.std_given:
+            rescale(self.policy.action_net, half_range, (low + high) / 2)
+            if not self.std_given:
+                with th.no_grad():
                     self.policy.log_std.copy_((lessons.std.mean(0) * half_range).clamp(min=1e-3).log())
 
 
@@ -177,16 +175,19 @@ def teach_critics(target: Any, verdicts: Verdicts, updates: int, advance: Advanc
 
     The actor follows their slope over actions from its first step on, and replayed actions hardly tell them apart.
     They learn at a rate of their own, whatever the student's is, and it falls to almost nothing: at a constant rate the
-    noise of the last minibatches alone leads the actor astray.
+    noise of the last minibatches alone leads the actor astray. They learn standardized values, and the last layers then
+    take over mean and deviation: from zero to values of hundreds they would climb for thousands of updates and learn
+    nothing else.
 
     :param target: the student.
     :param verdicts: what actions are worth.
     :param updates: minibatches of 256 moments.
     :param advance: is told of each.
     """
+    values = standardized(verdicts.value)
 
     def loss(index: np.ndarray) -> th.Tensor:
-        value = verdicts.value[index]
+        value = values[index]
         obs = verdicts.seen_by(target.policy, index.repeat(value.shape[1]))
         predicted = target.critic(obs, verdicts.action[index].flatten(0, 1))
         stacked = th.stack(predicted, 1) if isinstance(predicted, tuple) else predicted  # (., critics, 1 or quantiles)
@@ -196,8 +197,32 @@ def teach_critics(target: Any, verdicts: Verdicts, updates: int, advance: Advanc
     target.policy.set_training_mode(True)
     fit(target.critic.parameters(), loss, verdicts.batches(updates, BATCH), updates, advance)
     target.policy.set_training_mode(False)
+    for network in target.critic.q_networks:
+        unstandardize(network[-1], verdicts.value)
     if hasattr(target, "critic_target"):
         target.critic_target.load_state_dict(target.critic.state_dict())
+
+
+def standardized(value: th.Tensor) -> th.Tensor:
+    """Values of any shape with mean 0 and deviation 1; constant ones are 0."""
+    return (value - value.mean()) / deviation(value)
+
+
+def unstandardize(layer: Any, value: th.Tensor) -> None:
+    """Let a last layer that has learned :func:`standardized` values give the values themselves."""
+    rescale(layer, deviation(value), value.mean())
+
+
+def deviation(value: th.Tensor) -> th.Tensor:
+    """Standard deviation (), not so small that noise would be amplified."""
+    return value.std().clamp(min=1e-3)
+
+
+@th.no_grad()
+def rescale(layer: Any, scale: th.Tensor, shift: th.Tensor) -> None:
+    """Multiply the outputs of a linear layer by ``scale`` and add ``shift``, () or (out,) each."""
+    layer.weight.mul_(scale.unsqueeze(-1))
+    layer.bias.mul_(scale).add_(shift)
 
 
 def start_slowly(target: Any) -> None:

@@ -61,11 +61,11 @@ def smooth_lessons(n: int) -> Lessons:
     return Lessons({"obs": obs}, mean, th.full((n, 1), 0.2), nothing)
 
 
-def verdicts(n: int, spread: float) -> Verdicts:
+def verdicts(n: int, spread: float, mean: float = -5) -> Verdicts:
     """At n moments four actions, one worth 3 more than another that is smaller by 1; what all are worth is random."""
     action = th.rand(n, 4, 1) * 2 - 1
     obs = np.random.default_rng(n).uniform(-1, 1, (n, 3)).astype(np.float32)
-    return Verdicts({"obs": obs}, action, 3 * action[..., 0] - 5 + spread * th.randn(n, 1))
+    return Verdicts({"obs": obs}, action, 3 * action[..., 0] + mean + spread * th.randn(n, 1))
 
 
 class TestCritics:
@@ -89,14 +89,26 @@ class TestCritics:
         np.testing.assert_allclose(rates[-1], LEARNING_RATE * LAST_RATE, rtol=0.5)
         assert (np.diff(rates) < 0).all()
 
-    def test_how_actions_differ_is_learned_even_where_moments_cannot_be_told_apart(self, dreamer: Dreamer):
+    @pytest.mark.parametrize("mean", [-5, 1000], ids="mean {}".format)
+    def test_how_actions_differ_is_learned_even_where_moments_cannot_be_told_apart(self, dreamer: Dreamer, mean: float):
         sac = dreamer.to_model_free(SAC, **QUICK)
-        judged = verdicts(2000, spread=5.0)
+        judged = verdicts(2000, spread=5.0, mean=mean)
         teach_critics(sac, judged, 1000)
         obs = judged.seen_by(sac.policy, slice(None))
         with th.no_grad():
             low, high = (sac.critic(obs, th.full((2000, 1), a))[0].mean() for a in (-0.5, 0.5))
         assert abs(high - low - 3.0) < 0.3
+        assert abs(high + low - 2 * mean) < 1.0
+
+    def test_values_on_policy_may_be_large_too(self, dreamer: Dreamer):
+        ppo, n = dreamer.to_model_free(PPO, updates=0), 2000
+        obs = np.random.default_rng(0).uniform(-1, 1, (n, 3)).astype(np.float32)
+        value = 1000 + 20 * th.as_tensor(obs[:, 0])
+        lessons = Lessons({"obs": obs}, th.zeros(n, 1), th.ones(n, 1), value)
+        teach(ppo, lessons, 1000)
+        with th.no_grad():
+            error = ppo.policy.predict_values(lessons.seen_by(ppo.policy, slice(None))).squeeze(1) - value
+        assert float(error.abs().mean()) < 1.5
 
     def test_targets_are_what_was_taught(self, dreamer: Dreamer):
         sac = dreamer.to_model_free(SAC, **QUICK)

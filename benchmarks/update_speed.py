@@ -97,7 +97,7 @@ def time_parts(model: Dreamer, repeats: int) -> dict[str, float]:
     def learn_behavior() -> None:
         with precision():
             logits = policy.critic(dreamt.features)
-            values = policy.critic.fast.mean(logits.detach())
+            values = policy.critic.mean(logits)
             returns = lambda_returns(dreamt.reward, dreamt.discount, values, model.gae_lambda)
             advantage = advantages(dreamt, returns, values, policy.return_scale.scale, model.center_advantage)
             loss, _ = actor_loss(policy.actor, dreamt, advantage, model.ent_coef)

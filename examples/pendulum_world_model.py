@@ -10,7 +10,7 @@ import torch as th
 from stable_baselines3.common.env_util import make_vec_env
 
 from sb3_dreamer import Dreamer
-from sb3_dreamer.dreamer import LOSS_SCALES
+from sb3_dreamer.dreamer import total_loss
 from sb3_dreamer.dreams import collect, horizon_errors, open_loop, write_report
 
 ENV_ID = "Pendulum-v1"
@@ -41,7 +41,7 @@ def main() -> None:
         losses, states, _ = world_model.loss(batch)
         data.update_latents(batch.index, world_model.rssm.latents(states.detach()))  # where sequences begin
         optimizer.zero_grad()
-        th.stack([LOSS_SCALES.get(key, 1.0) * loss.mean() for key, loss in losses.items()]).sum().backward()
+        total_loss(losses).backward()
         optimizer.step()
         schedule.step()
         if update % 250 == 0 or update == args.updates:

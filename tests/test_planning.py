@@ -110,8 +110,8 @@ def test_a_deterministic_plan_is_the_same_each_time_and_draws_nothing_of_torch(m
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        (dict(horizon=0), "horizon=0 has to be a whole number of at least 1"),
-        (dict(n_candidates=4), "n_candidates=4 has to be a whole number of at least 8"),
+        (dict(horizon=0), "horizon=0 must be a whole number of at least 1"),
+        (dict(n_candidates=4), "n_candidates=4 must be a whole number of at least 8"),
     ],
 )
 def test_senseless_numbers_are_refused(model: Dreamer, settings: dict[str, int], words: str) -> None:

@@ -11,6 +11,7 @@ from sb3_dreamer.behavior.actor_critic import Actor
 from sb3_dreamer.dreamer import Dreamer
 from sb3_dreamer.hybrid.guide import Guide
 from sb3_dreamer.hybrid.progress import Advance, no_progress
+from sb3_dreamer.imitation import NO_TEACHER
 
 RATE = 1e-3  # learning rate of an actor that does nothing but imitate
 STEPS_PER_REHEARSAL = 4  # for each minibatch of the actor alone: with more of these it learns the answers by heart
@@ -74,7 +75,7 @@ class Cloning:
         """Steps, updates and rehearsals of the warm start that are left to do, after some updates."""
         return max(self.steps_left, 0) + max(self.fade_from - n_updates, 0) + self.rehearsals - self.rehearsed
 
-    def share(self, n_updates: int) -> float:
+    def weight(self, n_updates: int) -> float:
         """Of the teacher in what the actor learns, after some updates."""
         if n_updates < self.fade_from:
             return 1.0
@@ -87,7 +88,7 @@ class Cloning:
         self.answers.note(model.replay_buffer.heads(), model.policy.encode_action(actions))
         return actions
 
-    def go_on_asking(self, model: Dreamer, taken: np.ndarray) -> None:
+    def query(self, model: Dreamer, taken: np.ndarray) -> None:
         """As :meth:`ask`, in ``learn()``: a teacher that fails is forgotten, and the next ``learn()`` goes on.
 
         :param taken: (n_envs, *shape) actions that the model takes meanwhile.
@@ -97,34 +98,36 @@ class Cloning:
             self.ask(model)
             self.guide.memory = self.guide.with_action(self.guide.memory, taken)
         except Exception as error:
-            model._cloning = None
+            model.imitation = NO_TEACHER
             raise RuntimeError(
                 f"the teacher of warm_start() failed at environment step {model.num_timesteps}: {error!r}. It is "
                 "forgotten: learn(reset_num_timesteps=False) goes on without it"
             ) from error
 
-    def imitate(self, model: Dreamer, intensity: float) -> None:
+    def imitate(self, model: Dreamer, weight: float) -> None:
         """Updates of the actor alone, on the features of a batch, at a share of the full rate.
 
         One while the warm start goes on, which ends with a rehearsal: more would learn its few answers by heart.
         """
+        if weight == 0.0:
+            return
         if model.replay_buffer.can_sample(self.answers.first):
             features, answers = self.lessons(model, 1)
             for _ in range(1 if self.left(model._n_updates) else IMITATIONS):
-                self.step(features, answers, intensity)
+                self.step(features, answers, weight)
 
-    def step(self, features: th.Tensor, answers: th.Tensor, intensity: float) -> None:
+    def step(self, features: th.Tensor, answers: th.Tensor, weight: float) -> None:
         """One update of the actor on some of n lessons.
 
         :param features: (n, F).
         :param answers: (n, A) what the teacher would do there.
-        :param intensity: share of the full rate.
+        :param weight: share of the full rate.
         """
         if len(features) == 0:
             return
         index = th.randperm(len(features), device=features.device)[:MINIBATCH]
         loss = -self.actor(features[index]).log_prob(answers[index]).mean()
-        self.optimizer.param_groups[0]["lr"] = RATE * intensity
+        self.optimizer.param_groups[0]["lr"] = RATE * weight
         self.optimizer.zero_grad()
         loss.backward()
         self.optimizer.step()

@@ -76,7 +76,7 @@ class LatentVecEnv(VecEnv):
         """The next states (n, P) and their features (n, F)."""
         assert self._packed is not None
         policy = self.model.policy
-        tensors, _ = policy.finite_obs(obs, "LatentVecEnv")
+        tensors, _ = policy.checked_obs(obs, "LatentVecEnv")
         first = th.as_tensor(is_first, device=self.model.device)
         state = policy.observe(tensors, self._packed, self._action, first, sample=False)
         return policy.world_model.rssm.pack(state), state.features.cpu().numpy()

@@ -18,7 +18,7 @@ from sb3_dreamer.hybrid.real_states import (
     imagined_observations,
     unpacked,
 )
-from sb3_dreamer.nets.distributions import ActionDistribution, Bits, BoundedNormal, OneHots
+from sb3_dreamer.nets.distributions import ActionDistribution, Bernoulli, BoundedNormal, OneHotCategoricals
 from sb3_dreamer.spaces import as_observation
 
 JUDGED = 20_000  # moments at which actions are judged
@@ -160,6 +160,6 @@ def answer(model: Dreamer, features: th.Tensor) -> tuple[th.Tensor, th.Tensor]:
     policy: ActionDistribution = model.policy.actor(features)
     if isinstance(policy, BoundedNormal):
         return policy.mean, policy.std
-    assert isinstance(policy, OneHots | Bits)
-    probs = th.cat(policy.probs, -1) if isinstance(policy, OneHots) else policy.prob
+    assert isinstance(policy, OneHotCategoricals | Bernoulli)
+    probs = th.cat(policy.probs, -1) if isinstance(policy, OneHotCategoricals) else policy.prob
     return probs, th.ones_like(probs)

@@ -12,7 +12,7 @@ from gymnasium import spaces
 from sb3_dreamer.behavior.imagination import imagine, lambda_returns
 from sb3_dreamer.dreamer import Dreamer
 from sb3_dreamer.replay import Episode, read_episodes
-from sb3_dreamer.spaces import observations, parts_of
+from sb3_dreamer.spaces import decoded_observations, parts_of
 from sb3_dreamer.types import Dream
 from sb3_dreamer.world_model.rssm import State
 
@@ -123,7 +123,7 @@ def imagined_observations(model: Dreamer, features: th.Tensor) -> dict[str, np.n
 
 def _imagined_observations(model: Dreamer, features: th.Tensor) -> dict[str, np.ndarray]:
     decoded = model.policy.world_model.predict_obs(features)
-    obs, normalize = observations(model.observation_space, decoded), model.get_vec_normalize_env()
+    obs, normalize = decoded_observations(model.observation_space, decoded), model.get_vec_normalize_env()
     if normalize is not None and normalize.norm_obs:
         for key in normalize.norm_obs_keys or obs:
             obs[key] = decoded[key].float().clamp(-normalize.clip_obs, normalize.clip_obs).cpu().numpy()

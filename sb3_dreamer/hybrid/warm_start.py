@@ -71,7 +71,7 @@ def warm_start(
     updates = int(n_steps * per_step) if updates is None else as_whole("updates", updates, least=0)
     fade = int((2 * n_steps if fade_steps is None else as_whole("fade_steps", fade_steps, least=0)) * per_step)
     asked = Asked(teacher, vec_normalize, deterministic, n_steps, updates, fade, student_share)
-    cloning = model._cloning
+    cloning = model.imitation
     if not isinstance(cloning, Cloning) or cloning.asked != asked or cloning.left(model._n_updates) == 0:
         answers = Answers(model.replay_buffer.heads(), model.policy.action_spec.width)
         fade_from = model._n_updates + updates
@@ -81,7 +81,7 @@ def warm_start(
     owed = model._entries_owed
     try:
         with progress(cloning.left(model._n_updates), "warm start", progress_bar) as advance:
-            model._cloning = cloning
+            model.imitation = cloning
             if cloning.steps_left > 0:
                 _take_steps(model, cloning, advance)
             require_replay(model, "warm_start()")

@@ -145,7 +145,7 @@ def test_ppo_trains_in_it_unchanged_and_the_model_stays_as_it_is(dreamer: Dreame
 
 @pytest.mark.parametrize(("n_envs", "horizon"), [(0, 5), (4, 0)])
 def test_senseless_numbers_are_refused(dreamer: Dreamer, n_envs: int, horizon: int):
-    with pytest.raises(ValueError, match="has to be a whole number of at least 1"):
+    with pytest.raises(ValueError, match="must be a whole number of at least 1"):
         DreamVecEnv(dreamer, n_envs, horizon)
 
 

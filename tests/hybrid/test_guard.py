@@ -330,7 +330,7 @@ def test_it_can_be_evaluated_as_any_policy(dreamer: Dreamer):
 def test_what_cannot_work_is_refused(dreamer: Dreamer, tmp_path):
     fallback = Constant(dreamer)
     for wrong in (dict(horizon=0), dict(n_dreams=0), dict(every=0)):
-        with pytest.raises(ValueError, match="has to be a whole number of at least 1"):
+        with pytest.raises(ValueError, match="must be a whole number of at least 1"):
             Guard(dreamer, fallback, **wrong)
     with pytest.raises(ValueError, match=r"max_risk=1.5 has to be from 0 to 1"):
         Guard(dreamer, fallback, max_risk=1.5)

@@ -317,14 +317,14 @@ class TestSettings:
         assert [len(e) for e in read_episodes(model.replay_buffer)] == [50, 9, 39]
 
     def test_a_replay_without_a_transition_is_refused(self, dreamer: Dreamer):
-        with pytest.raises(ValueError, match="transitions=3 has to be a whole number of at least 4"):
+        with pytest.raises(ValueError, match="transitions=3 must be a whole number of at least 4"):
             dreamer.to_model_free(SAC, **QUICK, transitions=3)
 
     @pytest.mark.parametrize("name", ["updates", "critic_updates", "transitions"])
     def test_numbers_are_whole_or_refused_before_any_work(self, dreamer: Dreamer, name: str, monkeypatch):
         monkeypatch.setattr(hand_over, "teach", None)
         for value in (-1, 10.5, "10"):
-            with pytest.raises(ValueError, match=f"{name}={value!r} has to be a whole number of at least "):
+            with pytest.raises(ValueError, match=f"{name}={value!r} must be a whole number of at least "):
                 dreamer.to_model_free(SAC, **{**QUICK, name: value})
 
     def test_as_in_learn_they_may_come_as_floats(self, dreamer: Dreamer):

@@ -19,6 +19,7 @@ from sb3_dreamer import Dreamer
 from sb3_dreamer.hybrid import Guard, experience, hand_over, warm_start
 from sb3_dreamer.hybrid.cloning import Answers, rehearse
 from sb3_dreamer.hybrid.guide import Guide
+from sb3_dreamer.imitation import NO_TEACHER
 from sb3_dreamer.planning import Planner
 from sb3_dreamer.replay import read_episodes
 from tests.hybrid.conftest import SMALL, pendulum
@@ -110,7 +111,7 @@ class TestExperience:
     def test_updates_are_what_the_steps_pay_for(self):
         model = fresh(train_ratio=8).warm_start(Constant(), 60)
         assert model._n_updates == 60 * 8 // (4 * 8)
-        assert model._cloning.fade_updates == 2 * 60 * 8 // (4 * 8), "it fades over twice the steps"
+        assert model.imitation.fade_updates == 2 * 60 * 8 // (4 * 8), "it fades over twice the steps"
         model.learn(4)
         assert model._n_updates == 60 * 8 // (4 * 8) + 1, "nothing more is owed"
 
@@ -126,11 +127,11 @@ class TestImitation:
         assert abs(action.item() - 1.5) < 0.3
 
     def test_its_share_fades(self):
-        cloning = fresh().warm_start(Constant(), 60, updates=0)._cloning
+        cloning = fresh().warm_start(Constant(), 60, updates=0).imitation
         cloning.fade_from, cloning.fade_updates = 10, 20
-        assert [cloning.share(n) for n in (0, 10, 15, 20, 30, 99)] == [1, 1, 0.75, 0.5, 0, 0]
+        assert [cloning.weight(n) for n in (0, 10, 15, 20, 30, 99)] == [1, 1, 0.75, 0.5, 0, 0]
         cloning.fade_updates = 0
-        assert [cloning.share(n) for n in (9, 10)] == [1, 0]
+        assert [cloning.weight(n) for n in (9, 10)] == [1, 0]
 
     def test_what_the_teacher_does_not_teach_the_actor_learns_itself(self):
         teacher = Constant()
@@ -138,7 +139,7 @@ class TestImitation:
         rates = []
         for _ in range(6):
             model.train(1, 4)
-            of_teacher = model._cloning.optimizer.param_groups[0]["lr"] if model._cloning else 0.0
+            of_teacher = model.imitation.optimizer.param_groups[0]["lr"] if model.imitation is not NO_TEACHER else 0.0
             rates.append((of_teacher, model.policy.optimizer.param_groups[1]["lr_scale"]))
         assert len(teacher.seen) == 60, "updates alone ask nothing"
         expected = [(1e-3 * share, 0.4 * (1 - share)) for share in (1, 0.75, 0.5, 0.25, 0, 0)]
@@ -146,22 +147,22 @@ class TestImitation:
 
     def test_the_actor_imitates_once_for_each_update_of_the_warm_start_and_sixteen_times_for_each_after_it(self):
         model = fresh().warm_start(Constant(), 60, updates=2)
-        of_teacher = model._cloning.optimizer.state[model.policy.actor.out.weight]
-        assert of_teacher["step"] == 2 + model._cloning.rehearsed
+        of_teacher = model.imitation.optimizer.state[model.policy.actor.out.weight]
+        assert of_teacher["step"] == 2 + model.imitation.rehearsed
         model.train(3, 4)
-        assert of_teacher["step"] == 2 + model._cloning.rehearsed + 3 * 16
+        assert of_teacher["step"] == 2 + model.imitation.rehearsed + 3 * 16
 
     def test_as_long_as_it_lasts_the_teacher_goes_on_being_asked(self):
         teacher = Constant()
         model = fresh(train_ratio=4).warm_start(teacher, 60, updates=4, fade_steps=32)  # 8 steps are worth an update
-        first = model._cloning.answers.first[0]
+        first = model.imitation.answers.first[0]
         model.learn(31, reset_num_timesteps=False)
         assert len(teacher.seen) == 91
-        asked = np.isfinite(model._cloning.answers.at(np.array([[0]]), np.arange(first + 100)[None])[0, :, 0])
+        asked = np.isfinite(model.imitation.answers.at(np.array([[0]]), np.arange(first + 100)[None])[0, :, 0])
         steps = [*range(50), *range(51, 61), *range(61, 92)]  # 50: the end of an episode
         np.testing.assert_array_equal(np.flatnonzero(asked), np.add(first, steps))
         model.learn(40, reset_num_timesteps=False)
-        assert (model._cloning, len(teacher.seen)) == (None, 100)
+        assert (model.imitation, len(teacher.seen)) == (NO_TEACHER, 100)
 
     def test_answers_are_found_by_environment_and_entry(self):
         answers = Answers(np.array([5, 2000]), 1)
@@ -177,8 +178,8 @@ class TestImitation:
     def test_the_teacher_is_imitated_where_it_was_asked_whoever_acted(self):
         model = fresh().learn(60)
         model.warm_start(Constant(), 60, updates=1)
-        first = model._cloning.answers.first[0]
-        asked = np.isfinite(model._cloning.answers.at(np.array([[0]]), np.arange(first + 100)[None])[0, :, 0])
+        first = model.imitation.answers.first[0]
+        asked = np.isfinite(model.imitation.answers.at(np.array([[0]]), np.arange(first + 100)[None])[0, :, 0])
         steps = [*range(first, first + 50), *range(first + 51, first + 61)]  # between them the end of an episode
         np.testing.assert_array_equal(np.flatnonzero(asked), steps)
 
@@ -198,7 +199,7 @@ class TestImitation:
     def test_lessons_are_the_entries_at_which_the_teacher_was_asked(self):
         model = fresh().learn(60)
         model.warm_start(Constant(), 60, updates=0)
-        features, answers = model._cloning.lessons(model, 8)
+        features, answers = model.imitation.lessons(model, 8)
         assert 8 * 4 * 7 < len(features) < 8 * 4 * 8, "all but the ends of episodes, and of learn() no sequence"
         assert features.shape == (len(answers), model.policy.world_model.feature_width)
         th.testing.assert_close(answers, th.full((len(features), 1), 0.5))
@@ -207,13 +208,13 @@ class TestImitation:
         model = fresh(learning_starts=400).learn(400)
         model.warm_start(Constant(), 60, updates=0)
         queue = list(model.replay_buffer._rings._queue)
-        features, _ = model._cloning.lessons(model, 8)
+        features, _ = model.imitation.lessons(model, 8)
         assert len(features) > 8 * 4 * 7
         assert list(model.replay_buffer._rings._queue) == queue, "what the world model is to see next stays so"
 
     def test_a_step_raises_the_likelihood_of_the_answers_and_none_without_answers(self):
         model = fresh().warm_start(Constant(), 60, updates=0)
-        cloning, actor = model._cloning, model.policy.actor
+        cloning, actor = model.imitation, model.policy.actor
         features, answers = cloning.lessons(model, 1)
 
         def likelihood() -> float:
@@ -229,11 +230,11 @@ class TestImitation:
 
     @pytest.mark.parametrize("updates", [2, 10])
     def test_how_long_is_rehearsed_follows_from_the_answers_that_there_are_not_from_the_updates(self, updates: int):
-        assert fresh().warm_start(Constant(), 60, updates=updates)._cloning.rehearsed == 60 // 4
+        assert fresh().warm_start(Constant(), 60, updates=updates).imitation.rehearsed == 60 // 4
 
     def test_a_rehearsal_moves_the_actor_and_nothing_else(self):
         model = fresh().warm_start(Constant(), 60, updates=0)
-        features, answers = model._cloning.lessons(model, 2)
+        features, answers = model.imitation.lessons(model, 2)
         before = {name: p.clone() for name, p in model.policy.named_parameters()}
 
         def error() -> float:
@@ -241,16 +242,16 @@ class TestImitation:
                 return -model.policy.actor(features).log_prob(answers).mean().item()
 
         untaught = error()
-        model._cloning.rehearsals = 100
-        rehearse(model, model._cloning)
+        model.imitation.rehearsals = 100
+        rehearse(model, model.imitation)
         assert error() < untaught - 0.2
-        assert model._cloning.rehearsed == 100
+        assert model.imitation.rehearsed == 100
         moved = {name.split(".")[0] for name, p in model.policy.named_parameters() if not th.equal(p, before[name])}
         assert (moved, model._n_updates) == ({"actor"}, 0)
 
     def test_a_saved_model_has_nothing_left_to_imitate(self, tmp_path: Path):
         fresh().warm_start(Constant(), 60, updates=1).save(tmp_path / "model")
-        assert Dreamer.load(tmp_path / "model")._cloning is None
+        assert Dreamer.load(tmp_path / "model").imitation is NO_TEACHER
 
 
 class TestTeachers:
@@ -423,7 +424,7 @@ class TestInterrupted:
             model.warm_start(teacher, 60, updates=2)
         model.warm_start(Constant() if another else teacher, n_steps, updates=3)
         assert (model.num_timesteps, model._n_updates) == (40 + n_steps, 2 + 3)
-        assert np.isfinite(model._cloning.answers.table).sum() == n_steps
+        assert np.isfinite(model.imitation.answers.table).sum() == n_steps
 
     def test_a_teacher_that_fails_while_the_agent_learns_is_forgotten(self):
         class Dying(Constant):
@@ -435,7 +436,7 @@ class TestInterrupted:
         model = fresh().warm_start(Dying(), 60, updates=2)
         with pytest.raises(RuntimeError, match=r"failed at environment step 70: OSError\('the controller is gone'\)"):
             model.learn(30, reset_num_timesteps=False)
-        assert model._cloning is None
+        assert model.imitation is NO_TEACHER
         assert model.learn(30, reset_num_timesteps=False).num_timesteps == 100
 
     def test_the_same_call_takes_what_is_missing(self):
@@ -443,7 +444,7 @@ class TestInterrupted:
         with pytest.raises(KeyboardInterrupt):
             model.warm_start(teacher, 60, updates=6)
         assert (model.num_timesteps, model._n_updates) == (40, 4)
-        assert np.isnan(model._cloning.answers.table).sum() == model._cloning.answers.table.size - 40
+        assert np.isnan(model.imitation.answers.table).sum() == model.imitation.answers.table.size - 40
         model.warm_start(teacher, 60, updates=6)
         assert (model.num_timesteps, model._n_updates) == (60, 6)
         assert [len(e) for e in read_episodes(model.replay_buffer)] == [39, 19]
@@ -455,9 +456,9 @@ class TestInterrupted:
         before = model._n_updates
         model.learn(30, reset_num_timesteps=False)
         assert 2 <= model._n_updates - before <= 3, "not those that the warm start would pay for"
-        assert model._cloning.share(model._n_updates) == 1, "it is yet to become the teacher"
+        assert model.imitation.weight(model._n_updates) == 1, "it is yet to become the teacher"
         model.warm_start(teacher, 60, updates=20)
-        assert np.isfinite(model._cloning.answers.table).sum() == 90
+        assert np.isfinite(model.imitation.answers.table).sum() == 90
 
     def test_a_schedule_that_has_run_out_begins_again(self):
         model = fresh(learning_rate=lambda remaining: 1e-3 * remaining).learn(60)
@@ -485,7 +486,7 @@ class TestRefused:
         ):
             fresh(2).warm_start(Constant(), 15)
         for name in ("updates", "fade_steps"):
-            with pytest.raises(ValueError, match=f"{name}=-3 has to be a whole number of at least 0"):
+            with pytest.raises(ValueError, match=f"{name}=-3 must be a whole number of at least 0"):
                 model.warm_start(Constant(), 60, **{name: -3})
         with pytest.raises(ValueError, match="student_share=1 has to be at least 0 and below 1"):
             model.warm_start(Constant(), 60, student_share=1)
@@ -496,7 +497,7 @@ class TestRefused:
         model = fresh()
         with pytest.raises(ImportError, match="progress_bar=True needs tqdm and rich"):
             model.warm_start(Constant(), 60, progress_bar=True)
-        assert model._cloning is None
+        assert model.imitation is NO_TEACHER
 
     def test_statistics_out_of_a_damaged_file(self, tmp_path: Path):
         (tmp_path / "vecnormalize.pkl").write_bytes(b"not a pickle")
@@ -518,7 +519,7 @@ def test_another_replay_has_nothing_of_the_teacher(tmp_path: Path):
     other.save_replay_buffer(tmp_path / "replay")
     model = fresh().warm_start(Constant(), 60, updates=2)
     model.load_replay_buffer(tmp_path / "replay")
-    assert model._cloning is None
+    assert model.imitation is NO_TEACHER
 
 
 def test_progress_is_told_of_every_step_update_and_rehearsal(monkeypatch: pytest.MonkeyPatch):
@@ -550,7 +551,7 @@ def test_a_bar_is_drawn(capsys: pytest.CaptureFixture):
 
 def test_pretraining_takes_no_step():
     model = fresh().warm_start(Constant(), 60, updates=0)
-    model._cloning = None
+    model.imitation = NO_TEACHER
     before = [p.clone() for p in model.policy.actor.parameters()]
     model.pretrain(3)
     assert (model._n_updates, model.num_timesteps) == (3, 60)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, fields, replace
+from typing import Any, TypeVar
 
 import numpy as np
 import torch as th
@@ -24,6 +24,8 @@ from sb3_dreamer.spaces import as_observation
 N_VALUED_STATES = 20_000  # states in which actions are valued
 PROBE_STDS = 0.1, 0.3  # standard deviations of the actions that are valued next to Dreamer's
 
+AnyTargets = TypeVar("AnyTargets", bound="Targets")
+
 
 @dataclass
 class Targets:
@@ -41,6 +43,12 @@ class Targets:
         """Some of the observations as the input of an SB3 policy."""
         chosen = {key: part[index] for key, part in self.obs.items()}
         return policy.obs_to_tensor(as_observation(policy.observation_space, chosen))[0]
+
+    def to(self: AnyTargets, device: th.device) -> AnyTargets:
+        """The same with its tensors on a device."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        moved: Any = {name: value.to(device) for name, value in values.items() if isinstance(value, th.Tensor)}
+        return replace(self, **moved)
 
     def minibatches(self, number: int, size: int) -> Iterator[np.ndarray]:
         """Indices (size,) of random states, ``number`` times."""

@@ -88,7 +88,16 @@ class DreamVecEnv(VecEnv):
         return packed, imagined_observations(self.model, unpacked(self.model, packed).features)
 
     def step_async(self, actions: np.ndarray) -> None:
-        """Store the actions, in the units of the action space."""
+        """Store the actions, in the units of the action space.
+
+        :raises ValueError: for actions of another shape, and for NaN or infinite ones.
+        """
+        actions = np.asarray(actions)
+        expected = self.num_envs, *(self.action_space.shape or ())
+        if actions.shape != expected:
+            raise ValueError(f"actions have shape {actions.shape}, {self.num_envs} dreams need {expected}")
+        if not np.isfinite(actions).all():
+            raise ValueError("actions contain NaN or infinite values")
         self._actions = actions
 
     @th.inference_mode()

@@ -14,7 +14,7 @@ from gymnasium import spaces
 from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.save_util import load_from_zip_file
-from stable_baselines3.common.vec_env import VecEnv, VecNormalize
+from stable_baselines3.common.vec_env import VecEnv, VecNormalize, unwrap_vec_normalize
 
 from sb3_dreamer.acting import ActsWithDreamer
 from sb3_dreamer.dreamer import Dreamer
@@ -56,8 +56,8 @@ class ExternalPolicy:
             vec_normalize = policy.get_vec_normalize_env()
         if vec_normalize is None and normalized:
             raise ValueError(
-                f"the {role} was trained with VecNormalize and cannot act without its statistics: "
-                "give vec_normalize=, the VecNormalize or the path that its save() wrote to; False, if this is wrong"
+                f"the {role} seems to be trained with VecNormalize and cannot act without its statistics: give "
+                "vec_normalize=, the VecNormalize or the path that its save() wrote to; False if it was trained without"
             )
         self.normalize = _statistics(vec_normalize, env, role) if vec_normalize else None
         network = getattr(policy, "policy", policy)
@@ -89,7 +89,7 @@ class ExternalPolicy:
 
         Actions of a Box are clipped to its bounds, as in SB3.
 
-        :raises ValueError: if the policy returns anything else.
+        :raises ValueError: if the policy returns anything else, or NaN.
         """
         seen = obs if self.normalize is None else self.normalize.normalize_obs(obs)
         result = self.policy.predict(seen, memory, starts, self.deterministic)
@@ -103,6 +103,8 @@ class ExternalPolicy:
             )
         actions = np.reshape(result[0], shape)
         if isinstance(space, spaces.Box):
+            if np.isnan(actions).any():
+                raise ValueError(f"the {self.role}'s predict() returned NaN among its actions for {n} observations")
             actions = np.clip(actions, space.low, space.high).astype(space.dtype, copy=False)
         return actions, result[1]
 
@@ -175,14 +177,17 @@ def saw_normalized(attributes: Mapping[str, Any]) -> bool:
     """Whether an SB3 algorithm saw normalized observations, judging by what it keeps of its last step.
 
     On-policy algorithms keep an original observation only if their environment normalizes, be it only the rewards.
-    Off-policy ones always keep one. Normalized observations are float32 and unbounded, so they are recognized where the
-    original ones are float64, as in MuJoCo, and where they exceed the bounds of the space.
+    Off-policy ones always keep one. If they have an environment, their observations came from it, and it shows whether
+    it normalizes. Otherwise this is a guess: normalized observations are float32 and unbounded, so they are recognized
+    if the original ones are float64, as in MuJoCo, or if they exceed the bounds of the space.
 
     :param attributes: of the algorithm, or from its file.
     """
-    seen, original = attributes.get("_last_obs"), attributes.get("_last_original_obs")
+    seen, original, env = (attributes.get(name) for name in ("_last_obs", "_last_original_obs", "env"))
     if "train_freq" not in attributes:
         return original is not None
+    if env is not None:
+        return unwrap_vec_normalize(env) is not None
     if seen is None or original is None:
         return False
     space = attributes["observation_space"]

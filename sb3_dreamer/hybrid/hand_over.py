@@ -16,7 +16,7 @@ from stable_baselines3.common.type_aliases import GymEnv
 from stable_baselines3.common.vec_env import VecEnv, unwrap_vec_normalize
 
 from sb3_dreamer.dreamer import Dreamer
-from sb3_dreamer.hybrid.distillation import Targets, action_values, distillation_targets, latent_observations
+from sb3_dreamer.hybrid.distillation import AnyTargets, action_values, distillation_targets, latent_observations
 from sb3_dreamer.hybrid.experience import update_statistics
 from sb3_dreamer.hybrid.latent_env import LatentVecEnv
 from sb3_dreamer.hybrid.offline_training import require_replay
@@ -28,7 +28,6 @@ from sb3_dreamer.replay import Episode, Transition, read_episodes
 from sb3_dreamer.spaces import as_observation, check_actions_of_sb3, check_counted_from_zero, policy_for
 
 Algorithm = TypeVar("Algorithm", bound=BaseAlgorithm)
-AnyTargets = TypeVar("AnyTargets", bound=Targets)
 
 MAX_ENTRIES = 50_000  # of the replay, the newest, from which the policy is learned
 
@@ -200,11 +199,11 @@ def _share_statistics(model: Dreamer, env: VecEnv) -> None:
 
 
 def _as_seen(model: Dreamer, student: Any, targets: AnyTargets) -> AnyTargets:
-    """Targets with observations as the student sees them: normalized if only its environment normalizes."""
+    """Targets on the student's device, with observations as it sees them: normalized if only its environment does."""
     normalize = unwrap_vec_normalize(student.env)
     if normalize is not None and model.get_vec_normalize_env() is None:
         targets.obs = model.replay_buffer.normalize_obs(targets.obs, normalize)
-    return targets
+    return targets.to(student.device)
 
 
 # -- real transitions --------------------------------------------------------------------------------------------------

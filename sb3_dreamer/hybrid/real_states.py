@@ -147,7 +147,8 @@ def dream_returns(
     """
     policy = model.policy
     dream = imagine(policy.world_model, policy.actor, start, model.imagination_horizon, first_action, sample)
-    scale = (1 - model.gamma) / (1 - gamma) if max(gamma, model.gamma) < 1 else 1.0
+    own_gamma = policy.world_model.gamma  # of the last update; model.gamma is that of the next one
+    scale = (1 - own_gamma) / (1 - gamma) if max(gamma, own_gamma) < 1 else 1.0
     values = policy.critic.value(dream.features) * scale
-    discount = dream.discount / policy.world_model.gamma * gamma
+    discount = dream.discount / own_gamma * gamma
     return dream, lambda_returns(dream.reward, discount, values, model.gae_lambda)

@@ -53,12 +53,12 @@ class Family(Protocol):
 def family_of(student: BaseAlgorithm) -> Family:
     """The family that an algorithm belongs to.
 
-    :raises ValueError: for an algorithm whose policy has none of the known forms.
+    :raises ValueError: for an algorithm of no known form.
     """
     ancestors = {base.__name__ for base in type(student.policy).__mro__}
     if isinstance(student, OnPolicyAlgorithm) and ancestors.isdisjoint(UNSUPPORTED_POLICIES):
         return StochasticActorCritic(student)
-    actor = getattr(student.policy, "actor", None)
+    actor = getattr(student, "actor", None)
     if not isinstance(student, OffPolicyAlgorithm) or actor is None:
         off_policy = "SAC, TD3, DDPG, TQC, CrossQ, " if isinstance(student.action_space, spaces.Box) else ""
         raise ValueError(

@@ -135,6 +135,21 @@ def test_a_step_before_the_first_reset_is_refused(dreamer: Dreamer):
         env.step(push(env))
 
 
+@pytest.mark.parametrize(
+    ("actions", "words"),
+    [
+        (np.zeros((1, 1)), r"actions have shape \(1, 1\), 3 dreams need \(3, 1\)"),
+        (np.zeros((3, 2)), r"actions have shape \(3, 2\), 3 dreams need \(3, 1\)"),
+        (np.array([[0.0], [np.nan], [0.0]]), "actions contain NaN or infinite values"),
+    ],
+)
+def test_actions_of_another_shape_or_not_finite_are_refused(dreamer: Dreamer, actions: np.ndarray, words: str):
+    env = DreamVecEnv(dreamer, 3)
+    env.reset()
+    with pytest.raises(ValueError, match=words):
+        env.step(actions)
+
+
 def test_ppo_trains_in_it_unchanged_and_the_model_stays_as_it_is(dreamer: Dreamer):
     before = {name: value.clone() for name, value in dreamer.policy.state_dict().items()}
     steps = dreamer.num_timesteps

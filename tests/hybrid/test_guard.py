@@ -141,7 +141,9 @@ def test_a_model_that_learned_normalized_is_not_used_without_its_statistics(tmp_
         LatentVecEnv(alone, pendulum())
     other = Dreamer("MlpPolicy", pendulum(), **SMALL)
     for teacher in (alone, Planner(alone)):
-        with pytest.raises(ValueError, match="the fallback was trained with VecNormalize and cannot act without"):
+        with pytest.raises(
+            ValueError, match="the fallback seems to be trained with VecNormalize and cannot act without"
+        ):
             Guard(other, teacher)
     with pytest.raises(SystemExit, match="learned from what a VecNormalize made of observations or rewards"):
         dreams([str(tmp_path / "model.zip"), "--env", "Pendulum-v1", "--out", str(tmp_path / "page")])
@@ -280,6 +282,11 @@ def test_a_controller_that_returns_invalid_actions_is_named(dreamer: Dreamer, gi
         ),
     ):
         Guard(dreamer, Wrong(), horizon=2).predict(observe(2))
+
+
+def test_a_controller_that_returns_nan_is_named(dreamer: Dreamer):
+    with pytest.raises(ValueError, match=r"the fallback's predict\(\) returned NaN"):
+        Guard(dreamer, Constant(dreamer, np.nan), horizon=2).predict(observe(2))
 
 
 def test_a_controller_that_cannot_be_called_as_sb3s_is_refused(dreamer: Dreamer):

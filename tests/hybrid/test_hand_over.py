@@ -16,6 +16,7 @@ from stable_baselines3 import DDPG, DQN, PPO, SAC, TD3
 from stable_baselines3.common.buffers import NStepReplayBuffer, ReplayBuffer
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.envs import FakeImageEnv
+from stable_baselines3.common.noise import NormalActionNoise
 from stable_baselines3.common.vec_env import SubprocVecEnv, VecNormalize
 
 from sb3_dreamer import Dreamer
@@ -552,6 +553,30 @@ class TestFiles:
         np.testing.assert_allclose(*actions, atol=1e-6)
 
 
+class TestAnotherDevice:
+    """The student is on a device of its own. "meta" is one on every machine: it has no values, but refuses others."""
+
+    @pytest.mark.filterwarnings("ignore:You are trying to run PPO on the GPU")
+    def test_on_policy(self, dreamer: Dreamer, monkeypatch: pytest.MonkeyPatch):
+        monkeypatch.setattr(th.distributions.Distribution, "_validate_args", False)  # it reads values
+        ppo = dreamer.to_model_free(PPO, updates=2, n_steps=32, device="meta")
+        assert ppo.policy.action_net.weight.device.type == "meta"
+
+    def test_off_policy(self, dreamer: Dreamer, monkeypatch: pytest.MonkeyPatch):
+        monkeypatch.setattr(hand_over, "start_slowly", lambda student: None)  # SB3's train() needs values
+        noise = NormalActionNoise(np.zeros(1), np.ones(1))
+        td3 = dreamer.to_model_free(TD3, **QUICK, action_noise=noise, device="meta")
+        assert td3.critic.q_networks[0][0].weight.device.type == "meta"
+
+    @pytest.mark.skipif(not th.cuda.is_available(), reason="needs a GPU")
+    @pytest.mark.parametrize("algorithm", [PPO, SAC, TD3])
+    def test_from_a_gpu_to_the_cpu(self, algorithm: Any):
+        model = Dreamer("MlpPolicy", pendulum(), **{**SMALL, "device": "cuda"}).learn(80)
+        settings = dict(updates=5, n_steps=64) if algorithm is PPO else QUICK
+        student = model.to_model_free(algorithm, **settings, device="cpu")
+        assert student.learn(10, reset_num_timesteps=False).device.type == "cpu"
+
+
 class TestRefused:
     @pytest.mark.parametrize(
         ("algorithm", "kwargs", "message"),
@@ -561,6 +586,7 @@ class TestRefused:
             (SAC, {"on": "pixels"}, 'on="pixels" is unknown'),
             (SAC, {"use_sde": True}, "leave them False"),
             (SAC, {"env": "CartPole-v1"}, "same spaces and wrappers"),
+            (Dreamer, {}, "Dreamer cannot take over from Dreamer: use SAC"),
         ],
     )
     def test_what_cannot_take_over(self, dreamer: Dreamer, algorithm: Any, kwargs: Any, message: str):
@@ -698,6 +724,17 @@ def test_the_students_environment_alone_may_normalize_its_observations(algorithm
     if algorithm is SAC:
         assert np.abs(student.replay_buffer.observations[:190, 0, 2]).max() > 2, "the replay keeps the original numbers"
     student.learn(10, reset_num_timesteps=False)
+
+
+def test_values_are_scaled_from_the_discount_that_the_critic_was_trained_with(monkeypatch: pytest.MonkeyPatch):
+    """``model.gamma`` may have been changed since the last update."""
+    model = Dreamer("MlpPolicy", pendulum(), **SMALL).learn(60)
+    start = unpacked(model, real_states(model, 10).packed)
+    action = th.zeros(len(start.features), 1)
+    monkeypatch.setattr(model.policy.critic, "value", lambda features: th.full(features.shape[:-1], 100.0))
+    before = dream_returns(model, start, 0.9, action, sample=False)[1]
+    model.gamma = 0.9
+    th.testing.assert_close(dream_returns(model, start, 0.9, action, sample=False)[1], before)
 
 
 def test_without_an_entropy_weight_the_temperature_is_small_but_there_is_one():

@@ -305,6 +305,41 @@ class TestTeachers:
             model.warm_start(tmp_path / "sac.zip", 60, vec_normalize=False, updates=0)
             assert model.num_timesteps == 60
 
+    def test_an_off_policy_one_with_its_environment_is_not_guessed_about(self):
+        """Its observations may exceed the bounds of their space without any normalization."""
+
+        class Beyond(gym.Env):
+            observation_space, action_space = gym.spaces.Box(-1, 1, (2,)), gym.spaces.Box(-1, 1, (1,))
+
+            def reset(self, **kwargs: Any) -> Any:
+                return np.array([0.0, 1.5], np.float32), {}
+
+            def step(self, action: Any) -> Any:
+                return np.array([0.0, 1.5], np.float32), 0.0, False, False, {}
+
+        sac = SAC("MlpPolicy", Beyond(), buffer_size=100, learning_starts=100, device="cpu").learn(20)
+        assert Dreamer("MlpPolicy", Beyond(), **SMALL).warm_start(sac, 60, updates=0).num_timesteps == 60
+
+    @pytest.mark.parametrize("dimension", [0, 1])
+    def test_one_that_returns_nan_is_named_and_the_actor_stays_as_it_is(self, dimension: int):
+        box = gym.spaces.Box(-2.0, 2.0, (2,), np.float32)
+
+        class Broken:
+            queries = 0
+
+            def predict(self, obs: Any, state: Any = None, episode_start: Any = None, deterministic: Any = None) -> Any:
+                self.queries += 1
+                action = np.ones((len(obs), 2), np.float32)
+                if self.queries == 45:
+                    action[0, dimension] = np.nan
+                return action, None
+
+        env = gym.wrappers.TransformAction(pendulum().envs[0], lambda action: action[:1], box)
+        model = Dreamer("MlpPolicy", env, **SMALL)
+        with pytest.raises(ValueError, match=r"the teacher's predict\(\) returned NaN"):
+            model.warm_start(Broken(), 60, updates=20)
+        assert all(p.isfinite().all() for p in model.policy.actor.parameters())
+
     def test_another_dreamer_observes_the_actions_of_the_student(self, monkeypatch: pytest.MonkeyPatch):
         teacher, model, seen = fresh(seed=5), fresh(), []
         predict = teacher.predict

@@ -4,13 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from sb3_dreamer.replay.buffer import SequenceReplayBuffer
 from sb3_dreamer.replay.columns import FIRST, LAST, TERMINAL
 from sb3_dreamer.types import Observation
+
+
+class Transition(NamedTuple):
+    """One step of an episode: ``action`` led from ``obs`` to ``next_obs``, by key, and to ``reward``.
+
+    :param done: whether it is the last of the episode, for good or cut.
+    """
+
+    obs: dict[str, np.ndarray]
+    next_obs: dict[str, np.ndarray]
+    action: Any
+    reward: Any
+    done: bool
 
 
 @dataclass
@@ -31,11 +44,11 @@ class Episode:
     def __len__(self) -> int:
         return len(self.reward)
 
-    def transitions(self) -> Iterator[tuple[dict[str, np.ndarray], dict[str, np.ndarray], Any, Any, bool]]:
-        """One after the other: observation and the next one by key, action, reward, and whether it is the last."""
+    def transitions(self) -> Iterator[Transition]:
+        """The transitions, one after the other."""
         for t in range(len(self)):
-            now, then = ({key: values[i] for key, values in self.obs.items()} for i in (t, t + 1))
-            yield now, then, self.action[t], self.reward[t], t == len(self) - 1
+            obs, next_obs = ({key: values[i] for key, values in self.obs.items()} for i in (t, t + 1))
+            yield Transition(obs, next_obs, self.action[t], self.reward[t], done=t == len(self) - 1)
 
     def part(self, begin: int, end: int) -> Episode:
         """Actions ``begin`` to ``end``, the latter not included; cut, unless it reaches the end."""

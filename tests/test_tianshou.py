@@ -309,7 +309,7 @@ def test_a_recurrent_teacher_begins_anew_with_each_episode():
 
 
 def test_a_teacher_has_to_know_what_it_sees():
-    with pytest.raises(ValueError, match="give observation_space="):
+    with pytest.raises(ValueError, match="pass observation_space="):
         TianshouTeacher(Counter())
 
 

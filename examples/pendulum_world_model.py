@@ -1,4 +1,4 @@
-"""Train a world model on Pendulum from random actions, no policy, and look at what it expects.
+"""Train a world model on Pendulum from random actions, without a policy, and look at its predictions.
 
 python examples/pendulum_world_model.py --updates 1500 --out dreams/pendulum
 """
@@ -23,7 +23,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=4_000, help="environment steps with random actions")
     parser.add_argument("--updates", type=int, default=1_500, help="gradient steps of the world model")
-    parser.add_argument("--learning-rate", type=float, default=1e-3, help="at the start; falls to zero")
+    parser.add_argument("--learning-rate", type=float, default=1e-3, help="initial value; falls to zero")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("dreams/pendulum"))
     args = parser.parse_args()
@@ -39,7 +39,7 @@ def main() -> None:
     for update in range(1, args.updates + 1):
         batch = data.sample(model.batch_size)
         losses, states, _ = world_model.loss(batch)
-        data.update_latents(batch.index, world_model.rssm.latents(states.detach()))  # where sequences begin
+        data.update_latents(batch.index, world_model.rssm.latents(states.detach()))  # initial states of sequences
         optimizer.zero_grad()
         total_loss(losses).backward()
         optimizer.step()
@@ -47,7 +47,7 @@ def main() -> None:
         if update % 250 == 0 or update == args.updates:
             error = horizon_errors(open_loop(model.policy, fresh.peek(30), CONTEXT))["obs"]
             print(
-                f"{update} updates: error over {HORIZON} steps is {error.ratio():.2f} of that of 'nothing changes'",
+                f"{update} updates: error over {HORIZON} steps is {error.ratio():.2f} times that of persistence",
                 flush=True,
             )
 

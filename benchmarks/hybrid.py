@@ -1,13 +1,13 @@
-"""The comparisons of the hybrid, each with one command; a CSV row for each evaluation, and a verdict at the end.
+"""Comparisons of the hybrid methods, one command each; a CSV row for each evaluation, and a summary at the end.
 
-python benchmarks/hybrid.py hand-over                    Dreamer, then SAC, CrossQ or PPO, beside each of them alone
-python benchmarks/hybrid.py warm-start --teacher sac     a teacher, then Dreamer
-python benchmarks/hybrid.py dream                        PPO, a world model of what it did, PPO in the dream
-python benchmarks/hybrid.py guard --envs Hopper-v4       how often Dreamer falls, alone and with a fallback at its side
-python benchmarks/hybrid.py hand-over --envs Pendulum-v1 --seeds 0 --first 3000 --then 2000 --eval-every 500
-python benchmarks/hybrid.py hand-over --init runs/humanoid --envs Humanoid-v4 --seeds 0 --normalize --successors ppo
+python -m benchmarks.hybrid hand-over                    Dreamer, then SAC, CrossQ or PPO, and each of them alone
+python -m benchmarks.hybrid warm-start --teacher sac     a teacher, then Dreamer
+python -m benchmarks.hybrid dream                        PPO, a world model of what it did, PPO in the dream
+python -m benchmarks.hybrid guard --envs Hopper-v4       how often Dreamer falls, alone and with a fallback
+python -m benchmarks.hybrid hand-over --envs Pendulum-v1 --seeds 0 --first 3000 --then 2000 --eval-every 500
+python -m benchmarks.hybrid hand-over --init runs/humanoid --envs Humanoid-v4 --seeds 0 --normalize --successors ppo
 
-Steps are the agent's; evaluations are episodes in environments of their own, deterministic unless a row says sampled.
+Steps are the agent's; evaluations use separate environments, and are deterministic unless a row says sampled.
 """
 
 import argparse
@@ -65,7 +65,7 @@ class Runner:
         kwargs = parse_overrides(self.args.dreamer) if name == "dreamer" else {}
         return algorithm(name)(policy_for(env.observation_space), env, seed=self.seed, **kwargs)
 
-    def note(self, agent: str, model: BaseAlgorithm, step: int, deterministic: bool = True) -> float:
+    def record(self, agent: str, model: BaseAlgorithm, step: int, deterministic: bool = True) -> float:
         """Evaluate, and write a row."""
         score = evaluate(model, self.env, self.args.eval_episodes, 10_000 + 1_000 * self.seed, deterministic)
         return self.write(agent, step, score)
@@ -80,38 +80,38 @@ class Runner:
         return row["return_mean"]
 
     def learn(self, agent: str, model: Any, steps: int, already: int = 0) -> None:
-        """Train for a number of steps, with an evaluation each so often; ``already`` steps were taken before.
+        """Train for a number of steps with regular evaluations; ``already`` steps were taken before.
 
-        Whole rollouts, as PPO's, may take more steps than were asked for; those that were taken are counted.
+        Whole rollouts, as in PPO, may take more steps than requested; the steps that were taken are counted.
         """
         before = model.num_timesteps
         while (done := model.num_timesteps - before) < steps:
             model.learn(min(self.args.eval_every, steps - done), reset_num_timesteps=False)
-            self.note(agent, model, already + model.num_timesteps - before)
+            self.record(agent, model, already + model.num_timesteps - before)
 
     def falls(self, agent: str, policy: Any, step: int, deterministic: bool = False) -> float:
-        """A row for how often an episode ends before its time limit, in 1,000 steps of one environment."""
+        """Write a row with the number of terminations in 1,000 steps of one environment."""
         env = make_vec_env(lambda: make_env(self.env), seed=10_000 + 1_000 * self.seed)
         fell: list[bool] = []
 
-        def note(variables: dict[str, Any], _: dict[str, Any]) -> None:
+        def note_end(variables: dict[str, Any], _: dict[str, Any]) -> None:
             fell.append(variables["done"] and not variables["info"]["TimeLimit.truncated"])
 
         n = self.args.eval_episodes
-        told: Any = evaluate_policy(policy, env, n, deterministic, callback=note, return_episode_rewards=True)
-        returns, lengths = told
+        episodes: Any = evaluate_policy(policy, env, n, deterministic, callback=note_end, return_episode_rewards=True)
+        returns, lengths = episodes
         falls = 1_000 * sum(fell) / sum(lengths)
         score = {"return_mean": np.mean(returns), "return_std": np.std(returns), "n_episodes": len(returns)}
         self.write(agent, step, {**score, "falls": falls})
         return falls
 
     def returns(self, agent: str) -> list[float]:
-        """Of all evaluations of an agent, in order."""
+        """Mean returns of all evaluations of an agent, in order."""
         return [row["return_mean"] for row in self.rows if row["agent"] == agent]
 
 
 def dreamer_before(run: Runner) -> Dreamer:
-    """The one to be handed over, evaluated: trained here, or what `benchmarks/learn.py` has saved."""
+    """The Dreamer to hand over, evaluated: trained here, or saved by `benchmarks/learn.py`."""
     if run.args.init is None:
         dreamer = run.new("dreamer")
         run.learn("dreamer", dreamer, run.args.first)
@@ -121,53 +121,53 @@ def dreamer_before(run: Runner) -> Dreamer:
     assert folder is not None
     dreamer.set_env(run.training_env())
     dreamer.load_replay_buffer(folder / "replay.pkl")
-    run.note("dreamer", dreamer, dreamer.num_timesteps)
+    run.record("dreamer", dreamer, dreamer.num_timesteps)
     return dreamer
 
 
 def hand_over(run: Runner) -> Row:
-    """Dreamer, then SB3, beside each alone, at the same total number of steps; of a saved one only what follows."""
+    """Dreamer, then SB3, and each alone for as many steps in total; after a saved Dreamer only the successors."""
     dreamer = dreamer_before(run)
     first, then = dreamer.num_timesteps, run.args.then
-    verdict: Row = {"dreamer before": run.returns("dreamer")[-1]}
+    summary: Row = {"dreamer before": run.returns("dreamer")[-1]}
     for name in run.args.successors:
         agent = f"dreamer-then-{name}"
         env = run.training_env()
         env = VecNormalize(env, norm_reward=False) if run.args.normalize else env
         replay = {} if name == "ppo" else {"buffer_size": first + then}
         student = dreamer.to_model_free(algorithm(name), env=env, seed=run.seed, **replay)
-        verdict[f"{agent} at once"] = run.note(agent, student, first)
+        summary[f"{agent} at the start"] = run.record(agent, student, first)
         run.learn(agent, student, then, already=first)
-        verdict[f"{agent} lowest"] = min(run.returns(agent))
+        summary[f"{agent} lowest"] = min(run.returns(agent))
     if run.args.init is not None:
-        return verdict
+        return summary
     run.learn("dreamer", dreamer, then, already=first)
     for name in run.args.successors:
         run.learn(name, run.new(name), first + then)
-    return verdict | {f"{row['agent']} at the end": row["return_mean"] for row in run.rows}
+    return summary | {f"{row['agent']} at the end": row["return_mean"] for row in run.rows}
 
 
 def warm_start(run: Runner) -> Row:
     """A teacher, then Dreamer."""
     teacher = run.new(run.args.teacher)
     teacher.learn(run.args.first)
-    verdict: Row = {"teacher": run.note("teacher", teacher, run.args.first)}
+    summary: Row = {"teacher": run.record("teacher", teacher, run.args.first)}
     model = run.new("dreamer").warm_start(teacher, run.args.teacher_steps)
-    verdict["at once"] = run.note("dreamer", model, run.args.teacher_steps)
+    summary["at the start"] = run.record("dreamer", model, run.args.teacher_steps)
     run.learn("dreamer", model, run.args.then, already=run.args.teacher_steps)
-    return verdict | {"lowest": min(run.returns("dreamer")), "at the end": run.returns("dreamer")[-1]}
+    return summary | {"lowest": min(run.returns("dreamer")), "at the end": run.returns("dreamer")[-1]}
 
 
 def dream(run: Runner) -> Row:
-    """PPO goes on in a dream, without a single new real step.
+    """PPO continues in a dream, without a new real step.
 
-    The world model watches PPO as it explores: without its noise it would not see what other actions lead to. What PPO
-    improves is the return of actions as it draws them, so that is evaluated too, before and after.
+    The world model watches PPO explore: without its noise it would not see where other actions lead. PPO improves the
+    return of its sampled actions, so that is evaluated too, before and after.
     """
     ppo = run.new("ppo")
     ppo.learn(run.args.first)
-    verdict: Row = {"ppo before": run.note("ppo", ppo, run.args.first)}
-    verdict["sampled before"] = run.note("ppo, sampled", ppo, run.args.first, deterministic=False)
+    summary: Row = {"ppo before": run.record("ppo", ppo, run.args.first)}
+    summary["sampled before"] = run.record("ppo, sampled", ppo, run.args.first, deterministic=False)
     model = run.new("dreamer").warm_start(ppo, run.args.teacher_steps, deterministic=False, student_share=0.0)
     dreams = DreamVecEnv(model, n_envs=run.args.dreams, horizon=run.args.horizon)
     with tempfile.TemporaryDirectory() as folder:
@@ -175,21 +175,21 @@ def dream(run: Runner) -> Row:
         settings = dict(n_steps=run.args.horizon, batch_size=4096, n_epochs=4, learning_rate=1e-4)
         dreaming = PPO.load(Path(folder) / "ppo", env=dreams, custom_objects=settings)
     run.learn("ppo in the dream", dreaming, run.args.then)
-    sampled = run.note("ppo in the dream, sampled", dreaming, run.args.then, deterministic=False)
-    return verdict | {"ppo after": run.returns("ppo in the dream")[-1], "sampled after": sampled}
+    sampled = run.record("ppo in the dream, sampled", dreaming, run.args.then, deterministic=False)
+    return summary | {"ppo after": run.returns("ppo in the dream")[-1], "sampled after": sampled}
 
 
 def guard(run: Runner) -> Row:
-    """Falls in 1,000 steps: of a fallback, of Dreamer, and of Dreamer which that fallback takes over from in time."""
+    """Falls in 1,000 steps: of a fallback controller, of Dreamer, and of Dreamer with that fallback."""
     fallback = run.new(run.args.teacher)
     fallback.learn(run.args.first)
     model: Dreamer = run.new("dreamer")
     run.learn("dreamer", model, run.args.then)
     guarded = Guard(model, fallback)
-    verdict = {"falls of the fallback": run.falls("fallback", fallback, run.args.first, deterministic=True)}
-    verdict["falls of dreamer"] = run.falls("dreamer, sampled", model, run.args.then)
-    verdict["falls with the fallback"] = run.falls("dreamer with the fallback, sampled", guarded, run.args.then)
-    return verdict | {"percent of steps by the fallback": 100 * guarded.taken_over / guarded.decisions}
+    summary = {"falls of the fallback": run.falls("fallback", fallback, run.args.first, deterministic=True)}
+    summary["falls of dreamer"] = run.falls("dreamer, sampled", model, run.args.then)
+    summary["falls with the fallback"] = run.falls("dreamer with the fallback, sampled", guarded, run.args.then)
+    return summary | {"percent of steps by the fallback": 100 * guarded.taken_over / guarded.decisions}
 
 
 COMPARISONS: dict[str, Callable[[Runner], Row]] = {
@@ -204,12 +204,12 @@ def runs(args: argparse.Namespace) -> Iterator[Runner]:
 
 
 def command_line() -> argparse.ArgumentParser:
-    """What all comparisons take, and what one of them takes besides."""
+    """The arguments of all comparisons, and those of single ones."""
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument("--envs", nargs="+", default=ENVS)
     common.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     common.add_argument("--first", type=int, default=30_000, help="steps of the agent that comes first")
-    common.add_argument("--then", type=int, default=30_000, help="steps of the one that takes over")
+    common.add_argument("--then", type=int, default=30_000, help="steps of the agent that takes over")
     common.add_argument("--eval-every", type=int, default=2_500)
     common.add_argument("--eval-episodes", type=int, default=10)
     common.add_argument("--threads", type=int, default=1)
@@ -218,8 +218,8 @@ def command_line() -> argparse.ArgumentParser:
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     comparisons = parser.add_subparsers(dest="comparison", required=True)
-    one = {name: comparisons.add_parser(name, parents=[common], description=told.__doc__)
-           for name, told in COMPARISONS.items()}  # fmt: skip
+    one = {name: comparisons.add_parser(name, parents=[common], description=comparison.__doc__)
+           for name, comparison in COMPARISONS.items()}  # fmt: skip
     one["hand-over"].add_argument("--init", type=Path, help="a Dreamer: the --out of benchmarks/learn.py")
     one["hand-over"].add_argument("--normalize", action="store_true", help="VecNormalize around the successors")
     one["hand-over"].add_argument(
@@ -235,31 +235,31 @@ def command_line() -> argparse.ArgumentParser:
 
 
 def read_command_line() -> argparse.Namespace:
-    """The arguments; what a saved Dreamer has decided is not among them."""
+    """The arguments, without those that a saved Dreamer determines."""
     parser = command_line()
     args = parser.parse_args()
     args.out = args.out.absolute()
     for name in getattr(args, "successors", ()):
-        algorithm(name)  # one that is not installed is told of before hours of work
+        algorithm(name)  # fail before hours of work if one is not installed
     if args.comparison == "hand-over" and args.init is not None:
         if len(args.envs) * len(args.seeds) > 1:
-            parser.error("--init is one Dreamer: give the one environment and seed that it is of, --envs and --seeds")
+            parser.error("--init is one Dreamer: give its one environment and seed, --envs and --seeds")
         if args.dreamer:
-            parser.error("--init is a Dreamer with its settings: leave --dreamer out")
+            parser.error("--init is a Dreamer with its own settings: leave --dreamer out")
         del args.first
     return args
 
 
 def main() -> None:
-    """Read the command line, run, and tell the means over the seeds."""
+    """Read the command line, run, and print the means over the seeds."""
     args = read_command_line()
     th.set_num_threads(args.threads)
 
-    verdicts: dict[str, list[Row]] = {}
+    summaries: dict[str, list[Row]] = {}
     for run in runs(args):
-        verdicts.setdefault(run.env, []).append(COMPARISONS[args.comparison](run))
-    for env, of_seeds in verdicts.items():
-        means = {key: round(float(np.mean([verdict[key] for verdict in of_seeds])), 1) for key in of_seeds[0]}
+        summaries.setdefault(run.env, []).append(COMPARISONS[args.comparison](run))
+    for env, of_seeds in summaries.items():
+        means = {key: round(float(np.mean([summary[key] for summary in of_seeds])), 1) for key in of_seeds[0]}
         print(json.dumps({"env": env, "seeds": len(of_seeds), **means}))
 
 

@@ -1,4 +1,4 @@
-"""A few thousand steps with Dreamer, then SAC goes on from there; and back: Dreamer learns from that SAC.
+"""A few thousand steps with Dreamer, then SAC continues from there; and back: a new Dreamer learns from that SAC.
 
 python examples/hybrid.py --steps 3000
 """

@@ -35,7 +35,7 @@ class Doors:
         student_share: float = 0.5,
         progress_bar: bool = False,
     ) -> Self:
-        """Begin with what a teacher can do, see :func:`sb3_dreamer.hybrid.warm_start.warm_start`."""
+        """Learn from a teacher first, see :func:`sb3_dreamer.hybrid.warm_start.warm_start`."""
         from sb3_dreamer.hybrid.warm_start import warm_start
 
         warm_start(
@@ -52,7 +52,7 @@ class Doors:
         return self
 
     def add_experience(self: Self, source: Any, *, time_limit: int | None = None) -> Self:
-        """Take over recorded experience, see :func:`sb3_dreamer.hybrid.experience.add_experience`."""
+        """Add recorded experience to the replay, see :func:`sb3_dreamer.hybrid.experience.add_experience`."""
         from sb3_dreamer.hybrid.experience import add_experience
 
         add_experience(self, source, time_limit=time_limit)  # type: ignore[arg-type]
@@ -77,7 +77,7 @@ class Doors:
         progress_bar: bool = False,
         **kwargs: Any,
     ) -> Algorithm:
-        """A plain SB3 algorithm that goes on from here, see :func:`sb3_dreamer.hybrid.hand_over.to_model_free`."""
+        """A plain SB3 algorithm that continues from here, see :func:`sb3_dreamer.hybrid.hand_over.to_model_free`."""
         from sb3_dreamer.hybrid.hand_over import to_model_free
 
         return to_model_free(

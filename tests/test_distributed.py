@@ -16,7 +16,7 @@ from stable_baselines3.common.vec_env import DummyVecEnv
 from sb3_dreamer import Dreamer
 from sb3_dreamer.distributed import RayVecEnv
 from sb3_dreamer.replay import read_episodes
-from tests.hybrid.conftest import SMALL
+from tests.hybrid.agents import SMALL
 
 # Ray leaves the processes of its cluster to themselves, and Python tells so when it collects their handles.
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning", "ignore::ResourceWarning")

@@ -33,7 +33,7 @@ from sb3_dreamer.tianshou import (
     fill_buffer,
     plain_observations,
 )
-from tests.hybrid.conftest import SMALL
+from tests.hybrid.agents import SMALL
 
 
 class Clock(gym.Env):

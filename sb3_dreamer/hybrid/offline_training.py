@@ -55,7 +55,7 @@ def prepare_training(model: Any) -> None:
     :param model: any SB3 algorithm.
     :raises ValueError: if its VecNormalize has statistics that are not finite, as in ``learn()``.
     """
-    check_statistics(model, stacklevel=4)
+    check_statistics(model, stacklevel=5)  # the caller of a method of Dreamer
     if not hasattr(model, "_logger"):
         model._logger = configure_logger(model.verbose)
     model._current_progress_remaining = 1.0  # a schedule that has run out would stop all learning

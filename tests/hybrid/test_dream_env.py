@@ -13,7 +13,7 @@ from sb3_dreamer.hybrid.dream_env import STARTS_PER_DREAM
 from sb3_dreamer.hybrid.real_states import real_states
 from sb3_dreamer.nets import layers
 from sb3_dreamer.planning import Planner
-from tests.hybrid.conftest import SMALL, pendulum
+from tests.hybrid.agents import SMALL, pendulum
 
 
 def push(env: DreamVecEnv) -> np.ndarray:

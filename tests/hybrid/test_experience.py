@@ -55,7 +55,7 @@ def put(buffer: ReplayBuffer, obs: float, next_obs: float, done: bool = False, t
     buffer.add(now, then, np.array([[0.5]]), then[0] / 10, np.array([done]), [{"TimeLimit.truncated": timeout}])
 
 
-def told(episodes: Any) -> list[tuple[list[float], bool]]:
+def contents(episodes: Any) -> list[tuple[list[float], bool]]:
     return [(e.obs["obs"].flatten().tolist(), e.terminal) for e in episodes]
 
 
@@ -83,25 +83,25 @@ class TestEpisodes:
             np.testing.assert_allclose(getattr(a, name).numpy(), getattr(b, name).numpy(), err_msg=name)
         assert a.obs["obs"].tolist() == b.obs["obs"].tolist()
 
-    def test_episodes_go_to_the_environment_that_has_seen_least(self):
+    def test_episodes_go_to_the_environment_with_the_fewest_entries(self):
         buffer = SequenceReplayBuffer(80, LINE, STICK, "cpu", n_envs=2, sequence_length=3)
         for length in (5, 2, 2):
             write_episode(buffer, episode(0, length))
         assert buffer.heads().tolist() == [6, 6]
 
-    def test_an_episode_under_way_comes_as_far_as_its_outcome_is_known(self):
+    def test_a_running_episode_is_read_as_far_as_its_outcome_is_known(self):
         buffer = SequenceReplayBuffer(40, LINE, STICK, "cpu", sequence_length=3)
         for obs in (1.0, 2.0, 3.0):
             buffer.add(np.array([[obs]]), np.zeros((1, 1)), np.zeros((1, 1)), np.ones(1), np.array([False]), [{}])
-        assert told(read_episodes(buffer)) == [([1.0, 2.0, 3.0], False)]
+        assert contents(read_episodes(buffer)) == [([1.0, 2.0, 3.0], False)]
 
     def test_an_overwritten_beginning_leaves_the_rest(self):
         buffer = SequenceReplayBuffer(5, LINE, STICK, "cpu", sequence_length=3)
         write_episode(buffer, episode(0, 6))
-        assert told(read_episodes(buffer)) == [([2.0, 3.0, 4.0, 5.0, 6.0], False)]
-        assert told(read_episodes(buffer, newest=3)) == [([4.0, 5.0, 6.0], False)]
+        assert contents(read_episodes(buffer)) == [([2.0, 3.0, 4.0, 5.0, 6.0], False)]
+        assert contents(read_episodes(buffer, newest=3)) == [([4.0, 5.0, 6.0], False)]
 
-    def test_an_episode_written_into_one_under_way_ends_that_one(self):
+    def test_an_episode_written_into_a_running_one_ends_that_one(self):
         buffer = SequenceReplayBuffer(40, LINE, STICK, "cpu", sequence_length=7)
         one, going_on, info = np.zeros((1, 1)), np.zeros(1, bool), [{}]
         for obs, reward in ((1, 5), (2, 6)):
@@ -122,9 +122,9 @@ class TestEpisodes:
             buffer.add(np.full((2, 1), number), None, np.zeros((2, 1)), np.zeros(2), np.zeros(2), [{}, {}])
         assert [e.obs["obs"].flatten().tolist() for e in read_episodes(buffer, newest=6)] == [[7, 8, 9]] * 2
 
-    def test_a_part_ends_for_good_only_where_the_whole_does(self):
+    def test_a_part_is_terminal_only_if_it_has_the_end_of_a_terminal_episode(self):
         whole = episode(0, 5, terminal=True)
-        assert told([whole.part(0, 3), whole.part(3, 5)]) == [([0, 1, 2, 3], False), ([3, 4, 5], True)]
+        assert contents([whole.part(0, 3), whole.part(3, 5)]) == [([0, 1, 2, 3], False), ([3, 4, 5], True)]
 
     def test_integers_come_back_with_the_start_of_their_space(self):
         buffer = SequenceReplayBuffer(40, LINE, spaces.Discrete(3, start=5), "cpu", sequence_length=3)
@@ -134,31 +134,31 @@ class TestEpisodes:
 
 
 class TestReplayOfSB3:
-    def test_episodes_end_where_they_are_done_and_time_limits_are_no_ends(self):
+    def test_episodes_end_where_they_are_done_and_time_limits_are_not_terminal(self):
         buffer = sb3_replay()
         put(buffer, 1, 2)
         put(buffer, 2, 3, done=True)
         put(buffer, 10, 11, done=True, timeout=True)
         put(buffer, 20, 21)
         expected = [([1.0, 2.0, 3.0], True), ([10.0, 11.0], False), ([20.0, 21.0], False)]
-        assert told(episodes_of(small(), buffer)) == expected
+        assert contents(episodes_of(small(), buffer)) == expected
 
     def test_a_single_transition_is_an_episode(self):
         buffer = sb3_replay()
         put(buffer, 1, 2)
-        assert told(episodes_of(small(), buffer)) == [([1.0, 2.0], False)]
+        assert contents(episodes_of(small(), buffer)) == [([1.0, 2.0], False)]
 
     def test_rows_that_do_not_follow_each_other_are_cut(self):
         buffer = sb3_replay()
         put(buffer, 1, 2)
         put(buffer, 7, 8)
-        assert told(episodes_of(small(), buffer)) == [([1.0, 2.0], False), ([7.0, 8.0], False)]
+        assert contents(episodes_of(small(), buffer)) == [([1.0, 2.0], False), ([7.0, 8.0], False)]
 
     def test_a_full_buffer_is_read_from_its_oldest_row(self):
         buffer = sb3_replay(rows=3)
         for n in range(5):
             put(buffer, n, n + 1)
-        assert told(episodes_of(small(), buffer)) == [([2.0, 3.0, 4.0, 5.0], False)]
+        assert contents(episodes_of(small(), buffer)) == [([2.0, 3.0, 4.0, 5.0], False)]
 
     def test_the_memory_saving_variant_keeps_ends_and_time_limits_are_recognized_by_length(self):
         buffer = sb3_replay(optimize_memory_usage=True, handle_timeout_termination=False)
@@ -172,34 +172,34 @@ class TestReplayOfSB3:
         ):
             put(buffer, obs, next_obs, done)
         expected = [([1.0, 2.0, 2.0], True), ([10.0, 11.0, 12.0], False), ([20.0, 21.0], False)]
-        assert told(episodes_of(small(), buffer, time_limit=3)) == expected
+        assert contents(episodes_of(small(), buffer, time_limit=3)) == expected
 
-    def test_an_episode_whose_beginning_is_lost_may_have_been_cut_by_the_clock(self):
+    def test_an_episode_whose_start_is_overwritten_counts_as_cut_if_there_is_a_time_limit(self):
         buffer = sb3_replay(rows=5, handle_timeout_termination=False)
         for obs, done in ((1, False), (2, False), (3, True), (10, False), (11, True), (20, False)):
             put(buffer, obs, obs + 1, done)
         whole, known = [([10.0, 11.0, 12.0], True), ([20.0, 21.0], False)], ([2.0, 3.0, 4.0], False)
-        assert told(episodes_of(small(), buffer, time_limit=3)) == [known, *whole]
-        assert told(episodes_of(small(), buffer)) == [(known[0], True), *whole], "no clock is known"
+        assert contents(episodes_of(small(), buffer, time_limit=3)) == [known, *whole]
+        assert contents(episodes_of(small(), buffer)) == [(known[0], True), *whole], "no time limit is known"
 
-    def test_without_flags_the_clock_of_the_environment_counts(self):
+    def test_without_flags_the_time_limit_of_the_environment_counts(self):
         buffer = sb3_replay(handle_timeout_termination=False)
         put(buffer, 1, 2)
         put(buffer, 2, 3, done=True)
-        clocked = small(lambda: gym.make(gym.spec("Pendulum-v1"), max_episode_steps=2))
-        assert _time_limit(clocked) == 2
-        assert told(_replay_episodes(buffer, _time_limit(clocked))) == [([1.0, 2.0, 3.0], False)]
+        timed = small(lambda: gym.make(gym.spec("Pendulum-v1"), max_episode_steps=2))
+        assert _time_limit(timed) == 2
+        assert contents(_replay_episodes(buffer, _time_limit(timed))) == [([1.0, 2.0, 3.0], False)]
 
     @pytest.mark.parametrize("repeated", [lambda env: RepeatAction(env, 2), MaxAndSkipEnv])
-    def test_the_clock_of_an_environment_that_repeats_actions_is_of_other_steps(self, repeated):
-        clocked = small(lambda: repeated(gym.make("Pendulum-v1", max_episode_steps=50)))
-        of = clocked.observation_space, clocked.action_space
+    def test_the_time_limit_of_an_environment_that_repeats_actions_counts_other_steps(self, repeated):
+        timed = small(lambda: repeated(gym.make("Pendulum-v1", max_episode_steps=50)))
+        of = timed.observation_space, timed.action_space
         flagless = ReplayBuffer(10, *of, handle_timeout_termination=False)
-        told = "50 steps of the simulator, its wrapper repeats actions.*give time_limit= in steps of the agent"
-        with pytest.raises(ValueError, match=told):
-            episodes_of(clocked, flagless)
-        episodes_of(clocked, flagless, time_limit=25)
-        episodes_of(clocked, ReplayBuffer(10, *of))  # it has flags
+        words = "50 steps of the simulator, its wrapper repeats actions.*give time_limit= in steps of the agent"
+        with pytest.raises(ValueError, match=words):
+            episodes_of(timed, flagless)
+        episodes_of(timed, flagless, time_limit=25)
+        episodes_of(timed, ReplayBuffer(10, *of))  # it has flags
 
     def test_a_real_one_has_the_rewards_of_its_transitions(self):
         sac = SAC("MlpPolicy", "Pendulum-v1", learning_starts=500, seed=0, device="cpu", buffer_size=1000).learn(250)
@@ -213,7 +213,7 @@ class TestReplayOfSB3:
 
 
 class TestOtherSources:
-    def test_minari_actions_are_scaled_and_terminations_are_ends(self):
+    def test_minari_actions_are_scaled_and_terminations_are_terminal(self):
         recorded = SimpleNamespace(
             observations=np.array([[1.0], [2.0], [3.0]]),
             actions=np.array([[2.0], [-1.0]]),
@@ -239,7 +239,7 @@ class TestOtherSources:
         (e,) = read_episodes(model.replay_buffer)
         np.testing.assert_array_equal(e.obs["obs"], image.transpose(0, 3, 1, 2))
 
-    def test_a_name_with_a_dot_is_a_file_too_where_there_is_one(self, tmp_path):
+    def test_a_name_with_a_dot_can_be_a_file(self, tmp_path):
         other = small()
         add_experience(other, [episode(0, 5)])
         other.save_replay_buffer(tmp_path / "replay_0.5")
@@ -263,7 +263,7 @@ class TestOtherSources:
         model, other = small(), small()
         add_experience(other, [episode(0, 5), episode(9, 2, terminal=True)])
         add_experience(model, other.replay_buffer)
-        assert told(read_episodes(model.replay_buffer)) == told(read_episodes(other.replay_buffer))
+        assert contents(read_episodes(model.replay_buffer)) == contents(read_episodes(other.replay_buffer))
 
     @pytest.mark.parametrize("source", [[], sb3_replay()])
     def test_an_empty_source_is_refused(self, source: Any):
@@ -345,7 +345,7 @@ def test_a_file_is_read_once_and_a_damaged_one_is_named(tmp_path: Path, monkeypa
         add_experience(small(), tmp_path / "replay.pkl")
 
 
-def test_statistics_see_what_is_added_as_if_it_had_been_lived():
+def test_statistics_include_added_episodes_as_if_they_had_been_lived():
     lived = VecNormalize(DummyVecEnv([Line]), gamma=0.5)
     model = small(env=lived)
     add_experience(model, [episode(0, 3)])
@@ -356,7 +356,7 @@ def test_statistics_see_what_is_added_as_if_it_had_been_lived():
     assert lived.obs_rms.mean.item() == pytest.approx(1.5, abs=1e-3)
 
 
-def test_what_is_recorded_is_drawn_and_what_is_lived_served_first():
+def test_recorded_experience_is_sampled_uniformly_and_the_newest_steps_come_first():
     model = small(buffer_size=2000, learning_starts=2000)
     add_experience(model, [episode(0, 500), episode(0, 500)])
     assert not model.replay_buffer._rings._queue

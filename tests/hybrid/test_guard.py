@@ -19,7 +19,7 @@ from sb3_dreamer.dreams.__main__ import main as dreams
 from sb3_dreamer.hybrid import DreamVecEnv, Guard, LatentVecEnv
 from sb3_dreamer.planning import Planner
 from sb3_dreamer.world_model import WorldModel
-from tests.hybrid.conftest import SMALL, pendulum
+from tests.hybrid.agents import SMALL, pendulum
 
 
 class Constant:
@@ -62,8 +62,8 @@ def test_the_risk_is_the_share_of_dreams_that_end_within_the_horizon(dreamer: Dr
     cont = th.full((8, 8), 0.9)  # of a head that is never quite sure
     cont[0, 7] = cont[1, 1] = cont[7, 3] = 0.4  # two of the first four dreams, one of the others
     cont[2, 0] = 0.0  # the present state is not part of the dream
-    told = cont * dreamer.gamma
-    monkeypatch.setattr(WorldModel, "predict_discount", lambda model, features: told)
+    discount = cont * dreamer.gamma
+    monkeypatch.setattr(WorldModel, "predict_discount", lambda model, features: discount)
     np.testing.assert_allclose(guard.risk(packed), [0.5, 0.25])
 
 
@@ -119,7 +119,7 @@ def test_dreamer_remembers_under_a_guard(dreamer: Dreamer):
     np.testing.assert_array_equal(state.packed, own[0])
 
 
-def test_the_state_of_another_is_refused(dreamer: Dreamer):
+def test_the_state_of_another_policy_is_refused(dreamer: Dreamer):
     _, state = dreamer.predict(observe())
     with pytest.raises(ValueError, match=r"Guard.predict\(\) got a state of another policy"):
         Guard(dreamer, Constant(dreamer)).predict(observe(), state)
@@ -171,7 +171,7 @@ def test_one_observation_alone_gives_one_action(dreamer: Dreamer, acts: float):
     assert len(state.packed) == 1
 
 
-def test_a_test_holds_until_the_next_one_and_the_fallback_until_the_next_episode(dreamer: Dreamer):
+def test_a_test_holds_until_the_next_one_and_a_takeover_until_the_next_episode(dreamer: Dreamer):
     guard = Guard(dreamer, Constant(dreamer), horizon=5, every=3)
     with continues_with(dreamer, 1.0):
         _, state = guard.predict(observe(2), None, np.array([True, True]))
@@ -188,7 +188,7 @@ def test_a_test_holds_until_the_next_one_and_the_fallback_until_the_next_episode
     assert seen[3:] == [[True, True]] * 3 + [[False, True]]
 
 
-def test_dreams_that_make_no_sense_are_risky(dreamer: Dreamer):
+def test_dreams_with_nan_are_risky(dreamer: Dreamer):
     guard = Guard(dreamer, Constant(dreamer), horizon=2, max_risk=0.99)
     with continues_with(dreamer, 1.0):
         dreamer.policy.world_model.continue_head[-1].bias.data.fill_(float("nan"))
@@ -196,7 +196,7 @@ def test_dreams_that_make_no_sense_are_risky(dreamer: Dreamer):
     assert state.taken_over.tolist() == [True]
 
 
-def test_what_must_not_happen_is_risky_though_no_episode_ends_with_it(dreamer: Dreamer):
+def test_unsafe_states_are_risky_although_they_end_no_episode(dreamer: Dreamer):
     asked = []
 
     def unsafe(obs: np.ndarray) -> np.ndarray:
@@ -245,10 +245,10 @@ def test_each_sees_the_units_that_it_was_trained_with():
     raw = observe() + 100
     guard.predict(env.normalize_obs(raw))
     np.testing.assert_allclose(fallback.seen[0], raw, atol=1e-4)
-    assert (np.abs(seen[0] - 100) < 50).all()  # normalised it would be at most 10
+    assert (np.abs(seen[0] - 100) < 50).all()  # normalized it would be at most 10
 
 
-def test_a_controller_of_ones_own_needs_no_more_than_predict(dreamer: Dreamer):
+def test_a_custom_controller_needs_no_more_than_predict(dreamer: Dreamer):
     class Still:
         def predict(self, obs, state=None, episode_start=None, deterministic=False):
             return np.zeros((len(obs), 1), np.float32), None
@@ -259,7 +259,7 @@ def test_a_controller_of_ones_own_needs_no_more_than_predict(dreamer: Dreamer):
         assert guard.predict(observe()[0])[0].tolist() == [0.0]  # it always sees a batch
 
 
-def test_actions_of_a_controller_of_ones_own_are_clipped_to_their_bounds_and_take_their_shape(dreamer: Dreamer):
+def test_actions_of_a_custom_controller_are_clipped_and_reshaped(dreamer: Dreamer):
     class Strong:
         def predict(self, obs, state=None, episode_start=None, deterministic=False):
             return [3.0] * len(obs), None
@@ -289,7 +289,7 @@ def test_a_controller_that_returns_nan_is_named(dreamer: Dreamer):
         Guard(dreamer, Constant(dreamer, np.nan), horizon=2).predict(observe(2))
 
 
-def test_a_controller_that_cannot_be_called_as_sb3s_is_refused(dreamer: Dreamer):
+def test_a_controller_that_cannot_be_called_as_in_sb3_is_refused(dreamer: Dreamer):
     class Simple:
         def predict(self, obs):
             return np.zeros((len(obs), 1), np.float32)
@@ -313,7 +313,7 @@ class FromTwo(gym.Env[np.ndarray, np.int64]):
         return np.zeros(3, np.float32), 1.0, False, False, {}
 
 
-def test_choices_may_begin_elsewhere_where_no_algorithm_of_sb3_counts_them():
+def test_choices_may_have_a_start_if_no_algorithm_of_sb3_is_involved():
     class Second:
         def predict(self, obs, state=None, episode_start=None, deterministic=False):
             return np.full(len(obs), 3), None
@@ -352,9 +352,9 @@ def test_a_fallback_with_a_memory_observes_what_was_done_in_its_place(dreamer: D
     guard = Guard(dreamer, dreamer)
     _, state = guard.predict(observe(2), deterministic=True)
     taken = np.array([[0.5], [-1.5]], np.float32)
-    told = guard.with_action(state, taken)
+    new_state = guard.with_action(state, taken)
     encoded = dreamer.policy.encode_action(taken)
     assert not np.allclose(state.action, encoded)
-    np.testing.assert_array_equal(told.action, encoded)
-    np.testing.assert_array_equal(told.memory[1], encoded)
-    np.testing.assert_array_equal(told.memory[0], state.memory[0])
+    np.testing.assert_array_equal(new_state.action, encoded)
+    np.testing.assert_array_equal(new_state.memory[1], encoded)
+    np.testing.assert_array_equal(new_state.memory[0], state.memory[0])

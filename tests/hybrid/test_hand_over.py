@@ -27,7 +27,7 @@ from sb3_dreamer.hybrid.hand_over import fill_replay
 from sb3_dreamer.hybrid.real_states import dream_returns, imagined_observations, real_states, unpacked
 from sb3_dreamer.hybrid.students import FINAL_RATE, LEARNING_RATE, SLOW_START, fit, start_slowly, teach, teach_critics
 from sb3_dreamer.replay import Episode, read_episodes
-from tests.hybrid.conftest import SMALL, pendulum
+from tests.hybrid.agents import SMALL, pendulum
 
 NET = dict(net_arch=[32, 32])
 QUICK: dict[str, Any] = dict(updates=5, critic_updates=2, buffer_size=1000, batch_size=16, policy_kwargs=NET)

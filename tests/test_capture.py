@@ -210,7 +210,7 @@ class TestLatentsOnTheWay:
 
     @pytest.fixture
     def buffer(self, monkeypatch: pytest.MonkeyPatch) -> SequenceReplayBuffer:
-        monkeypatch.setattr(columns.HalfLatents, "on_the_way", property(lambda self: True))
+        monkeypatch.setattr(columns.HalfLatents, "arriving", property(lambda self: True))
         buffer = SequenceReplayBuffer(50, VECTOR, VECTOR, "cpu", sequence_length=2, latent_size=1)
         done, infos = np.zeros(1, bool), [{}]
         for _ in range(10):

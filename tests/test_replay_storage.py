@@ -113,7 +113,7 @@ class TestFolder:
         assert {float(start[0]) for start, index in zip(batch.start, batch.index) if 3 <= index[1] <= 6} == {7.0}
 
     def test_flushed_latents_reach_them_though_they_are_still_on_the_way(self, tmp_path, monkeypatch):
-        monkeypatch.setattr(columns.HalfLatents, "on_the_way", property(lambda self: True))
+        monkeypatch.setattr(columns.HalfLatents, "arriving", property(lambda self: True))
         buffer = fill(tmp_path, 4)
         buffer.update_latents(np.array([[0, 0]]), th.ones(1, LENGTH, 3))
         buffer.flush()

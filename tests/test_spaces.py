@@ -206,9 +206,9 @@ def test_actions_that_begin_below_zero_are_served_as_the_code_of_their_place(spa
     first, sizes = np.atleast_1d(space.start), np.atleast_1d(space.n if hasattr(space, "n") else space.nvec)
     for place in (0, 150, 199):
         places = np.minimum(place, sizes - 1)
-        stored = code.store((first + places).reshape(1, *space.shape), np.zeros(1, int))
+        stored = code.encode((first + places).reshape(1, *space.shape), np.zeros(1, int))
         wanted = np.concatenate([np.eye(n)[p] for n, p in zip(sizes, places, strict=True)])
-        np.testing.assert_array_equal(code.serve(stored)[0], wanted)
+        np.testing.assert_array_equal(code.to_model(stored)[0], wanted)
         np.testing.assert_array_equal(code.load(stored)[0], first + places)
 
 

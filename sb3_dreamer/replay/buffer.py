@@ -76,12 +76,12 @@ class SequenceReplayBuffer:
         self.observation_space, self.action_space = observation_space, action_space
         self.device = get_device(device)
         self.sequence_length, self.latent_size = sequence_length, latent_size
-        self._entries = EntryCode(observation_space, action_space, latent_size)
+        self._code = EntryCode(observation_space, action_space, latent_size)
         self._envs = np.arange(n_envs)
         self._pending_reward = np.zeros(n_envs, np.float32)
         self._next_is_first = np.ones(n_envs, bool)
         self._rings = Rings(n_envs, self.rows, sequence_length)
-        self._coming: tuple[np.ndarray, HalfLatents] | None = None
+        self._pending_latents: tuple[np.ndarray, HalfLatents] | None = None
         self.storage_path = None if storage_path is None else Path(storage_path)
         self._storage: RamStorage | None = None
         if self.storage_path is not None and DiskStorage.exists(self.storage_path):
@@ -113,9 +113,9 @@ class SequenceReplayBuffer:
         """
         ended = np.flatnonzero(done)
         try:
-            entry = self._entries.store(obs, action, latent, self._envs)
-            rewards = self._entries.reward.cast(reward, self._envs)
-            final = self._entries.store_final(infos, rewards, ended) if ended.size else None
+            entry = self._code.encode(obs, action, latent, self._envs)
+            rewards = self._code.reward.cast(reward, self._envs)
+            final = self._code.encode_final(infos, rewards, ended) if ended.size else None
         except ValueError as error:
             raise ValueError(
                 f"{error}. Nothing of this step was stored, the replay keeps its {self.size()} entries"
@@ -135,7 +135,7 @@ class SequenceReplayBuffer:
         :param obs: (n_envs, *shape), by key for Dict spaces; original, not normalised.
         :raises ValueError: for NaN, infinity, values out of range and wrong shapes.
         """
-        self._entries.store_observation(obs, self._envs)
+        self._code.encode_observation(obs, self._envs)
 
     def cut(self) -> None:
         """End the stream here: what is added next does not follow what was added last.
@@ -158,16 +158,16 @@ class SequenceReplayBuffer:
         """
         if not self.latent_size:
             return
-        self._settle()
-        self._coming = index, HalfLatents(latents)
-        if not self._coming[1].on_the_way:
-            self._settle()
+        self._write_pending_latents()
+        self._pending_latents = index, HalfLatents(latents)
+        if not self._pending_latents[1].arriving:
+            self._write_pending_latents()
 
-    def _settle(self) -> None:
+    def _write_pending_latents(self) -> None:
         """Write the latents that are still on their way."""
-        if self._coming is None:
+        if self._pending_latents is None:
             return
-        (index, latents), self._coming = self._coming, None
+        (index, latents), self._pending_latents = self._pending_latents, None
         half = latents.numpy()
         stored = self._writable_storage().arrays["latent"]
         env, number = index[:, :1], index[:, 1:] + np.arange(half.shape[1])
@@ -202,12 +202,12 @@ class SequenceReplayBuffer:
 
     def _new_storage(self) -> RamStorage:
         if self.storage_path is None:
-            return RamStorage(self._entries.columns(), self.n_envs, self.rows)
+            return RamStorage(self._code.columns(), self.n_envs, self.rows)
         return self._disk_storage(self.storage_path)
 
     def _disk_storage(self, folder: Path) -> DiskStorage:
         words = {"observation_space": str(self.observation_space), "action_space": str(self.action_space)}
-        return DiskStorage(folder, self._entries.columns(), self.n_envs, self.rows, words)
+        return DiskStorage(folder, self._code.columns(), self.n_envs, self.rows, words)
 
     # -- reading ---------------------------------------------------------------------------------------------------
 
@@ -226,11 +226,11 @@ class SequenceReplayBuffer:
         before, rows = entries[:, 0], entries[:, 1:]
         flags = arrays["flags"][rows]
         is_first = (flags & FIRST) != 0
-        obs: Any = {key: arrays[f"obs/{key}"].take(rows, axis=0) for key in self._entries.observation}
+        obs: Any = {key: arrays[f"obs/{key}"].take(rows, axis=0) for key in self._code.observation}
         reward = arrays["reward"][rows]
         if env is not None:
             obs, reward = self.normalize_obs(obs, env), env.normalize_reward(reward)
-        prev_action = self._entries.action.serve(arrays["action"].take(entries[:, :-1], axis=0))
+        prev_action = self._code.action.to_model(arrays["action"].take(entries[:, :-1], axis=0))
         prev_action[is_first] = 0.0
         start = np.zeros((batch_size, self.latent_size), np.float32)
         if self.latent_size:
@@ -288,13 +288,13 @@ class SequenceReplayBuffer:
 
     def flush(self) -> None:
         """Write everything to the disk, to outlive a loss of power; the death of the process needs no flush."""
-        self._settle()
+        self._write_pending_latents()
         if self._storage is not None:
             self._storage.flush()
 
     def __getstate__(self) -> dict[str, Any]:
         """A pickle holds the rows in use; with a ``storage_path`` they stay there, and it only refers to them."""
-        self._settle()
+        self._write_pending_latents()
         state = self.__dict__.copy()
         if self._storage is not None:
             state["_storage"] = self._storage.dump(int(min(self._rings.head.max(), self.rows)))

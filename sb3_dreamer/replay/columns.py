@@ -156,20 +156,20 @@ class ActionCode:
         self.width = sum(self.classes) or prod(self.column.shape)
 
     @property
-    def none(self) -> int:
+    def no_action(self) -> int:
         """The stored value that is served as zeros."""
         return -1 if self.classes else 0
 
-    def store(self, action: Any, envs: np.ndarray) -> np.ndarray:
+    def encode(self, action: Any, envs: np.ndarray) -> np.ndarray:
         """(n, *space.shape) scaled floats or integers -> (n, *column.shape) as stored, checked."""
         stored = self.column.cast(action, envs)
         return (stored - self._start).astype(stored.dtype) if self.classes else stored
 
-    def load(self, stored: np.ndarray) -> np.ndarray:
-        """Inverse of :meth:`store`: (n, *column.shape) as stored -> (n, *column.shape) scaled floats or integers."""
+    def decode(self, stored: np.ndarray) -> np.ndarray:
+        """Inverse of :meth:`encode`: (n, *column.shape) as stored -> (n, *column.shape) scaled floats or integers."""
         return (stored + self._start).astype(stored.dtype) if self.classes else stored
 
-    def serve(self, stored: np.ndarray) -> np.ndarray:
+    def to_model(self, stored: np.ndarray) -> np.ndarray:
         """(..., *column.shape) as stored -> (..., A) float32."""
         if not self.classes:
             return stored.astype(np.float32, copy=False)
@@ -199,7 +199,7 @@ class EntryCode:
         columns["flags"] = Column("flags", (), np.dtype(np.uint8), 0, FIRST | LAST | TERMINAL)
         return columns if self.latent is None else {**columns, "latent": self.latent}
 
-    def store(self, obs: Any, action: Any, latent: Any, envs: np.ndarray) -> dict[str, np.ndarray]:
+    def encode(self, obs: Any, action: Any, latent: Any, envs: np.ndarray) -> dict[str, np.ndarray]:
         """Check what belongs to an entry; reward and flags are left to the caller.
 
         :param obs: (n, *shape), by key for Dict spaces.
@@ -208,14 +208,14 @@ class EntryCode:
         :param envs: (n,) numbers of the environments.
         :raises ValueError: for what a column refuses.
         """
-        entry = self.store_observation(obs, envs)
-        entry["action"] = self.action.store(action, envs)
+        entry = self.encode_observation(obs, envs)
+        entry["action"] = self.action.encode(action, envs)
         if self.latent is not None:
             no_latent = np.zeros((len(envs), *self.latent.shape), np.float16)
             entry["latent"] = no_latent if latent is None else self.latent.cast(latent, envs)
         return entry
 
-    def store_final(self, infos: list[dict[str, Any]], reward: np.ndarray, envs: np.ndarray) -> dict[str, np.ndarray]:
+    def encode_final(self, infos: list[dict[str, Any]], reward: np.ndarray, envs: np.ndarray) -> dict[str, np.ndarray]:
         """Check the last entries of episodes, complete with reward and flags; action and latent are none.
 
         :param infos: of all environments, with "terminal_observation" and "TimeLimit.truncated".
@@ -230,16 +230,16 @@ class EntryCode:
         obs = (
             {key: np.stack([one[key] for one in last]) for key in self.observation} if self.is_dict else np.stack(last)
         )
-        entry = self.store_observation(obs, envs, "terminal ")
+        entry = self.encode_observation(obs, envs, "terminal ")
         time_limit = np.array([bool(infos[env].get("TimeLimit.truncated", False)) for env in envs])
-        entry["action"] = np.full((len(envs), *self.action.column.shape), self.action.none, self.action.column.dtype)
+        entry["action"] = np.full((len(envs), *self.action.column.shape), self.action.no_action, self.action.column.dtype)
         entry["reward"] = reward[envs]
         entry["flags"] = np.where(time_limit, LAST, LAST | TERMINAL).astype(np.uint8)
         if self.latent is not None:
             entry["latent"] = np.zeros((len(envs), *self.latent.shape), np.float16)
         return entry
 
-    def store_observation(self, obs: Any, envs: np.ndarray, prefix: str = "") -> dict[str, np.ndarray]:
+    def encode_observation(self, obs: Any, envs: np.ndarray, prefix: str = "") -> dict[str, np.ndarray]:
         """Check observations alone.
 
         :param obs: (n, *shape), by key for Dict spaces.
@@ -247,8 +247,8 @@ class EntryCode:
         :param prefix: put before the labels in messages.
         :raises ValueError: for what a column refuses.
         """
-        by_key = obs if self.is_dict else {"obs": obs}
-        return {f"obs/{key}": column.cast(by_key[key], envs, prefix) for key, column in self.observation.items()}
+        parts = obs if self.is_dict else {"obs": obs}
+        return {f"obs/{key}": column.cast(parts[key], envs, prefix) for key, column in self.observation.items()}
 
 
 def to_device(array: np.ndarray, device: th.device) -> th.Tensor:
@@ -277,7 +277,7 @@ class HalfLatents:
         self._half = half
 
     @property
-    def on_the_way(self) -> bool:
+    def arriving(self) -> bool:
         """Whether :meth:`numpy` may have to wait."""
         return self._arrived is not None
 

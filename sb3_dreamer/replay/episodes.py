@@ -70,7 +70,7 @@ def _episode(buffer: SequenceReplayBuffer, arrays: dict[str, np.ndarray], rows: 
     action = arrays["action"][rows[:-1]]
     return Episode(
         obs={key: arrays[f"obs/{key}"][rows] for key in code.observation},
-        action=code.action.load(action).reshape(len(action), *(buffer.action_space.shape or ())),
+        action=code.action.decode(action).reshape(len(action), *(buffer.action_space.shape or ())),
         reward=arrays["reward"][rows[1:]],
         terminal=bool(arrays["flags"][rows[-1]] & TERMINAL),
     )
@@ -108,10 +108,10 @@ def encoded_episode(
         raise ValueError(f"an episode of {length} rewards, at least one, has observations {wanted}, here {lengths}")
     steps = np.array([f"step {t}" for t in range(length)])
     obs = episode.obs if code.is_dict else episode.obs["obs"]
-    entries = code.store(_at(obs, slice(-1)), episode.action, None, steps)
+    entries = code.encode(_at(obs, slice(-1)), episode.action, None, steps)
     info = {"terminal_observation": _at(obs, -1), "TimeLimit.truncated": not episode.terminal}
     reward = code.reward.cast(episode.reward, steps)
-    final = code.store_final([info], reward[-1:], np.zeros(1, int))
+    final = code.encode_final([info], reward[-1:], np.zeros(1, int))
     entries["reward"] = np.append(np.float32(0.0), reward[:-1])
     entries["flags"] = (np.arange(length) == 0) * np.uint8(FIRST)
     return entries, final

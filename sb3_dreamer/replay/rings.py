@@ -30,7 +30,7 @@ class Rings:
         self.rows, self.length = rows, length
         self.head = np.zeros(n_envs, np.int64)  # entries ever written
         self.lower_bound = np.zeros(n_envs, np.int64)  # entries below this number are lost
-        self._queued = np.zeros(n_envs, np.int64)  # entries below this number have been queued
+        self._queued_until = np.zeros(n_envs, np.int64)  # entries below this number have been queued
         self._queue: deque[tuple[int, int]] = deque(maxlen=n_envs * (rows // length))
         self.reseed()
 
@@ -40,7 +40,7 @@ class Rings:
 
     def resume(self, head: np.ndarray, lower_bound: np.ndarray) -> None:
         """Begin with the entries that somebody else has written; none of them counts as new."""
-        self.head, self.lower_bound, self._queued = head.copy(), lower_bound, head.copy()
+        self.head, self.lower_bound, self._queued_until = head.copy(), lower_bound, head.copy()
 
     def advance(self, envs: np.ndarray, new: bool = True) -> None:
         """One entry has been written for each of ``envs``; as soon as T are new they are queued as a sequence.
@@ -50,10 +50,10 @@ class Rings:
         """
         self.head[envs] += 1
         if not new:
-            self._queued[envs] = self.head[envs]
-        for env in np.flatnonzero(self.head - self._queued >= self.length):
-            self._queue.append((int(env), int(self._queued[env])))
-            self._queued[env] += self.length
+            self._queued_until[envs] = self.head[envs]
+        for env in np.flatnonzero(self.head - self._queued_until >= self.length):
+            self._queue.append((int(env), int(self._queued_until[env])))
+            self._queued_until[env] += self.length
 
     def row(self, env: np.ndarray, number: np.ndarray) -> np.ndarray:
         """Rows of entries, in arrays (n_envs * rows, ...)."""
@@ -85,7 +85,7 @@ class Rings:
         :return: (B, 2) environments and numbers of the first entries.
         :raises ValueError: if no environment has enough entries.
         """
-        first, count = self.servable(0 if since is None else since)
+        first_start, count = self.servable(0 if since is None else since)
         total = int(count.sum())
         if total == 0:
             raise ValueError(

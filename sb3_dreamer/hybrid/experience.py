@@ -19,6 +19,7 @@ from stable_baselines3.common.vec_env import VecNormalize, VecTransposeImage
 from sb3_dreamer.acting import require_dreamer, require_statistics
 from sb3_dreamer.dreamer import Dreamer
 from sb3_dreamer.environments import check_statistics
+from sb3_dreamer.files import unpickled
 from sb3_dreamer.hybrid.progress import Advance, progress
 from sb3_dreamer.knobs import as_whole, check_knobs
 from sb3_dreamer.replay import (
@@ -27,7 +28,6 @@ from sb3_dreamer.replay import (
     encoded_episode,
     read_episodes,
     split_transitions,
-    unpickled,
     write_episode,
 )
 from sb3_dreamer.spaces import by_key, parts_of

@@ -1,10 +1,10 @@
-"""Whole episodes, into a replay and out of it: for data that somebody else recorded, and to hand our own on."""
+"""Whole episodes: writing recorded ones into a replay, and reading those of a replay back."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -13,13 +13,26 @@ from sb3_dreamer.replay.columns import FIRST, LAST, TERMINAL
 from sb3_dreamer.types import Observation
 
 
+class Transition(NamedTuple):
+    """One step of an episode: ``action`` led from ``obs`` to ``next_obs``, by key, and to ``reward``.
+
+    :param done: whether it is the last of the episode, for good or cut.
+    """
+
+    obs: dict[str, np.ndarray]
+    next_obs: dict[str, np.ndarray]
+    action: Any
+    reward: Any
+    done: bool
+
+
 @dataclass
 class Episode:
-    """One episode, or the part of one that is known: L actions and the L + 1 observations around them.
+    """One episode, or the known part of one: L actions and the L + 1 observations around them.
 
-    :param obs: key -> (L + 1, *shape), original, not normalised; a space that is no Dict has the single key "obs".
+    :param obs: key -> (L + 1, *shape), original, not normalized; a space that is no Dict has the single key "obs".
     :param action: (L, *shape), action t taken after seeing observation t; Box actions scaled to [-1, 1], or integers.
-    :param reward: (L,), reward t came with observation t + 1; original, not normalised.
+    :param reward: (L,), reward t came with observation t + 1; original, not normalized.
     :param terminal: whether it ended for good; otherwise it was cut: by a time limit, a reset, or the end of the data.
     """
 
@@ -31,14 +44,14 @@ class Episode:
     def __len__(self) -> int:
         return len(self.reward)
 
-    def transitions(self) -> Iterator[tuple[dict[str, np.ndarray], dict[str, np.ndarray], Any, Any, bool]]:
-        """One after the other: observation and the next one by key, action, reward, and whether it is the last."""
+    def transitions(self) -> Iterator[Transition]:
+        """The transitions, one after the other."""
         for t in range(len(self)):
-            now, then = ({key: values[i] for key, values in self.obs.items()} for i in (t, t + 1))
-            yield now, then, self.action[t], self.reward[t], t == len(self) - 1
+            obs, next_obs = ({key: values[i] for key, values in self.obs.items()} for i in (t, t + 1))
+            yield Transition(obs, next_obs, self.action[t], self.reward[t], done=t == len(self) - 1)
 
     def part(self, begin: int, end: int) -> Episode:
-        """Actions ``begin`` to ``end``, the latter not included; cut, unless it reaches the end."""
+        """Actions ``begin`` to ``end`` (exclusive); cut, unless it reaches the end."""
         obs = {key: values[begin : end + 1] for key, values in self.obs.items()}
         return Episode(obs, self.action[begin:end], self.reward[begin:end], self.terminal and end == len(self))
 
@@ -46,27 +59,27 @@ class Episode:
 def read_episodes(buffer: SequenceReplayBuffer, newest: int | None = None) -> Iterator[Episode]:
     """The episodes of a replay, one environment after the other, the oldest first.
 
-    What is not whole comes as far as it goes: where the beginning has been overwritten, from the oldest entry on;
-    where the end is not known yet, to the newest one. Its last action has no outcome yet and is left out.
+    Incomplete episodes are included as far as they are known: if the beginning has been overwritten, from the oldest
+    entry on; if the episode has not ended, up to the newest one. The last action of those has no outcome yet and is
+    left out.
 
     :param newest: read at most this many of the newest entries, all environments together.
     """
-    storage, rings = buffer._storage, buffer._rings
-    if storage is None:
-        return
-    oldest_of = rings.oldest() if newest is None else np.maximum(rings.oldest(), rings.head - newest // buffer.n_envs)
-    for env, (oldest, head) in enumerate(zip(oldest_of, rings.head, strict=True)):
-        rows = rings.row(np.full(head - oldest, env), np.arange(oldest, head))
-        flags = storage.arrays["flags"][rows]
+    for env in range(buffer.n_envs):
+        rows = buffer.stream(env, None if newest is None else newest // buffer.n_envs)
+        if len(rows) == 0:
+            continue
+        flags = buffer.arrays["flags"][rows]
         begins = (flags & FIRST) != 0
         begins[1:] |= (flags[:-1] & LAST) != 0
         for part in np.split(rows, np.flatnonzero(begins)):
             if len(part) > 1:
-                yield _episode(buffer, storage.arrays, part)
+                yield _decoded_episode(buffer, part)
 
 
-def _episode(buffer: SequenceReplayBuffer, arrays: dict[str, np.ndarray], rows: np.ndarray) -> Episode:
-    code = buffer._entries
+def _decoded_episode(buffer: SequenceReplayBuffer, rows: np.ndarray) -> Episode:
+    """The episode whose entries lie in these rows."""
+    arrays, code = buffer.arrays, buffer.code
     action = arrays["action"][rows[:-1]]
     return Episode(
         obs={key: arrays[f"obs/{key}"][rows] for key in code.observation},
@@ -79,9 +92,9 @@ def _episode(buffer: SequenceReplayBuffer, arrays: dict[str, np.ndarray], rows: 
 def split_transitions(
     obs: dict[str, np.ndarray], next_obs: dict[str, np.ndarray], done: np.ndarray
 ) -> list[np.ndarray]:
-    """Which transitions are of one episode: indices, cut where one is done or the next does not follow.
+    """Which transitions belong to one episode: indices, split after a done and where the next one does not follow.
 
-    :param obs: key -> (n, *shape), in the order of time, all of one environment.
+    :param obs: key -> (n, *shape), in the order of time, all from one environment.
     :param next_obs: key -> (n, *shape).
     :param done: (n,) bool, whether an episode ended with this transition.
     """
@@ -93,16 +106,16 @@ def split_transitions(
 def encoded_episode(
     buffer: SequenceReplayBuffer, episode: Episode
 ) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
-    """An episode as the replay would store it: its entries (L, .) and the one after the last action (1, .).
+    """An episode as the replay stores it: its entries (L, ...), and the final one after the last action (1, ...).
 
-    :param buffer: the replay, which is only asked.
-    :param episode: of its spaces.
+    :param buffer: the replay; it is not changed.
+    :param episode: with the spaces of the replay.
     :raises ValueError: for NaN, infinity, values out of range and wrong shapes.
-    :raises TypeError: for what is no episode.
+    :raises TypeError: for anything but an episode.
     """
     if not isinstance(episode, Episode):
         raise TypeError(f"{type(episode).__name__} is no episode: give sb3_dreamer.replay.Episode objects")
-    length, code = len(episode), buffer._entries
+    length, code = len(episode), buffer.code
     lengths, wanted = {key: len(part) for key, part in episode.obs.items()}, dict.fromkeys(code.observation, length + 1)
     if length == 0 or lengths != wanted:
         raise ValueError(f"an episode of {length} rewards, at least one, has observations {wanted}, here {lengths}")
@@ -118,23 +131,16 @@ def encoded_episode(
 
 
 def write_episode(buffer: SequenceReplayBuffer, episode: Episode) -> None:
-    """Append an episode to the environment that has seen least. Everything is checked before anything is written.
+    """Append an episode to the environment with the fewest entries so far. Everything is checked before it is written.
 
-    The stream of that environment is cut: reset it before it goes on.
+    The stream of that environment is cut: reset it before its next step is added.
 
     :param buffer: the replay.
-    :param episode: of its spaces.
+    :param episode: with the spaces of the replay.
     :raises ValueError: as :func:`encoded_episode`.
     """
     entries, final = encoded_episode(buffer, episode)
-    env = np.array([buffer._rings.head.argmin()])
-    storage = buffer._writable_storage()
-    buffer._interrupt(env)
-    buffer._mark_last(storage)
-    for t in range(len(episode)):
-        buffer._append(storage, env, {name: values[t : t + 1] for name, values in entries.items()}, new=False)
-    buffer._append(storage, env, final, new=False)
-    buffer._interrupt(env)
+    buffer.append_episode(entries, final)
 
 
 def _at(obs: Observation, index: int | slice) -> Observation:

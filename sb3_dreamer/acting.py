@@ -9,6 +9,7 @@ from gymnasium import spaces
 from stable_baselines3.common.vec_env import VecEnv, VecNormalize, unwrap_vec_normalize
 
 from sb3_dreamer.dreamer import Dreamer
+from sb3_dreamer.environments import sees_other_units
 
 
 class ActsWithDreamer:
@@ -54,9 +55,7 @@ def require_same_units(model: Dreamer, env: VecEnv) -> None:
 
     :raises ValueError: with what to do.
     """
-    normalize = unwrap_vec_normalize(env)
-    normalised = normalize is not None and normalize.norm_obs
-    if model._n_updates > 0 and normalised != model.trained_on_normalized_obs:
+    if sees_other_units(model, unwrap_vec_normalize(env)):
         learned, given = ("with", "without") if model.trained_on_normalized_obs else ("without", "with")
         raise ValueError(
             f"the model has learned {learned} VecNormalize around its observations, and env is {given}: wrap env as "

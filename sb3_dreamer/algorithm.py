@@ -27,7 +27,7 @@ from sb3_dreamer.environments import (
     name_dead_workers,
     step_named,
 )
-from sb3_dreamer.files import FileLike, check_parameters, in_place_of_pickles, known_args, read_settings, written_aside
+from sb3_dreamer.files import FileLike, atomic_write, check_parameters, in_place_of_pickles, known_args, read_settings
 from sb3_dreamer.imitation import NO_TEACHER, Imitation
 from sb3_dreamer.policies import DreamerPolicy, PolicyState
 from sb3_dreamer.replay import SequenceReplayBuffer, read_replay
@@ -241,12 +241,12 @@ class SequenceAlgorithm(OffPolicyAlgorithm):
         included = list(include or ())
         if "replay_buffer" in included:
             raise ValueError("the replay has a file of its own: call save_replay_buffer(path)")
-        with written_aside(path, "zip") as file:
+        with atomic_write(path, "zip") as file:
             super().save(file, exclude, included)
 
     def save_replay_buffer(self, path: FileLike) -> None:
         """Save the replay; the file appears whole or not at all."""
-        with written_aside(path, "pkl") as file:
+        with atomic_write(path, "pkl") as file:
             super().save_replay_buffer(file)
 
     @classmethod

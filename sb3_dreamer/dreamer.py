@@ -15,6 +15,7 @@ from sb3_dreamer.behavior.actor_critic import actor_loss, advantages, critic_los
 from sb3_dreamer.behavior.imagination import draw_starts, imagine, lambda_returns
 from sb3_dreamer.capture import CapturedUpdate, Update, record_cuda_graph
 from sb3_dreamer.doors import Doors
+from sb3_dreamer.environments import normalizes_obs
 from sb3_dreamer.files import describe
 from sb3_dreamer.imitation import NO_TEACHER
 from sb3_dreamer.knobs import KNOBS, check_knobs
@@ -217,7 +218,7 @@ class Dreamer(Doors, SequenceAlgorithm):
         self.policy.world_model.gamma = self.gamma
         normalize = self._vec_normalize_env
         self.trained_with_vecnormalize = normalize is not None
-        self.trained_on_normalized_obs = normalize is not None and normalize.norm_obs
+        self.trained_on_normalized_obs = normalizes_obs(normalize)
         update = self._captured_update()
         for _ in range(gradient_steps):
             batch = self.replay_buffer.sample(batch_size, env=normalize)

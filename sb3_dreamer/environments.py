@@ -1,4 +1,4 @@
-"""What an agent asks of its environments, what it says when one is bad or dies, and what their wrappers remember."""
+"""Checks of environments and their wrappers, and what an agent reports when one is bad or dies."""
 
 from __future__ import annotations
 
@@ -6,30 +6,28 @@ import copy
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 from gymnasium import spaces
 from gymnasium.vector import VectorEnv
-from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.preprocessing import is_image_space
 from stable_baselines3.common.running_mean_std import RunningMeanStd
-from stable_baselines3.common.vec_env import VecEnv, VecFrameStack, VecMonitor, VecNormalize, unwrap_vec_normalize
-from stable_baselines3.common.vec_env.base_vec_env import VecEnvWrapper
+from stable_baselines3.common.vec_env import VecEnv, VecNormalize, unwrap_vec_normalize
 
 from sb3_dreamer.spaces import action_spec_of, check_action_bounds, observation_specs
 
 
 def check_spaces(env: Any) -> None:
-    """Refuse spaces that no policy can read or act in.
+    """Refuse spaces that no policy supports.
 
     :param env: an environment, or a vector of them.
-    :raises ValueError: for infinite bounds of actions, and for actions and observations of a kind that has no code.
-    :raises TypeError: for what is no environment.
+    :raises ValueError: for infinite bounds of actions, and for unsupported kinds of spaces.
+    :raises TypeError: for anything but an environment of SB3 or Gymnasium.
     """
     if isinstance(env, VectorEnv):
-        raise TypeError(f"{env} is a vector of Gymnasium's, SB3 has its own: stable_baselines3's make_vec_env(id, n)")
+        raise TypeError(f"{env} is a vector environment of Gymnasium, SB3 has its own: use SB3's make_vec_env(id, n)")
     if not hasattr(env, "action_space"):
         raise TypeError(f"{env!r} is no environment: give one of Gymnasium, a VecEnv, or the id of one")
     action_spec_of(env.action_space)
@@ -38,27 +36,27 @@ def check_spaces(env: Any) -> None:
 
 
 def check_wrapping(env: VecEnv) -> None:
-    """Refuse wrappers that change the observations after VecNormalize: the replay keeps what comes before it.
+    """Refuse wrappers that change the observations after VecNormalize: the replay stores what comes before it.
 
-    :raises ValueError: if there is such a wrapper, or if it takes images for vectors.
+    :raises ValueError: if there is such a wrapper, or if VecNormalize normalizes images.
     """
     normalize = unwrap_vec_normalize(env)
-    if normalize is not None and (images := _normalised_images(normalize)):
+    if normalize is not None and (images := _normalized_images(normalize)):
         raise ValueError(
-            f"VecNormalize makes {images} vectors of numbers, no longer images: give it norm_obs=False, or "
+            f"VecNormalize turns {images} into vectors of floats, which are no images: give it norm_obs=False, or "
             "norm_obs_keys=[...] with the vectors alone"
         )
     if normalize is not None and normalize.observation_space != env.observation_space:
         raise ValueError(
             f"VecNormalize sees {normalize.observation_space}, the agent sees {env.observation_space}, but the replay "
-            "keeps what comes before VecNormalize: so wrap it last, VecNormalize(VecTransposeImage(VecFrameStack(...)))"
+            "stores what comes before VecNormalize: wrap it last, VecNormalize(VecTransposeImage(VecFrameStack(...)))"
         )
 
 
-def _normalised_images(normalize: VecNormalize) -> list[str]:
-    """Keys of the images that it normalises.
+def _normalized_images(normalize: VecNormalize) -> list[str]:
+    """Keys of the images that it normalizes.
 
-    Of a Dict it has overwritten the original parts: what shows images there is that their bounds are its own.
+    It has overwritten the original parts of a Dict space: images are those whose bounds are its own.
     """
     if not normalize.norm_obs:
         return []
@@ -71,45 +69,62 @@ def _normalised_images(normalize: VecNormalize) -> list[str]:
 
 
 def statistics(normalize: VecNormalize) -> dict[str, RunningMeanStd]:
-    """The moving statistics by name: "obs", followed by a key, and "returns"."""
-    seen = getattr(normalize, "obs_rms", None) or {}
-    seen = seen if isinstance(seen, dict) else {"": seen}
-    return {**{f"obs {key}": one for key, one in seen.items()}, "returns": normalize.ret_rms}
+    """The running statistics by name: "obs", followed by a key, and "returns"."""
+    obs_rms = getattr(normalize, "obs_rms", None) or {}
+    obs_rms = obs_rms if isinstance(obs_rms, dict) else {"": obs_rms}
+    return {**{f"obs {key}": rms for key, rms in obs_rms.items()}, "returns": normalize.ret_rms}
 
 
-def check_statistics(model: BaseAlgorithm, stacklevel: int) -> None:
-    """Refuse statistics that a bad number has got into: all that they normalise is bad from then on.
+def normalizes_obs(normalize: VecNormalize | None) -> TypeGuard[VecNormalize]:
+    """Whether there is a VecNormalize, and it normalizes observations."""
+    return normalize is not None and normalize.norm_obs
 
-    A Dreamer that learned from normalised observations and acts in an environment without statistics, or the reverse,
-    is warned of.
+
+def sees_other_units(model: Any, normalize: VecNormalize | None) -> bool:
+    """Whether a trained Dreamer learned from normalized observations and would see original ones, or the reverse."""
+    return model._n_updates > 0 and normalizes_obs(normalize) != model.trained_on_normalized_obs
+
+
+def check_statistics(model: Any, stacklevel: int) -> None:
+    """Check the VecNormalize of a Dreamer, or that it has none.
+
+    :raises ValueError: as :func:`_check_finite`.
+    """
+    normalize = model.get_vec_normalize_env()
+    if model.env is not None and sees_other_units(model, normalize):
+        _warn_of_other_units(model, stacklevel + 1)
+    if normalize is not None:
+        _check_finite(normalize)
+
+
+def _warn_of_other_units(model: Any, stacklevel: int) -> None:
+    """Warn that a Dreamer trained on normalized observations has no VecNormalize, or the reverse."""
+    warnings.warn(
+        "this model learned from what a VecNormalize made of the observations, and its environment has none: "
+        "load(path, env=VecNormalize.load(statistics, env))"
+        if model.trained_on_normalized_obs
+        else "this model learned from observations as they are, and VecNormalize changes those of its environment: "
+        "load(path, env=env) without it, or with norm_obs=False",
+        stacklevel=stacklevel,
+    )
+
+
+def _check_finite(normalize: VecNormalize) -> None:
+    """Refuse statistics that are not finite, since all that they normalize would not be either.
 
     :raises ValueError: with what to do.
     """
-    normalize = model.get_vec_normalize_env()
-    normalised = normalize is not None and normalize.norm_obs
-    learned = getattr(model, "trained_on_normalized_obs", normalised)
-    if model.env is not None and model._n_updates > 0 and learned != normalised:
-        warnings.warn(
-            "this model learned from what a VecNormalize made of the observations, and its environment has none: "
-            "load(path, env=VecNormalize.load(statistics, env))"
-            if learned
-            else "this model learned from observations as they are, and VecNormalize changes those of its environment: "
-            "load(path, env=env) without it, or with norm_obs=False",
-            stacklevel=stacklevel,
-        )
-    if normalize is None:
-        return
-    for name, one in statistics(normalize).items():
+    for name, rms in statistics(normalize).items():
         used = normalize.norm_reward if name == "returns" else normalize.norm_obs
-        if used and not (np.all(np.isfinite(one.mean)) and np.all(np.isfinite(one.var))):
+        if used and not (np.all(np.isfinite(rms.mean)) and np.all(np.isfinite(rms.var))):
             raise ValueError(
                 f"the statistics of VecNormalize ({name.strip()}) are not finite, since an environment sent a number "
-                "that was not: set_env() with a new VecNormalize, or with an older one that VecNormalize.load() reads"
+                "that was not: set_env() with a new VecNormalize, or with an older one from VecNormalize.load()"
             )
 
 
 class ResetWatch:
-    """Notices where somebody else, an evaluation perhaps, resets environments in which an agent is under way.
+    """Detects that someone else, an evaluation perhaps, has reset environments in the middle of an episode.
 
     SB3's vectors keep the infos of each reset, and replace them at the next one.
     """
@@ -118,16 +133,17 @@ class ResetWatch:
         self._noted: tuple[Any, ...] = ()
 
     def note(self, env: VecEnv | None) -> None:
-        """Take the environments as they are now; before the next :meth:`reset_by_others`."""
+        """Record the current state of the environments, to compare with in :meth:`reset_by_others`."""
         infos = self._infos(env)
-        if isinstance(infos, list):  # of copies: an environment may give the same object each time
+        if isinstance(infos, list):  # of copies: an environment may return the same object each time
             infos[:] = map(copy.copy, infos)
         self._noted = tuple(infos)
-        if self.reset_by_others(env):  # this vector builds its infos at each access, so they tell nothing
+        if self.reset_by_others(env):  # this vector builds its infos at each access, so they say nothing
             self._noted = ()
 
     def reset_by_others(self, env: VecEnv | None) -> bool:
-        """Whether they have been reset since they were noted."""
+        """Whether they have been reset since the last :meth:`note`."""
+        # without a note, or with other environments, the lengths may differ
         return any(now is not then for now, then in zip(self._infos(env), self._noted, strict=False))
 
     @staticmethod
@@ -137,9 +153,9 @@ class ResetWatch:
 
 @contextmanager
 def name_dead_workers(env: VecEnv) -> Iterator[None]:
-    """Around steps of SubprocVecEnv: say which worker died, where Python only knows of a broken pipe.
+    """Around steps of SubprocVecEnv: say which worker died, instead of a bare error about a broken pipe.
 
-    With ``start_method="fork"`` the workers hold each other's pipes open, no pipe breaks, and SB3 waits for ever: use
+    With ``start_method="fork"`` the workers hold each other's pipes open, no pipe breaks, and SB3 waits forever: use
     its default, "forkserver".
 
     :raises RuntimeError: if a worker died.
@@ -155,13 +171,13 @@ def name_dead_workers(env: VecEnv) -> Iterator[None]:
             raise
         raise RuntimeError(
             f"processes of environments died, number and exit code: {dead} (-9: killed, often for memory). What was "
-            "collected is kept: save() and save_replay_buffer() work, and set_env() with new environments goes on"
+            "collected is kept: save() and save_replay_buffer() work, and set_env() with new environments continues"
         ) from error
 
 
 @contextmanager
 def step_named(number: int) -> Iterator[None]:
-    """Around what stores a step: complete what the replay says about bad numbers.
+    """Add the step number and what to do to errors raised while a step is stored.
 
     :param number: of the step.
     :raises ValueError: with the number and what to do.
@@ -171,56 +187,13 @@ def step_named(number: int) -> Iterator[None]:
     except ValueError as error:
         raise ValueError(
             f"at environment step {number}: {error}. What was collected before is kept: "
-            "save_replay_buffer() saves it, learn(reset_num_timesteps=False) goes on with a reset"
+            "save_replay_buffer() saves it, learn(reset_num_timesteps=False) continues with a reset"
         ) from None
 
 
 class NoteStep(BaseCallback):
-    """Has the agent note after each step what the environments said, before another callback makes use of them."""
+    """Lets the agent record the outcome of each step before another callback uses the environments."""
 
     def _on_step(self) -> bool:
         self.model.note_step(self.locals["infos"])  # type: ignore[attr-defined]
         return True
-
-
-# -- what wrappers remember -------------------------------------------------------------------------------------------
-
-
-def remembering(env: VecEnv) -> list[VecEnvWrapper]:
-    """The wrappers that remember something, outermost first."""
-    found: list[VecEnvWrapper] = []
-    while isinstance(env, VecEnvWrapper):
-        if isinstance(env, VecNormalize | VecFrameStack | VecMonitor):
-            found.append(env)
-        env = env.venv
-    return found
-
-
-def wrapper_state(wrapper: VecEnvWrapper) -> dict[str, Any]:
-    """What a wrapper remembers, as plain containers of numbers and arrays."""
-    state: dict[str, Any] = {"kind": type(wrapper).__name__}
-    if isinstance(wrapper, VecNormalize):
-        stats = {key: (s.mean, s.var, s.count) for key, s in statistics(wrapper).items()}
-        return {**state, "statistics": stats, "returns": wrapper.returns}
-    if isinstance(wrapper, VecMonitor):
-        return {**state, "returns": wrapper.episode_returns, "lengths": wrapper.episode_lengths}
-    return {**state, "stacked": {key: one.stacked_obs for key, one in _stacks(wrapper).items()}}
-
-
-def restore_wrapper(wrapper: VecEnvWrapper, state: dict[str, Any]) -> None:
-    """Put back what :func:`wrapper_state` gave."""
-    if isinstance(wrapper, VecNormalize):
-        wrapper.returns = state["returns"]
-        for key, one in statistics(wrapper).items():
-            one.mean, one.var, one.count = state["statistics"][key]
-    elif isinstance(wrapper, VecMonitor):
-        wrapper.episode_returns, wrapper.episode_lengths = state["returns"], state["lengths"]
-    elif isinstance(wrapper, VecFrameStack):
-        for key, one in _stacks(wrapper).items():
-            one.stacked_obs = state["stacked"][key]
-
-
-def _stacks(wrapper: VecEnvWrapper) -> dict[str, Any]:
-    """SB3's stacks of observations by key."""
-    stacked = wrapper.stacked_obs
-    return dict(getattr(stacked, "sub_stacked_observations", None) or {"": stacked})

@@ -3,16 +3,16 @@
 ::
 
     model.zip
-      data                   settings, as JSON. What is no JSON is pickled there by SB3, see below
-        described            format, name of the policy, spaces: all that ``predict`` needs beside numbers, as data
+      data                   settings, as JSON. What JSON cannot hold is pickled there by SB3, see below
+        described            format, name of the policy, spaces: all that ``predict`` needs besides the weights
       policy.pth             weights, tensors only (read with ``weights_only=True``)
-      policy.optimizer.pth   state of the optimiser, tensors only
+      policy.optimizer.pth   state of the optimizer, tensors only
       pytorch_variables.pth  empty
 
 Pickled in ``data``, and not needed to act: ``policy_class``, ``observation_space`` and ``action_space`` (``described``
 has them too), ``lr_schedule``, ``train_freq``, ``replay_buffer_class``, ``_last_episode_starts``, ``ep_info_buffer``,
-``ep_success_buffer``, and of the settings those that are no JSON: a ``learning_rate`` that is a function, and
-``replay_buffer_kwargs`` or ``policy_kwargs`` with objects in them. To unpickle is to run code. ``load(trusted=False)``
+``ep_success_buffer``, and of the settings those that JSON cannot hold: a ``learning_rate`` that is a function, and
+``replay_buffer_kwargs`` or ``policy_kwargs`` with objects in them. Unpickling runs code. ``load(trusted=False)``
 reads none of it. A replay buffer (``replay_buffer.pkl``) and what ``policy.save`` writes are pickles as a whole:
 read only your own.
 """
@@ -24,6 +24,7 @@ import io
 import json
 import os
 import pathlib
+import pickle
 import warnings
 import zipfile
 from collections.abc import Iterator, Mapping
@@ -31,15 +32,14 @@ from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
-import torch as th
 from gymnasium import spaces
 from stable_baselines3.common.policies import BasePolicy
-from stable_baselines3.common.save_util import open_path
+from stable_baselines3.common.save_util import load_from_pkl, open_path
 
 FORMAT = 5
 PICKLED = ":serialized:"  # SB3's mark of a pickled attribute
-# kept by the base class, and read by nothing here
-OF_SAC = (
+# arguments of SB3's base class that nothing here reads
+UNUSED_SB3_ARGUMENTS = (
     "tau", "gradient_steps", "train_freq", "action_noise", "n_steps", "optimize_memory_usage",
     "use_sde", "sde_sample_freq", "use_sde_at_warmup",
 )  # fmt: skip
@@ -56,14 +56,14 @@ def _number(bound: np.ndarray) -> Any:
 
 
 def _integers(space: spaces.Space) -> dict[str, str]:
-    """The type of the integers, if it is not the usual one: older versions of Gymnasium know no other."""
+    """The dtype, if it is not int64: older versions of Gymnasium have no argument for it."""
     return {} if space.dtype == np.int64 else {"dtype": str(space.dtype)}
 
 
 def describe_space(space: spaces.Space) -> dict[str, Any]:
     """A space as JSON.
 
-    :raises ValueError: for a kind of space that no agent has.
+    :raises ValueError: for a kind of space that no agent can have.
     """
     if isinstance(space, spaces.Dict):
         return {"kind": "Dict", "spaces": {key: describe_space(sub) for key, sub in space.spaces.items()}}
@@ -82,24 +82,24 @@ def describe_space(space: spaces.Space) -> dict[str, Any]:
 
 def space_from(described: Mapping[str, Any]) -> spaces.Space:
     """Inverse of :func:`describe_space`."""
-    words = dict(described)
-    kind = words.pop("kind")
+    arguments = dict(described)
+    kind = arguments.pop("kind")
     if kind == "Dict":
-        return spaces.Dict([(key, space_from(sub)) for key, sub in words["spaces"].items()])
+        return spaces.Dict([(key, space_from(sub)) for key, sub in arguments["spaces"].items()])
     if kind == "Box":
-        shape, dtype = tuple(words["shape"]), np.dtype(words["dtype"])
-        low, high = (np.broadcast_to(np.asarray(words[key], dtype), shape).copy() for key in ("low", "high"))
+        shape, dtype = tuple(arguments["shape"]), np.dtype(arguments["dtype"])
+        low, high = (np.broadcast_to(np.asarray(arguments[key], dtype), shape).copy() for key in ("low", "high"))
         return spaces.Box(low, high, shape, dtype.type)
-    if "dtype" in words:
-        words["dtype"] = np.dtype(words["dtype"]).type
-    if kind == "MultiDiscrete" and not np.any(words["start"]):
-        words.pop("start")  # which older versions of Gymnasium do not know
+    if "dtype" in arguments:
+        arguments["dtype"] = np.dtype(arguments["dtype"]).type
+    if kind == "MultiDiscrete" and not np.any(arguments["start"]):
+        arguments.pop("start")  # older versions of Gymnasium have no such argument
     makers = {"Discrete": spaces.Discrete, "MultiDiscrete": spaces.MultiDiscrete, "MultiBinary": spaces.MultiBinary}
-    return makers[kind](**words)
+    return makers[kind](**arguments)
 
 
 def describe(policy: type[BasePolicy], observation_space: spaces.Space, action_space: spaces.Space) -> dict[str, Any]:
-    """What ``load(trusted=False)`` needs to know, as JSON; saved with the agent."""
+    """What ``load(trusted=False)`` needs, as JSON; saved with the agent."""
     return {
         "format": FORMAT,
         "policy": policy.__name__,
@@ -112,11 +112,11 @@ def describe(policy: type[BasePolicy], observation_space: spaces.Space, action_s
 
 
 def read_settings(path: FileLike) -> dict[str, Any]:
-    """The JSON of a saved agent, nothing unpickled, after a look at the whole file.
+    """The JSON of a saved agent, without unpickling anything, after a check of the whole file.
 
-    :param path: what ``save`` was given.
+    :param path: of the file that ``save`` wrote.
     :raises FileNotFoundError: if there is no such file.
-    :raises ValueError: for a file that is no agent's, truncated, damaged, or of another version's format.
+    :raises ValueError: if the file is no saved agent, truncated, damaged, or in the format of another version.
     """
     file = open_path(path, "r", suffix="zip")
     try:
@@ -141,24 +141,24 @@ def read_settings(path: FileLike) -> dict[str, Any]:
 
 
 def _check_whole(file: Any, path: FileLike) -> None:
-    """A zip file whose every byte is as it was written.
+    """Check that a file is a complete zip file with correct checksums.
 
-    :raises ValueError: if it is no zip file, or cut short.
-    :raises zipfile.BadZipFile: if a checksum does not fit.
+    :raises ValueError: if it is no zip file, or truncated.
+    :raises zipfile.BadZipFile: if a checksum is wrong.
     """
     file.seek(0)
     if file.read(4) != b"PK\x03\x04":
-        raise ValueError(f"{path} is not a zip-file, so no saved agent: was it written by save()?")
-    if not zipfile.is_zipfile(file) or _begins_at(file) != 0:  # a .pth inside is a zip file too, and looks like the end
+        raise ValueError(f"{path} is not a zip file, so no saved agent: was it written by save()?")
+    if not zipfile.is_zipfile(file) or _begins_at(file) != 0:  # a .pth inside is a zip file too, with an end of its own
         raise ValueError(f"{path} is truncated, its end is missing: copy it again, or take an older checkpoint")
     with zipfile.ZipFile(file) as archive:
         if bad := archive.testzip():
-            raise zipfile.BadZipFile(f"the checksum of {bad} does not fit")
+            raise zipfile.BadZipFile(f"the checksum of {bad} is wrong")
     file.seek(0)
 
 
 def _begins_at(file: Any) -> int:
-    """Where the first part of a zip file lies, by the list at its end."""
+    """Offset of the first part of a zip file, according to the directory at its end."""
     with zipfile.ZipFile(file) as archive:
         return min((part.header_offset for part in archive.infolist()), default=0)
 
@@ -166,18 +166,18 @@ def _begins_at(file: Any) -> int:
 def in_place_of_pickles(
     settings: Mapping[str, Any], policies: Mapping[str, type[BasePolicy]], cls: type, given: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """Objects for everything pickled in a saved agent, made from data.
+    """Replacements, made from data, for everything that is pickled in a saved agent.
 
     :param settings: of :func:`read_settings`.
-    :param policies: policies by name; a file that asks for another one is refused.
+    :param policies: policies by name; a file that names another one is refused.
     :param cls: the algorithm, whose defaults replace settings that are pickled.
-    :param given: what the caller provides instead.
+    :param given: objects that the caller provides instead.
     :return: for ``custom_objects``.
-    :raises ValueError: if the file lacks the description, asks for a policy of somebody else, or names methods.
+    :raises ValueError: if the file lacks the description, names an unknown policy, or would overwrite methods.
     """
     described = settings["described"]
     if methods := sorted(key for key in settings if callable(getattr(cls, key, None))):
-        raise ValueError(f"the file would put something in the place of the methods {methods}: no save() wrote that")
+        raise ValueError(f"the file would overwrite the methods {methods}: no save() wrote that")
     try:
         own_spaces = {key: space_from(described[key]) for key in ("observation_space", "action_space")}
     except (KeyError, TypeError, ValueError, AttributeError) as error:
@@ -194,8 +194,8 @@ def in_place_of_pickles(
         if isinstance(value, dict) and PICKLED in value and key not in given
     }
     if lost := sorted(replaced.keys() & defaults.keys()):
-        warnings.warn(f"{lost} of the saved agent are pickled and were not read, the defaults stand in", stacklevel=3)
-    folders: dict[str, Any] = {"tensorboard_log": None, "replay_buffer_kwargs": {}}  # of another's choosing
+        warnings.warn(f"{lost} of the saved agent are pickled and were not read, their defaults are used", stacklevel=3)
+    folders: dict[str, Any] = {"tensorboard_log": None, "replay_buffer_kwargs": {}}  # chosen by whoever wrote the file
     if lost := sorted(key for key in folders if settings.get(key) and key not in {*replaced, *given}):
         warnings.warn(f"{lost} of the saved agent name folders and were not read: give your own", stacklevel=3)
     replaced |= folders | own_spaces
@@ -203,11 +203,11 @@ def in_place_of_pickles(
 
 
 def check_parameters(given: dict[str, dict[str, Any]], own: dict[str, dict[str, Any]], exact_match: bool) -> None:
-    """Refuse parameters that an agent has no place for, before any of them is taken over.
+    """Refuse parameters that do not match those of an agent, before any of them is loaded.
 
     :param given: "policy" and "policy.optimizer" -> name -> value.
     :param own: the same of the agent.
-    :param exact_match: whether all have to be there.
+    :param exact_match: whether none may be missing or unknown.
     :raises ValueError: for another shape, and for unknown or missing names.
     """
     absent = [f"{part} {name}" for part in own for name in sorted(own[part].keys() - given.get(part, {}).keys())]
@@ -216,7 +216,7 @@ def check_parameters(given: dict[str, dict[str, Any]], own: dict[str, dict[str, 
     if exact_match and (absent or unknown):
         raise ValueError(
             f"the parameters do not match, missing: {', '.join(absent[:5]) or 'none'}, unknown: "
-            f"{', '.join(unknown[:5]) or 'none'}. Nothing was changed; exact_match=False takes what there is"
+            f"{', '.join(unknown[:5]) or 'none'}. Nothing was changed; exact_match=False loads those that match"
         )
     groups, wanted = (
         [len(group["params"]) for group in part.get("policy.optimizer", {}).get("param_groups", [])]
@@ -224,81 +224,69 @@ def check_parameters(given: dict[str, dict[str, Any]], own: dict[str, dict[str, 
     )
     if groups and groups != wanted:
         raise ValueError(
-            f"the optimizer's parameters are of another agent: groups of {groups}, here {wanted}. Nothing was changed"
+            f"the optimizer's parameters belong to another agent: groups of {groups}, here {wanted}. "
+            "Nothing was changed"
         )
     for name, value in given.get("policy", {}).items():
         if name in own["policy"] and value.shape != own["policy"][name].shape:
             raise ValueError(
-                f"the parameters are of other spaces or widths than this agent: {name} has shape "
+                f"the parameters belong to an agent with other spaces or widths: {name} has shape "
                 f"{tuple(value.shape)}, here {tuple(own['policy'][name].shape)}. Nothing was changed"
             )
 
 
-@contextmanager
-def written_aside(path: FileLike, suffix: str) -> Iterator[Any]:
-    """A file that takes the place of an older one when it is complete and on the disk; an open file is just used.
+def unpickled(path: FileLike, what: str, verbose: int = 0) -> Any:
+    """The object that SB3 has pickled into a file.
 
-    :param path: where, with SB3's rule: ``suffix`` is added if there is none, folders are made.
+    :param path: with or without its ``.pkl``, or an open file.
+    :param what: what the file should hold, for the message.
+    :param verbose: as in SB3.
+    :raises ValueError: if the file is truncated or no pickle.
+    """
+    file = open_path(path, "r", verbose, suffix="pkl")
+    try:
+        return load_from_pkl(file, verbose)
+    except (pickle.UnpicklingError, EOFError) as error:
+        raise ValueError(f"{path} is damaged or no {what} ({error}): give another file") from error
+    finally:
+        if file is not path:
+            file.close()
+
+
+@contextmanager
+def atomic_write(path: FileLike, suffix: str) -> Iterator[Any]:
+    """A file to write that replaces an older one once it is complete and on the disk; an open file is used directly.
+
+    :param path: with SB3's rules: ``suffix`` is added if there is none, missing folders are made.
     :param suffix: without the dot.
     """
     if not isinstance(path, str | pathlib.Path):
         yield path
         return
     path = pathlib.Path(path)
-    path = (path if path.suffix else pathlib.Path(f"{path}.{suffix}")).resolve()  # a link stays one
+    path = (path if path.suffix else pathlib.Path(f"{path}.{suffix}")).resolve()  # a link stays a link
     path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.{os.getpid()}.part")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
-        with aside.open("wb") as file:
+        with temporary.open("wb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        aside.replace(path)
+        temporary.replace(path)
     finally:
-        aside.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
 
 
 def known_args(agent: type, saved: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
-    """Refuse settings that no agent has: SB3's ``load`` would take them and nothing would read them.
+    """Refuse unknown keyword arguments of load(), which SB3 would silently store as attributes.
 
-    :param agent: its class.
-    :param saved: what its file holds.
-    :param given: to be set.
-    :return: those under the names by which an agent keeps them: one differs from its argument.
-    :raises TypeError: naming them.
+    :param agent: the class of the agent.
+    :param saved: the settings in its file.
+    :param given: the keyword arguments.
+    :return: the keyword arguments by attribute: the name of one differs.
+    :raises TypeError: names the unknown ones.
     """
-    known = (saved.keys() | inspect.signature(agent).parameters.keys()) - {*OF_SAC, "policy"}
+    known = (saved.keys() | inspect.signature(agent).parameters.keys()) - {*UNUSED_SB3_ARGUMENTS, "policy"}
     if unknown := sorted(given.keys() - known):
         raise TypeError(f"load() got {', '.join(unknown)}, which {agent.__name__} does not have")
     return {"_stats_window_size" if name == "stats_window_size" else name: value for name, value in given.items()}
-
-
-# -- plain data --------------------------------------------------------------------------------------------------------
-
-
-def to_tensors(value: Any) -> Any:
-    """Plain data with its arrays as tensors, which is what torch reads without running code.
-
-    :raises TypeError: for anything else, which torch would write and refuse to read.
-    """
-    if isinstance(value, np.ndarray | np.generic):
-        return th.from_numpy(np.array(value))
-    if isinstance(value, dict):
-        return {key: to_tensors(one) for key, one in value.items()}
-    if type(value) in (list, tuple):
-        return type(value)(map(to_tensors, value))
-    if value is None or isinstance(value, int | float | complex | str | bytes):
-        return value
-    raise TypeError(
-        f"a checkpoint cannot hold the {type(value).__name__} that resume_state() of an environment gives: it takes "
-        "arrays, numbers, strings, bytes, and tuples, lists and dicts of these"
-    )
-
-
-def to_arrays(value: Any) -> Any:
-    """What :func:`to_tensors` was given."""
-    if isinstance(value, th.Tensor):
-        return value.numpy()[()]  # one number is a NumPy number again, of its own type
-    if isinstance(value, dict):
-        return {key: to_arrays(one) for key, one in value.items()}
-    return type(value)(map(to_arrays, value)) if isinstance(value, list | tuple) else value

@@ -18,7 +18,7 @@ CORE = {
     "nets": {"types"},
     "world_model": {"types", "nets"},
     "behavior": {"types", "nets", "world_model"},
-    "replay": {"types"},
+    "replay": {"types", "files"},
     "spaces": {"types"},
     "policies": {"types", "nets", "world_model", "behavior", "spaces"},
     "environments": {"spaces"},
@@ -44,7 +44,7 @@ CORE = {
         "imitation",
         "files",
     },
-    "acting": {"dreamer"},
+    "acting": {"dreamer", "environments"},
 }
 WINGS = {"resume", "hybrid", "zoo", "dreams", "planning", "tianshou", "distributed"}
 # `__init__` stands for what the package itself exports, as in `from sb3_dreamer import Dreamer`

@@ -16,7 +16,8 @@ from sb3_dreamer import Dreamer
 from sb3_dreamer.capture import CapturedUpdate
 from sb3_dreamer.nets import optim
 from sb3_dreamer.nets.optim import LaProp
-from sb3_dreamer.replay import SequenceReplayBuffer, columns
+from sb3_dreamer.replay import SequenceReplayBuffer
+from sb3_dreamer.replay.latents import PendingLatents
 from sb3_dreamer.types import Batch
 
 
@@ -213,7 +214,7 @@ class TestLatentsOnTheWay:
 
     @pytest.fixture
     def buffer(self, monkeypatch: pytest.MonkeyPatch) -> SequenceReplayBuffer:
-        monkeypatch.setattr(columns.HalfLatents, "on_the_way", property(lambda self: True))
+        monkeypatch.setattr(PendingLatents, "arriving", property(lambda self: True))
         buffer = SequenceReplayBuffer(50, VECTOR, VECTOR, "cpu", sequence_length=2, latent_size=1)
         done, infos = np.zeros(1, bool), [{}]
         for _ in range(10):

@@ -44,6 +44,6 @@ def test_a_pickle_of_something_else_is_refused(tmp_path):
     path = tmp_path / "replay_buffer.pkl"
     path.write_bytes(pickle.dumps([1, 2]))
     with pytest.raises(
-        ValueError, match=r"holds a list, but .* add_experience\(path\) takes over what one of SB3 holds"
+        ValueError, match=r"holds a list, but .* add_experience\(path\) imports the transitions of SB3's buffers"
     ):
         agent().load_replay_buffer(path)

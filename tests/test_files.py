@@ -105,7 +105,7 @@ def test_the_list_of_what_is_pickled_is_complete(saved) -> None:
 def test_a_pickled_schedule_is_left_out_with_a_warning_or_replaced(tmp_path) -> None:
     agent = Dreamer("MlpPolicy", "Pendulum-v1", learning_rate=falling, **DEBUG)
     agent.save(tmp_path / "model")
-    with pytest.warns(UserWarning, match="learning_rate.* were not read, the defaults stand in"):
+    with pytest.warns(UserWarning, match="learning_rate.* were not read, their defaults are used"):
         loaded = Dreamer.load(tmp_path / "model", trusted=False)
     assert loaded.learning_rate == inspect.signature(Dreamer).parameters["learning_rate"].default
     assert Dreamer.load(tmp_path / "model", trusted=False, learning_rate=1e-5).lr_schedule(1.0) == 1e-5
@@ -148,7 +148,7 @@ def test_a_policy_class_of_somebody_else_is_refused(tmp_path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda data: data.update(predict=3), r"in the place of the methods \['predict'\]"),
+        (lambda data: data.update(predict=3), r"would overwrite the methods \['predict'\]"),
         (lambda data: data["described"].pop("action_space"), "describes no spaces that an agent could have"),
         (lambda data: data["described"]["action_space"].update(kind="Foo"), "describes no spaces that an agent could"),
         (lambda data: data["described"].update(policy=["x"]), "asks for the policy class"),
@@ -216,14 +216,14 @@ def test_every_flipped_bit_in_the_contents_is_noticed(saved) -> None:
     for start, size in parts * 3:
         where = start + int(rng.integers(size - 60))
         saved.write_bytes(whole[:where] + bytes([whole[where] ^ 1]) + whole[where + 1 :])
-        with pytest.raises(ValueError, match=r"is damaged \(the checksum of .* does not fit"):
+        with pytest.raises(ValueError, match=r"is damaged \(the checksum of .* is wrong"):
             Dreamer.load(saved)
 
 
 @pytest.mark.parametrize("content", [b"", b"hello", os.urandom(1000), b"\x80\x04]\x94."])
 def test_a_file_that_is_no_zip_says_so(tmp_path, content: bytes) -> None:
     (tmp_path / "model.zip").write_bytes(content)
-    with pytest.raises(ValueError, match="is not a zip-file, so no saved agent"):
+    with pytest.raises(ValueError, match="is not a zip file, so no saved agent"):
         Dreamer.load(tmp_path / "model")
 
 

@@ -297,7 +297,7 @@ class TestLatents:
             buffer.add(np.full((2, 1), number), None, np.zeros((2, 1)), np.zeros(2), done, infos, np.zeros((2, 1)))
         refreshed = th.tensor([[[1.0], [2.0], [3.0]], [[4.0], [5.0], [6.0]]])
         buffer.update_latents(np.array([[0, 0], [1, 1]]), refreshed)
-        latents = buffer._storage.arrays["latent"].reshape(2, 8)
+        latents = buffer.arrays["latent"].reshape(2, 8)
         assert latents.tolist() == [[1, 2, 3, 0, 0, 0, 0, 0], [0, 0, 5, 6, 0, 0, 0, 0]]  # entry 1 is overwritten
 
     def test_latents_are_kept_as_float16_and_clipped_to_it(self):
@@ -336,7 +336,7 @@ class TestSpaces:
         for obs in given:
             obs = {key: np.asarray(value)[None] for key, value in obs.items()}
             buffer.add(obs, obs, np.zeros((1, 1)), np.zeros(1), np.zeros(1), [{}])
-        stored = {key: str(array.dtype) for key, array in buffer._storage.arrays.items()}
+        stored = {key: str(array.dtype) for key, array in buffer.arrays.items()}
         assert stored["obs/vector"] == "float32"
         assert stored["obs/half"] == "float16"
         assert stored["obs/image"] == "uint8"

@@ -15,7 +15,8 @@ import pytest
 import torch as th
 from gymnasium import spaces
 
-from sb3_dreamer.replay import SequenceReplayBuffer, columns
+from sb3_dreamer.replay import SequenceReplayBuffer
+from sb3_dreamer.replay.latents import PendingLatents
 
 WIDE = spaces.Box(-np.inf, np.inf, (500,), np.float32)
 STICK = spaces.Box(-1.0, 1.0, (2,), np.float32)
@@ -112,8 +113,8 @@ class TestFolder:
         batch = make(tmp_path).sample(100)
         assert {float(start[0]) for start, index in zip(batch.start, batch.index) if 3 <= index[1] <= 6} == {7.0}
 
-    def test_flushed_latents_reach_them_though_they_are_still_on_the_way(self, tmp_path, monkeypatch):
-        monkeypatch.setattr(columns.HalfLatents, "on_the_way", property(lambda self: True))
+    def test_flushed_latents_reach_them_though_they_are_still_pending(self, tmp_path, monkeypatch):
+        monkeypatch.setattr(PendingLatents, "arriving", property(lambda self: True))
         buffer = fill(tmp_path, 4)
         buffer.update_latents(np.array([[0, 0]]), th.ones(1, LENGTH, 3))
         buffer.flush()
@@ -129,8 +130,8 @@ class TestFolder:
         [
             ({"observation_space": spaces.Box(-np.inf, np.inf, (400,))}, r"column obs/obs: float32 \(500,\) there"),
             ({"action_space": spaces.Box(-2, 2, (2,))}, r"action_space: Box\(-1.0, 1.0, .* Box\(-2.0, 2.0"),
-            ({"latent_size": 5}, r"column latent: float16 \(3,\) there, float16 \(5,\) now"),
-            ({"buffer_size": 30}, r"entries of each environment: 20 there, 30 now"),
+            ({"latent_size": 5}, r"column latent: float16 \(3,\) there, float16 \(5,\) here"),
+            ({"buffer_size": 30}, r"entries of each environment: 20 there, 30 here"),
         ],
     )
     def test_a_replay_of_another_kind_is_refused(self, tmp_path, change, message):

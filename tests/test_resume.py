@@ -227,6 +227,14 @@ def test_what_a_checkpoint_cannot_hold_is_said_before_the_first_step(tmp_path) -
     assert model.num_timesteps == 0
 
 
+@pytest.mark.parametrize("setting", [dict(every=2.5), dict(every="3"), dict(every=0), dict(keep=0), dict(keep=True)])
+def test_steps_and_checkpoints_are_counted_in_whole_numbers(setting: dict, tmp_path) -> None:
+    ((name, value),) = setting.items()
+    with pytest.raises(ValueError, match=f"{name}={value!r} .* a whole number of at least 1"):
+        ResumeCallback(tmp_path, **{"every": 10, **setting})
+    assert ResumeCallback(tmp_path, every=1e5).every == 100_000
+
+
 def test_it_is_not_called_by_another_callback(tmp_path) -> None:
     inside = EveryNTimesteps(5, ResumeCallback(tmp_path, every=5))
     with pytest.raises(ValueError, match="ResumeCallback inside of EveryNTimesteps would never save"):
@@ -267,7 +275,7 @@ def test_any_other_environment_is_reset_and_the_episode_ends_there(tmp_path) -> 
     assert resumed.num_timesteps == 33
     assert resumed._n_updates == model._n_updates > 0
     resumed.learn(20, reset_num_timesteps=False)
-    entries = resumed.replay_buffer._storage.arrays["flags"]
+    entries = resumed.replay_buffer.arrays["flags"]
     assert entries[before] & 1, "the first entry after the resume begins an episode"
     assert entries[before - 1] & 2, "the one before ended one"
     assert not entries[before - 1] & 4 or model._last_episode_starts[0], "but as by a time limit"
@@ -351,7 +359,7 @@ def test_a_damaged_state_is_named(tmp_path, content: bytes | None) -> None:
     fresh("plain", 1).learn(20, ResumeCallback(tmp_path, every=20))
     state = checkpoints(tmp_path)[0] / "state.pth"
     state.write_bytes(content or state.read_bytes()[: state.stat().st_size // 2])
-    with pytest.raises(ValueError, match=r"state.pth is damaged .*: delete the folder 000000_step_20, and"):
+    with pytest.raises(ValueError, match=r"state.pth is damaged .*: delete the folder 000000_step_20 to resume"):
         Dreamer.resume(tmp_path, WRAPPED["plain"](1))
 
 
@@ -359,7 +367,7 @@ def test_resuming_what_is_not_trusted_or_without_an_environment_is_refused(tmp_p
     fresh("plain", 1).learn(20, ResumeCallback(tmp_path, every=20))
     with pytest.raises(ValueError, match="the replay of a checkpoint is a pickle, which may run code"):
         Dreamer.resume(tmp_path, WRAPPED["plain"](1), trusted=False)
-    with pytest.raises(ValueError, match=r"resume\(\) needs the environment to go on in"):
+    with pytest.raises(ValueError, match=r"resume\(\) needs the environment to continue in"):
         Dreamer.resume(tmp_path, None)
 
 

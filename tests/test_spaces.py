@@ -206,10 +206,10 @@ def test_actions_that_begin_below_zero_are_served_as_the_code_of_their_place(spa
     first, sizes = np.atleast_1d(space.start), np.atleast_1d(space.n if hasattr(space, "n") else space.nvec)
     for place in (0, 150, 199):
         places = np.minimum(place, sizes - 1)
-        stored = code.store((first + places).reshape(1, *space.shape), np.zeros(1, int))
+        stored = code.encode((first + places).reshape(1, *space.shape), np.zeros(1, int))
         wanted = np.concatenate([np.eye(n)[p] for n, p in zip(sizes, places, strict=True)])
-        np.testing.assert_array_equal(code.serve(stored)[0], wanted)
-        np.testing.assert_array_equal(code.load(stored)[0], first + places)
+        np.testing.assert_array_equal(code.to_model(stored)[0], wanted)
+        np.testing.assert_array_equal(code.decode(stored)[0], first + places)
 
 
 def test_integers_that_begin_elsewhere_have_the_code_of_their_place() -> None:
@@ -372,7 +372,7 @@ def test_tuples_of_actions_are_refused() -> None:
 
 def test_what_changes_observations_belongs_inside_of_vecnormalize() -> None:
     env = VecNormalize(DummyVecEnv([lambda: Random(OBSERVATIONS["dict"])]), norm_obs_keys=["speed"])
-    with pytest.raises(ValueError, match="so wrap it last"):  # SB3 itself adds VecTransposeImage on top of it
+    with pytest.raises(ValueError, match="wrap it last"):  # SB3 itself adds VecTransposeImage on top of it
         Dreamer("MultiInputPolicy", env, **DEBUG)
 
 
@@ -381,7 +381,7 @@ def test_images_are_not_normalised_as_if_they_were_vectors(policy: str) -> None:
     space = image(48, 40, 3)
     space = spaces.Dict(camera=space) if policy == "MultiInputPolicy" else space
     env = VecTransposeImage(DummyVecEnv([lambda: Random(space)]))
-    with pytest.raises(ValueError, match=r"VecNormalize makes \['(camera|obs)'\] vectors of numbers"):
+    with pytest.raises(ValueError, match=r"VecNormalize turns \['(camera|obs)'\] into vectors of floats"):
         Dreamer(policy, VecNormalize(env), **DEBUG)
 
 

@@ -16,13 +16,13 @@ from stable_baselines3.common.preprocessing import is_image_space, is_image_spac
 from stable_baselines3.common.vec_env import VecNormalize, VecTransposeImage
 
 from sb3_dreamer.dreamer import Dreamer
+from sb3_dreamer.files import unpickled
 from sb3_dreamer.replay import (
     Episode,
     SequenceReplayBuffer,
     encoded_episode,
     read_episodes,
     split_transitions,
-    unpickled,
     write_episode,
 )
 from sb3_dreamer.spaces import by_key, parts_of

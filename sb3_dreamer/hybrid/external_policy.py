@@ -18,8 +18,8 @@ from stable_baselines3.common.vec_env import VecEnv, VecNormalize, unwrap_vec_no
 
 from sb3_dreamer.acting import ActsWithDreamer
 from sb3_dreamer.dreamer import Dreamer
+from sb3_dreamer.files import unpickled
 from sb3_dreamer.policies import DreamerPolicy
-from sb3_dreamer.replay import unpickled
 from sb3_dreamer.spaces import by_key, check_counted_from_zero, parts_of
 
 

@@ -9,7 +9,7 @@ from sb3_dreamer.replay.episodes import (
     split_transitions,
     write_episode,
 )
-from sb3_dreamer.replay.saved import read_replay, unpickled
+from sb3_dreamer.replay.saved import read_replay
 
 __all__ = [
     "Episode",
@@ -19,6 +19,5 @@ __all__ = [
     "read_episodes",
     "read_replay",
     "split_transitions",
-    "unpickled",
     "write_episode",
 ]

@@ -1,7 +1,7 @@
 """Replay of sequences: every observation is stored once, and sequences are served with the latent to start from.
 
-Time. ``add`` is given the transition of one ``env.step``. Its reward belongs to the *next* observation, so it waits
-for the next entry; where the episode is done, the final entry is written in the same call::
+Time. ``add`` takes the transition of one ``env.step``. Its reward belongs to the *next* observation, so it waits
+for the next entry; if the episode is done, the final entry is written in the same call::
 
     add call           1            2            3, done: its entry, and the final one       4
                        |            |            |                |                          |
@@ -14,7 +14,7 @@ for the next entry; where the episode is done, the final entry is written in the
     is_terminal        0            0            0                unless it was a time limit 0
     latent             s_0          s_1          s_2              0                          s_0'
 
-How the entries of an environment lie in its ring is drawn in ``rings``.
+``rings`` shows how the entries of an environment are laid out in its ring.
 """
 
 from __future__ import annotations
@@ -29,29 +29,29 @@ from gymnasium import spaces
 from stable_baselines3.common.utils import get_device
 from stable_baselines3.common.vec_env import VecNormalize
 
-from sb3_dreamer.replay.columns import FIRST, LAST, TERMINAL, EntryCode, HalfLatents, to_device
+from sb3_dreamer.replay.columns import FIRST, LAST, TERMINAL, EntryCode, to_device
+from sb3_dreamer.replay.latents import PendingLatents
 from sb3_dreamer.replay.rings import Rings
-from sb3_dreamer.replay.storage import DiskStorage, RamStorage
+from sb3_dreamer.replay.storage import DiskStorage, Storage, open_storage
 from sb3_dreamer.types import Batch, Observation
 
 
 class SequenceReplayBuffer:
     """Uniform replay over sequences, newest data first.
 
-    Each time an environment has ``sequence_length`` new entries, they are queued. Up to half of a batch are those, the
-    newest first; the rest is drawn uniformly over all (environment, start). Sequences may contain ends of episodes.
+    Every ``sequence_length`` new entries of an environment are queued as a sequence. Up to half of a batch comes from
+    that queue, newest first; the rest is uniform over all (environment, start). Sequences may contain ends of episodes.
 
-    :param buffer_size: capacity in entries, all environments together. Memory is taken at the first ``add``.
+    :param buffer_size: capacity in entries, all environments together. Memory is allocated at the first ``add``.
     :param observation_space: Box, Discrete, MultiDiscrete, MultiBinary, or a flat Dict of these.
     :param action_space: Box, Discrete, MultiDiscrete or MultiBinary.
     :param device: where sampled tensors go.
     :param n_envs: number of environments.
     :param sequence_length: entries T of a sequence.
     :param latent_size: width L of the latents, kept as float16; 0 for none.
-    :param storage_path: folder for the entries, instead of memory. A folder that holds a replay is opened and goes on
-        where it stopped (what survives what is told in ``storage``); the first entry after that begins an episode.
-    :raises ValueError: if an environment's share of ``buffer_size`` cannot hold a sequence, or if the folder holds
-        the replay of other spaces or sizes.
+    :param storage_path: folder for the entries, instead of memory. A folder that holds a replay is reopened and
+        continued (``storage`` says what survives which failure); the next entry begins an episode.
+    :raises ValueError: if ``buffer_size`` is too small for a sequence, or the folder has other spaces or sizes.
     """
 
     def __init__(
@@ -76,16 +76,16 @@ class SequenceReplayBuffer:
         self.observation_space, self.action_space = observation_space, action_space
         self.device = get_device(device)
         self.sequence_length, self.latent_size = sequence_length, latent_size
-        self._entries = EntryCode(observation_space, action_space, latent_size)
+        self.code = EntryCode(observation_space, action_space, latent_size)
         self._envs = np.arange(n_envs)
-        self._pending_reward = np.zeros(n_envs, np.float32)
-        self._next_is_first = np.ones(n_envs, bool)
+        self._pending_reward, self._next_is_first = np.zeros(n_envs, np.float32), np.ones(n_envs, bool)
         self._rings = Rings(n_envs, self.rows, sequence_length)
-        self._coming: tuple[np.ndarray, HalfLatents] | None = None
+        self._pending_latents: PendingLatents | None = None
         self.storage_path = None if storage_path is None else Path(storage_path)
-        self._storage: RamStorage | None = None
+        self._storage: Storage | None = None
         if self.storage_path is not None and DiskStorage.exists(self.storage_path):
-            self._storage = disk = self._disk_storage(self.storage_path)
+            self._storage = disk = self._open_storage()
+            assert isinstance(disk, DiskStorage)
             self._rings.resume(disk.heads(), disk.oldest(disk.heads()))
 
     # -- writing ---------------------------------------------------------------------------------------------------
@@ -102,24 +102,23 @@ class SequenceReplayBuffer:
     ) -> None:
         """Store one step of all environments. Everything is checked before anything is written.
 
-        :param obs: (n_envs, *shape), by key for Dict spaces; original, not normalised.
-        :param next_obs: not read: it comes back as ``obs``, or lies in ``infos`` where an episode is done.
+        :param obs: (n_envs, *shape), by key for Dict spaces; original, not normalized.
+        :param next_obs: not read: it returns as the next ``obs``, or is in ``infos`` where an episode is done.
         :param action: (n_envs, *shape) taken after seeing ``obs``; Box actions scaled to [-1, 1], or integers.
-        :param reward: (n_envs,) that came with ``next_obs``; original, not normalised.
+        :param reward: (n_envs,) that came with ``next_obs``; original, not normalized.
         :param done: (n_envs,) whether the episode ended.
         :param infos: where done, with "terminal_observation", and "TimeLimit.truncated" if it was a time limit.
         :param latent: (n_envs, L) latents after seeing ``obs``; zeros if not given.
-        :raises ValueError: for NaN, infinity, values out of range, wrong shapes and a missing last observation.
+        :raises ValueError: for NaN, infinity, values out of range, wrong shapes and a missing terminal observation.
         """
         ended = np.flatnonzero(done)
         try:
-            entry = self._entries.store(obs, action, latent, self._envs)
-            rewards = self._entries.reward.cast(reward, self._envs)
-            final = self._entries.store_final(infos, rewards, ended) if ended.size else None
+            entry = self.code.encode(obs, action, latent, self._envs)
+            rewards = self.code.reward.cast(reward, self._envs)
+            final = self.code.encode_final(infos, rewards, ended) if ended.size else None
         except ValueError as error:
-            raise ValueError(
-                f"{error}. Nothing of this step was stored, the replay keeps its {self.size()} entries"
-            ) from None
+            kept = f"Nothing of this step was stored, the replay keeps its {self.size()} entries"
+            raise ValueError(f"{error}. {kept}") from None
         storage = self._writable_storage()
         entry["reward"] = self._pending_reward
         entry["flags"] = self._next_is_first * np.uint8(FIRST)
@@ -129,28 +128,43 @@ class SequenceReplayBuffer:
             self._append(storage, ended, final)
             self._interrupt(ended)
 
-    def check(self, obs: Observation) -> None:
-        """Refuse observations that could not be stored, before anybody acts on them.
+    def append_episode(self, entries: dict[str, np.ndarray], final: dict[str, np.ndarray]) -> None:
+        """Append an encoded episode to the environment with the fewest entries so far; its stream is cut on both sides.
 
-        :param obs: (n_envs, *shape), by key for Dict spaces; original, not normalised.
+        :param entries: column name -> (L, *shape), see :func:`sb3_dreamer.replay.episodes.encoded_episode`.
+        :param final: column name -> (1, *shape), the entry after the last action.
+        """
+        env = np.array([self._rings.head.argmin()])
+        storage = self._writable_storage()
+        self._interrupt(env)
+        self._mark_last(storage)
+        for t in range(len(entries["flags"])):
+            self._append(storage, env, {name: values[t : t + 1] for name, values in entries.items()}, new=False)
+        self._append(storage, env, final, new=False)
+        self._interrupt(env)
+
+    def check(self, obs: Observation) -> None:
+        """Refuse observations that could not be stored, before an action is chosen for them.
+
+        :param obs: (n_envs, *shape), by key for Dict spaces; original, not normalized.
         :raises ValueError: for NaN, infinity, values out of range and wrong shapes.
         """
-        self._entries.store_observation(obs, self._envs)
+        self.code.encode_observation(obs, self._envs)
 
     def cut(self) -> None:
-        """End the stream here: what is added next does not follow what was added last.
+        """End the stream here: the next entries do not follow the newest ones.
 
         The newest entry of each environment becomes the last (not terminal) of its episode. For ``set_env``, ``load``
-        and every reset that no ``done`` announces.
+        and every reset without a ``done`` before it.
         """
         self._interrupt(self._envs)
         if self._storage is not None and self._storage.writable:
             self._mark_last(self._storage)
 
     def update_latents(self, index: np.ndarray, latents: th.Tensor) -> None:
-        """Write refreshed latents back to sampled sequences; entries overwritten since are left alone.
+        """Write refreshed latents back to sampled sequences, except to entries that were overwritten since.
 
-        Those that come from a GPU are written at the next call, or when the replay is saved: the host does not wait.
+        Latents from a GPU are written at the next call, or when the replay is saved: the host does not wait.
 
         :param index: (B, 2) the ``index`` of the batch.
         :param latents: (B, T, L) latents of its entries.
@@ -158,26 +172,17 @@ class SequenceReplayBuffer:
         """
         if not self.latent_size:
             return
-        self._settle()
-        self._coming = index, HalfLatents(latents)
-        if not self._coming[1].on_the_way:
-            self._settle()
+        self._write_pending_latents()
+        self._pending_latents = PendingLatents(index, latents)
+        if not self._pending_latents.arriving:
+            self._write_pending_latents()
 
-    def _settle(self) -> None:
-        """Write the latents that are still on their way."""
-        if self._coming is None:
-            return
-        (index, latents), self._coming = self._coming, None
-        half = latents.numpy()
-        stored = self._writable_storage().arrays["latent"]
-        env, number = index[:, :1], index[:, 1:] + np.arange(half.shape[1])
-        row, kept = self._rings.row(env, number), number >= self._rings.oldest()[env]
-        if kept.all():
-            stored[row] = half
-        else:
-            stored[row[kept]] = half[kept]
+    def _write_pending_latents(self) -> None:
+        pending, self._pending_latents = self._pending_latents, None
+        if pending is not None:
+            pending.write(self._writable_storage().arrays["latent"], self._rings)
 
-    def _append(self, storage: RamStorage, envs: np.ndarray, entry: dict[str, np.ndarray], new: bool = True) -> None:
+    def _append(self, storage: Storage, envs: np.ndarray, entry: dict[str, np.ndarray], new: bool = True) -> None:
         number = self._rings.head[envs]
         storage.write(self._rings.row(envs, number), number, entry)
         self._rings.advance(envs, new)
@@ -186,51 +191,46 @@ class SequenceReplayBuffer:
         self._pending_reward[envs] = 0.0
         self._next_is_first[envs] = True
 
-    def _mark_last(self, storage: RamStorage) -> None:
-        """An entry that none will follow is the last one of its episode."""
+    def _mark_last(self, storage: Storage) -> None:
+        """Mark the newest entries of interrupted environments as the last of their episodes."""
         envs = np.flatnonzero(self._next_is_first & (self._rings.head > 0))
         storage.arrays["flags"][self._rings.row(envs, self._rings.head[envs] - 1)] |= LAST
 
-    def _writable_storage(self) -> RamStorage:
-        """The storage, made if there is none; episodes that a dead process left open in it are ended."""
+    def _writable_storage(self) -> Storage:
+        """The storage, created if there is none; episodes that a killed process left unfinished in it are ended."""
         if self._storage is None:
-            self._storage = self._new_storage()
+            self._storage = self._open_storage()
         if not self._storage.writable:
             self._storage.claim(self._rings.head)
             self._mark_last(self._storage)
         return self._storage
 
-    def _new_storage(self) -> RamStorage:
-        if self.storage_path is None:
-            return RamStorage(self._entries.columns(), self.n_envs, self.rows)
-        return self._disk_storage(self.storage_path)
-
-    def _disk_storage(self, folder: Path) -> DiskStorage:
-        words = {"observation_space": str(self.observation_space), "action_space": str(self.action_space)}
-        return DiskStorage(folder, self._entries.columns(), self.n_envs, self.rows, words)
+    def _open_storage(self) -> Storage:
+        described = {"observation_space": str(self.observation_space), "action_space": str(self.action_space)}
+        return open_storage(self.storage_path, self.code.columns(), self.n_envs, self.rows, described)
 
     # -- reading ---------------------------------------------------------------------------------------------------
 
     def sample(self, batch_size: int, env: VecNormalize | None = None, since: np.ndarray | None = None) -> Batch:
-        """Serve sequences: those queued first, then uniformly over all starts.
+        """Serve sequences: queued ones first, then uniformly over all starts.
 
         :param batch_size: number of sequences B.
-        :param env: normalises observations and rewards with its current statistics.
-        :param since: (n_envs,) serve what begins at these entries or later, uniformly; what is queued stays so.
+        :param env: normalizes observations and rewards with its current statistics.
+        :param since: (n_envs,) serve only sequences that begin at these entries or later, uniformly; the queue stays.
         :raises ValueError: if no environment has enough entries yet.
         """
         index = self._rings.draw(batch_size, since)
-        arrays = self._storage.arrays  # type: ignore[union-attr]
-        # (B, 1 + T): the entry before the sequence comes first; where there is none, is_first covers what is read
-        entries = self._rings.row(index[:, :1], index[:, 1:] + np.arange(-1, self.sequence_length))
-        before, rows = entries[:, 0], entries[:, 1:]
+        arrays = self.arrays
+        # (B, 1 + T): the entry before the sequence comes first; where there is none, is_first masks what is read
+        with_before = self._rings.row(index[:, :1], index[:, 1:] + np.arange(-1, self.sequence_length))
+        before, rows = with_before[:, 0], with_before[:, 1:]
         flags = arrays["flags"][rows]
         is_first = (flags & FIRST) != 0
-        obs: Any = {key: arrays[f"obs/{key}"].take(rows, axis=0) for key in self._entries.observation}
+        obs: Any = {key: arrays[f"obs/{key}"].take(rows, axis=0) for key in self.code.observation}
         reward = arrays["reward"][rows]
         if env is not None:
             obs, reward = self.normalize_obs(obs, env), env.normalize_reward(reward)
-        prev_action = self._entries.action.serve(arrays["action"].take(entries[:, :-1], axis=0))
+        prev_action = self.code.action.to_model(arrays["action"].take(with_before[:, :-1], axis=0))
         prev_action[is_first] = 0.0
         start = np.zeros((batch_size, self.latent_size), np.float32)
         if self.latent_size:
@@ -247,7 +247,7 @@ class SequenceReplayBuffer:
         )
 
     def peek(self, batch_size: int, env: VecNormalize | None = None) -> Batch:
-        """As :meth:`sample`, but unnoticed: what is served next stays the same."""
+        """As :meth:`sample`, without side effects: what is served next stays the same."""
         rings, self._rings = self._rings, copy.deepcopy(self._rings)
         try:
             return self.sample(batch_size, env)
@@ -255,16 +255,25 @@ class SequenceReplayBuffer:
             self._rings = rings
 
     def reseed(self) -> None:
-        """Draw anew from here on, by numpy's global generator, which SB3 seeds."""
+        """Seed the replay's own generator again, from numpy's global one, which SB3 seeds."""
         self._rings.reseed()
 
     def size(self) -> int:
-        """Entries stored, all environments together."""
+        """Number of entries stored, all environments together."""
         return int(self._rings.stored().sum())
 
     def heads(self) -> np.ndarray:
-        """(n_envs,) entries that were ever stored of each environment: the number that the next one will have."""
+        """(n_envs,) entries ever stored of each environment: the number of its next entry."""
         return self._rings.head.copy()
+
+    @property
+    def arrays(self) -> dict[str, np.ndarray]:
+        """Column name -> (n_envs * rows, *shape) all rows, used or not; empty before the first entry."""
+        return {} if self._storage is None else self._storage.arrays
+
+    def stream(self, env: int, newest: int | None = None) -> np.ndarray:
+        """(n,) rows of :attr:`arrays` with the entries of one environment, or only its newest ones, oldest first."""
+        return self._rings.stream(env, newest)
 
     @property
     def n_sequences(self) -> int:
@@ -272,29 +281,27 @@ class SequenceReplayBuffer:
         return int(self._rings.servable()[1].sum())
 
     def can_sample(self, since: np.ndarray | int = 0) -> bool:
-        """Whether there is a sequence to serve, of entries ``since`` these numbers (n_envs,)."""
+        """Whether there is a sequence to serve that begins at entry ``since`` (n_envs,) or later."""
         return bool(self._rings.servable(since)[1].any())
 
     @property
     def nbytes(self) -> int:
-        """Bytes taken, in memory or on disk; none before the first ``add``."""
-        return 0 if self._storage is None else self._storage.nbytes
+        """Bytes allocated, in memory or on disk; none before the first ``add``."""
+        return sum(array.nbytes for array in self.arrays.values())
 
     def normalize_obs(self, obs: dict[str, np.ndarray], env: VecNormalize) -> dict[str, np.ndarray]:
         """Observations by key, (..., *shape), with the current statistics of VecNormalize."""
-        if isinstance(self.observation_space, spaces.Dict):
-            return env.normalize_obs(obs)  # type: ignore[return-value]
-        return {"obs": env.normalize_obs(obs["obs"])}  # type: ignore[dict-item]
+        return env.normalize_obs(obs) if self.code.is_dict else {"obs": env.normalize_obs(obs["obs"])}  # type: ignore
 
     def flush(self) -> None:
-        """Write everything to the disk, to outlive a loss of power; the death of the process needs no flush."""
-        self._settle()
+        """Write everything to the disk, to survive a power loss; to survive a kill no flush is needed."""
+        self._write_pending_latents()
         if self._storage is not None:
             self._storage.flush()
 
     def __getstate__(self) -> dict[str, Any]:
-        """A pickle holds the rows in use; with a ``storage_path`` they stay there, and it only refers to them."""
-        self._settle()
+        """A pickle holds the rows in use; with a ``storage_path`` it only refers to them."""
+        self._write_pending_latents()
         state = self.__dict__.copy()
         if self._storage is not None:
             state["_storage"] = self._storage.dump(int(min(self._rings.head.max(), self.rows)))
@@ -307,7 +314,7 @@ class SequenceReplayBuffer:
             return
         if self.storage_path is not None and not DiskStorage.exists(self.storage_path):
             raise FileNotFoundError(f"the entries of this replay were in {self.storage_path}, no replay is there now")
-        self._storage = self._new_storage()
+        self._storage = self._open_storage()
         self._storage.restore(dumped)
         if isinstance(self._storage, DiskStorage):
             self._rings.lower_bound = self._storage.oldest(self._rings.head)

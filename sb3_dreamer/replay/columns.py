@@ -1,8 +1,8 @@
-"""What an entry is made of: one column per quantity. A column checks what it is given before anything is written.
+"""What an entry consists of: one column per quantity. A column checks its input before anything is written.
 
-The spaces decide shape and dtype::
+The spaces determine shape and dtype::
 
-    space           observation column            action column -> as served (A floats)
+    space           observation column            action column -> for the model (A floats)
     Box, floats     its shape, float32 (or 16)    (A,) float32  -> scaled to [-1, 1]
     Box, integers   its shape and dtype           (A,) float32  -> scaled to [-1, 1]
     Discrete        (), smallest integer          (1,) integer  -> one-hot
@@ -22,7 +22,6 @@ import torch as th
 from gymnasium import spaces
 
 FIRST, LAST, TERMINAL = 1, 2, 4  # bits of the column "flags"
-FLOAT16_MAX = 65504.0
 ACTION_LIMIT = 1.001  # scaled actions, with room for rounding
 
 
@@ -30,12 +29,12 @@ ACTION_LIMIT = 1.001  # scaled actions, with room for rounding
 class Column:
     """One quantity of the entries.
 
-    :param label: what messages call it.
+    :param label: its name in messages.
     :param shape: of one entry.
     :param dtype: of storage.
     :param low: smallest value that may be stored, scalar or one per element; NaN never passes.
     :param high: largest value that may be stored.
-    :param aliases: other shapes of one entry that are understood.
+    :param aliases: other shapes of one entry that are accepted.
     :param takes_all: whether every value of ``dtype`` may be stored, so that equal dtypes need no check.
     """
 
@@ -48,10 +47,10 @@ class Column:
     takes_all: bool = False
 
     def cast(self, value: Any, envs: np.ndarray, prefix: str = "") -> np.ndarray:
-        """Check the values of some environments and give them the shape and dtype of storage.
+        """Check the values of some environments and convert them to the shape and dtype of storage.
 
         :param value: (n, *shape), one row per environment.
-        :param envs: (n,) the numbers of these environments, or words that name the rows in messages.
+        :param envs: (n,) the numbers of these environments, or strings that name the rows in messages.
         :param prefix: put before the label in messages.
         :return: (n, *shape) in the dtype of storage.
         :raises ValueError: for another shape, NaN, infinity and values out of range.
@@ -65,7 +64,7 @@ class Column:
         if self.takes_all and array.dtype == self.dtype:
             return array
         if array.dtype.kind == "f" and self.dtype.kind != "f":
-            array = np.rint(array)  # whole numbers that a normaliser scaled and scaled back
+            array = np.rint(array)  # integers that a normalizer scaled and scaled back
         good = (array >= self.low) & (array <= self.high)
         if not good.all():
             self._refuse(array, good, envs, prefix)
@@ -87,12 +86,12 @@ def float_column(label: str, shape: tuple[int, ...] = (), dtype: Any = np.float3
     return Column(label, shape, np.dtype(dtype), -limit, limit)
 
 
-def integer_column(label: str, shape: tuple[int, ...], low: Any, high: Any, *, none: bool = False) -> Column:
+def integer_column(label: str, shape: tuple[int, ...], low: Any, high: Any, *, no_action: bool = False) -> Column:
     """Integers within [low, high], in the smallest signed dtype that holds them.
 
-    :param none: whether -1 has to fit too; it stands for "no action".
+    :param no_action: whether -1 must fit too; it stands for "no action".
     """
-    least, most = min(int(np.min(low)), -1 if none else 0), int(np.max(high))
+    least, most = min(int(np.min(low)), -1 if no_action else 0), int(np.max(high))
     kinds = (np.iinfo(kind) for kind in (np.int8, np.int16, np.int32, np.int64))
     dtype = next(kind.dtype for kind in kinds if kind.min <= least and most <= kind.max)
     return Column(label, shape, dtype, low, high, aliases=() if shape else ((1,),))
@@ -129,7 +128,7 @@ def observation_columns(space: spaces.Space) -> dict[str, Column]:
 
 
 class ActionCode:
-    """How actions are stored (small), and served (floats for the model).
+    """How actions are stored (compactly), and converted for the model (to floats).
 
     :param space: Box, Discrete, MultiDiscrete or MultiBinary.
     :raises ValueError: for another space.
@@ -146,7 +145,7 @@ class ActionCode:
             start = np.broadcast_to(getattr(space, "start", 0), nvec.shape).flatten()
             self.classes = tuple(int(n) for n in nvec.flatten())
             high = start + nvec.flatten() - 1
-            column = integer_column("action", (nvec.size,), start, np.maximum(high, high - start), none=True)
+            column = integer_column("action", (nvec.size,), start, np.maximum(high, high - start), no_action=True)
             self.column = replace(column, high=high, aliases=(space.shape or (),))  # both n and n - start fit
             self._start = start
         elif isinstance(space, spaces.MultiBinary):
@@ -156,20 +155,20 @@ class ActionCode:
         self.width = sum(self.classes) or prod(self.column.shape)
 
     @property
-    def none(self) -> int:
-        """The stored value that is served as zeros."""
+    def no_action(self) -> int:
+        """The stored value that the model sees as zeros."""
         return -1 if self.classes else 0
 
-    def store(self, action: Any, envs: np.ndarray) -> np.ndarray:
-        """(n, *space.shape) scaled floats or integers -> (n, *column.shape) as stored, checked."""
+    def encode(self, action: Any, envs: np.ndarray) -> np.ndarray:
+        """(n, *space.shape) scaled floats or integers -> (n, *column.shape) as stored, after a check."""
         stored = self.column.cast(action, envs)
         return (stored - self._start).astype(stored.dtype) if self.classes else stored
 
-    def load(self, stored: np.ndarray) -> np.ndarray:
-        """Inverse of :meth:`store`: (n, *column.shape) as stored -> (n, *column.shape) scaled floats or integers."""
+    def decode(self, stored: np.ndarray) -> np.ndarray:
+        """Inverse of :meth:`encode`: (n, *column.shape) as stored -> (n, *column.shape) scaled floats or integers."""
         return (stored + self._start).astype(stored.dtype) if self.classes else stored
 
-    def serve(self, stored: np.ndarray) -> np.ndarray:
+    def to_model(self, stored: np.ndarray) -> np.ndarray:
         """(..., *column.shape) as stored -> (..., A) float32."""
         if not self.classes:
             return stored.astype(np.float32, copy=False)
@@ -178,10 +177,10 @@ class ActionCode:
 
 
 class EntryCode:
-    """How whole entries are stored: column name -> (n, *shape) for n environments.
+    """How whole entries are stored: column name -> (n, *shape) for n environments. Nothing is written here.
 
-    :param observation_space: any that ``observation_columns`` takes.
-    :param action_space: any that ``ActionCode`` takes.
+    :param observation_space: any that ``observation_columns`` supports.
+    :param action_space: any that ``ActionCode`` supports.
     :param latent_size: width L of the latents, 0 for none.
     """
 
@@ -199,95 +198,66 @@ class EntryCode:
         columns["flags"] = Column("flags", (), np.dtype(np.uint8), 0, FIRST | LAST | TERMINAL)
         return columns if self.latent is None else {**columns, "latent": self.latent}
 
-    def store(self, obs: Any, action: Any, latent: Any, envs: np.ndarray) -> dict[str, np.ndarray]:
-        """Check what belongs to an entry; reward and flags are left to the caller.
+    def encode(self, obs: Any, action: Any, latent: Any, envs: np.ndarray) -> dict[str, np.ndarray]:
+        """Check and convert one entry of each environment; reward and flags are left to the caller.
 
         :param obs: (n, *shape), by key for Dict spaces.
         :param action: (n, *shape) scaled floats or integers.
         :param latent: (n, L) floats, or None for zeros.
         :param envs: (n,) numbers of the environments.
-        :raises ValueError: for what a column refuses.
+        :raises ValueError: for values that a column refuses.
         """
-        entry = self.store_observation(obs, envs)
-        entry["action"] = self.action.store(action, envs)
+        entry = self.encode_observation(obs, envs)
+        entry["action"] = self.action.encode(action, envs)
         if self.latent is not None:
             no_latent = np.zeros((len(envs), *self.latent.shape), np.float16)
             entry["latent"] = no_latent if latent is None else self.latent.cast(latent, envs)
         return entry
 
-    def store_final(self, infos: list[dict[str, Any]], reward: np.ndarray, envs: np.ndarray) -> dict[str, np.ndarray]:
-        """Check the last entries of episodes, complete with reward and flags; action and latent are none.
+    def encode_final(self, infos: list[dict[str, Any]], reward: np.ndarray, envs: np.ndarray) -> dict[str, np.ndarray]:
+        """Check and convert the final entries of episodes, with reward and flags, but no action and latent.
 
         :param infos: of all environments, with "terminal_observation" and "TimeLimit.truncated".
         :param reward: (n_envs,) of all environments.
         :param envs: (n,) numbers of the environments where an episode ended.
-        :raises ValueError: for what a column refuses, and without a last observation.
+        :raises ValueError: for values that a column refuses, and for a missing terminal observation.
         """
         missing = [int(env) for env in envs if infos[env].get("terminal_observation") is None]
         if missing:
             raise ValueError(f"done without infos[i]['terminal_observation'] for i in {missing}, use an SB3 VecEnv")
         last = [infos[env]["terminal_observation"] for env in envs]
-        obs = (
-            {key: np.stack([one[key] for one in last]) for key in self.observation} if self.is_dict else np.stack(last)
-        )
-        entry = self.store_observation(obs, envs, "terminal ")
+        if self.is_dict:
+            obs: Any = {key: np.stack([parts[key] for parts in last]) for key in self.observation}
+        else:
+            obs = np.stack(last)
+        entry = self.encode_observation(obs, envs, "terminal ")
         time_limit = np.array([bool(infos[env].get("TimeLimit.truncated", False)) for env in envs])
-        entry["action"] = np.full((len(envs), *self.action.column.shape), self.action.none, self.action.column.dtype)
+        entry["action"] = np.full(
+            (len(envs), *self.action.column.shape), self.action.no_action, self.action.column.dtype
+        )
         entry["reward"] = reward[envs]
         entry["flags"] = np.where(time_limit, LAST, LAST | TERMINAL).astype(np.uint8)
         if self.latent is not None:
             entry["latent"] = np.zeros((len(envs), *self.latent.shape), np.float16)
         return entry
 
-    def store_observation(self, obs: Any, envs: np.ndarray, prefix: str = "") -> dict[str, np.ndarray]:
-        """Check observations alone.
+    def encode_observation(self, obs: Any, envs: np.ndarray, prefix: str = "") -> dict[str, np.ndarray]:
+        """Check and convert observations alone.
 
         :param obs: (n, *shape), by key for Dict spaces.
         :param envs: (n,) numbers of the environments.
         :param prefix: put before the labels in messages.
-        :raises ValueError: for what a column refuses.
+        :raises ValueError: for values that a column refuses.
         """
-        by_key = obs if self.is_dict else {"obs": obs}
-        return {f"obs/{key}": column.cast(by_key[key], envs, prefix) for key, column in self.observation.items()}
+        parts = obs if self.is_dict else {"obs": obs}
+        return {f"obs/{key}": column.cast(parts[key], envs, prefix) for key, column in self.observation.items()}
 
 
 def to_device(array: np.ndarray, device: th.device) -> th.Tensor:
-    """The same numbers on a device, halves as floats; to a GPU they travel while the host goes on."""
+    """A copy on a device, float16 as float32; the copy to a GPU is asynchronous."""
     tensor = th.from_numpy(array)
     if tensor.dtype == th.float16:
         tensor = tensor.float()
     if device.type != "cuda":
         return tensor.to(device)
     return tensor.pin_memory().to(device, non_blocking=True)
-
-
-class HalfLatents:
-    """Latents on their way to the host, as float16; what is too large for it is clipped.
-
-    :param latents: (B, T, L); from a GPU they travel while it goes on working.
-    """
-
-    def __init__(self, latents: th.Tensor) -> None:
-        half = latents.detach().clamp(-FLOAT16_MAX, FLOAT16_MAX).half()
-        self._arrived = None
-        if half.device.type == "cuda":
-            half = th.empty(half.shape, dtype=half.dtype, pin_memory=True).copy_(half, non_blocking=True)
-            self._arrived = th.cuda.Event()
-            self._arrived.record()
-        self._half = half
-
-    @property
-    def on_the_way(self) -> bool:
-        """Whether :meth:`numpy` may have to wait."""
-        return self._arrived is not None
-
-    def numpy(self) -> np.ndarray:
-        """(B, T, L) float16.
-
-        :raises ValueError: for NaN.
-        """
-        if self._arrived is not None:
-            self._arrived.synchronize()
-        if not np.isfinite(self._half.sum(dtype=th.float32).item()):
-            raise ValueError("latents hold NaN: the state of the model has diverged, nothing was written back")
-        return self._half.numpy()

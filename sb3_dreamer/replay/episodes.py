@@ -1,4 +1,4 @@
-"""Whole episodes, into a replay and out of it: for data that somebody else recorded, and to hand our own on."""
+"""Whole episodes: writing recorded ones into a replay, and reading those of a replay back."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ class Transition(NamedTuple):
 
 @dataclass
 class Episode:
-    """One episode, or the part of one that is known: L actions and the L + 1 observations around them.
+    """One episode, or the known part of one: L actions and the L + 1 observations around them.
 
-    :param obs: key -> (L + 1, *shape), original, not normalised; a space that is no Dict has the single key "obs".
+    :param obs: key -> (L + 1, *shape), original, not normalized; a space that is no Dict has the single key "obs".
     :param action: (L, *shape), action t taken after seeing observation t; Box actions scaled to [-1, 1], or integers.
-    :param reward: (L,), reward t came with observation t + 1; original, not normalised.
+    :param reward: (L,), reward t came with observation t + 1; original, not normalized.
     :param terminal: whether it ended for good; otherwise it was cut: by a time limit, a reset, or the end of the data.
     """
 
@@ -51,7 +51,7 @@ class Episode:
             yield Transition(obs, next_obs, self.action[t], self.reward[t], done=t == len(self) - 1)
 
     def part(self, begin: int, end: int) -> Episode:
-        """Actions ``begin`` to ``end``, the latter not included; cut, unless it reaches the end."""
+        """Actions ``begin`` to ``end`` (exclusive); cut, unless it reaches the end."""
         obs = {key: values[begin : end + 1] for key, values in self.obs.items()}
         return Episode(obs, self.action[begin:end], self.reward[begin:end], self.terminal and end == len(self))
 
@@ -59,31 +59,31 @@ class Episode:
 def read_episodes(buffer: SequenceReplayBuffer, newest: int | None = None) -> Iterator[Episode]:
     """The episodes of a replay, one environment after the other, the oldest first.
 
-    What is not whole comes as far as it goes: where the beginning has been overwritten, from the oldest entry on;
-    where the end is not known yet, to the newest one. Its last action has no outcome yet and is left out.
+    Incomplete episodes are included as far as they are known: if the beginning has been overwritten, from the oldest
+    entry on; if the episode has not ended, up to the newest one. The last action of those has no outcome yet and is
+    left out.
 
     :param newest: read at most this many of the newest entries, all environments together.
     """
-    storage, rings = buffer._storage, buffer._rings
-    if storage is None:
-        return
-    oldest_of = rings.oldest() if newest is None else np.maximum(rings.oldest(), rings.head - newest // buffer.n_envs)
-    for env, (oldest, head) in enumerate(zip(oldest_of, rings.head, strict=True)):
-        rows = rings.row(np.full(head - oldest, env), np.arange(oldest, head))
-        flags = storage.arrays["flags"][rows]
+    for env in range(buffer.n_envs):
+        rows = buffer.stream(env, None if newest is None else newest // buffer.n_envs)
+        if len(rows) == 0:
+            continue
+        flags = buffer.arrays["flags"][rows]
         begins = (flags & FIRST) != 0
         begins[1:] |= (flags[:-1] & LAST) != 0
         for part in np.split(rows, np.flatnonzero(begins)):
             if len(part) > 1:
-                yield _episode(buffer, storage.arrays, part)
+                yield _decoded_episode(buffer, part)
 
 
-def _episode(buffer: SequenceReplayBuffer, arrays: dict[str, np.ndarray], rows: np.ndarray) -> Episode:
-    code = buffer._entries
+def _decoded_episode(buffer: SequenceReplayBuffer, rows: np.ndarray) -> Episode:
+    """The episode whose entries lie in these rows."""
+    arrays, code = buffer.arrays, buffer.code
     action = arrays["action"][rows[:-1]]
     return Episode(
         obs={key: arrays[f"obs/{key}"][rows] for key in code.observation},
-        action=code.action.load(action).reshape(len(action), *(buffer.action_space.shape or ())),
+        action=code.action.decode(action).reshape(len(action), *(buffer.action_space.shape or ())),
         reward=arrays["reward"][rows[1:]],
         terminal=bool(arrays["flags"][rows[-1]] & TERMINAL),
     )
@@ -92,9 +92,9 @@ def _episode(buffer: SequenceReplayBuffer, arrays: dict[str, np.ndarray], rows: 
 def split_transitions(
     obs: dict[str, np.ndarray], next_obs: dict[str, np.ndarray], done: np.ndarray
 ) -> list[np.ndarray]:
-    """Which transitions are of one episode: indices, cut where one is done or the next does not follow.
+    """Which transitions belong to one episode: indices, split after a done and where the next one does not follow.
 
-    :param obs: key -> (n, *shape), in the order of time, all of one environment.
+    :param obs: key -> (n, *shape), in the order of time, all from one environment.
     :param next_obs: key -> (n, *shape).
     :param done: (n,) bool, whether an episode ended with this transition.
     """
@@ -106,48 +106,41 @@ def split_transitions(
 def encoded_episode(
     buffer: SequenceReplayBuffer, episode: Episode
 ) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
-    """An episode as the replay would store it: its entries (L, .) and the one after the last action (1, .).
+    """An episode as the replay stores it: its entries (L, ...), and the final one after the last action (1, ...).
 
-    :param buffer: the replay, which is only asked.
-    :param episode: of its spaces.
+    :param buffer: the replay; it is not changed.
+    :param episode: with the spaces of the replay.
     :raises ValueError: for NaN, infinity, values out of range and wrong shapes.
-    :raises TypeError: for what is no episode.
+    :raises TypeError: for anything but an episode.
     """
     if not isinstance(episode, Episode):
         raise TypeError(f"{type(episode).__name__} is no episode: give sb3_dreamer.replay.Episode objects")
-    length, code = len(episode), buffer._entries
+    length, code = len(episode), buffer.code
     lengths, wanted = {key: len(part) for key, part in episode.obs.items()}, dict.fromkeys(code.observation, length + 1)
     if length == 0 or lengths != wanted:
         raise ValueError(f"an episode of {length} rewards, at least one, has observations {wanted}, here {lengths}")
     steps = np.array([f"step {t}" for t in range(length)])
     obs = episode.obs if code.is_dict else episode.obs["obs"]
-    entries = code.store(_at(obs, slice(-1)), episode.action, None, steps)
+    entries = code.encode(_at(obs, slice(-1)), episode.action, None, steps)
     info = {"terminal_observation": _at(obs, -1), "TimeLimit.truncated": not episode.terminal}
     reward = code.reward.cast(episode.reward, steps)
-    final = code.store_final([info], reward[-1:], np.zeros(1, int))
+    final = code.encode_final([info], reward[-1:], np.zeros(1, int))
     entries["reward"] = np.append(np.float32(0.0), reward[:-1])
     entries["flags"] = (np.arange(length) == 0) * np.uint8(FIRST)
     return entries, final
 
 
 def write_episode(buffer: SequenceReplayBuffer, episode: Episode) -> None:
-    """Append an episode to the environment that has seen least. Everything is checked before anything is written.
+    """Append an episode to the environment with the fewest entries so far. Everything is checked before it is written.
 
-    The stream of that environment is cut: reset it before it goes on.
+    The stream of that environment is cut: reset it before its next step is added.
 
     :param buffer: the replay.
-    :param episode: of its spaces.
+    :param episode: with the spaces of the replay.
     :raises ValueError: as :func:`encoded_episode`.
     """
     entries, final = encoded_episode(buffer, episode)
-    env = np.array([buffer._rings.head.argmin()])
-    storage = buffer._writable_storage()
-    buffer._interrupt(env)
-    buffer._mark_last(storage)
-    for t in range(len(episode)):
-        buffer._append(storage, env, {name: values[t : t + 1] for name, values in entries.items()}, new=False)
-    buffer._append(storage, env, final, new=False)
-    buffer._interrupt(env)
+    buffer.append_episode(entries, final)
 
 
 def _at(obs: Observation, index: int | slice) -> Observation:

@@ -1,6 +1,6 @@
-"""Which entries are there, where they lie, and which sequences of them are served next.
+"""Which entries are stored, in which rows, and which sequences of them are served next.
 
-Each environment has its own ring of rows and counts its entries from 0 for ever; entry ``n`` lies in row ``n % rows``.
+Each environment has its own ring of rows and counts all entries ever written; entry ``n`` lies in row ``n % rows``.
 The count of entries is the write head. No sequence crosses it, because sequences are drawn as entry numbers::
 
     rows = 8, head = 23
@@ -22,7 +22,7 @@ class Rings:
     """Write heads and the choice of sequences.
 
     :param n_envs: number of environments.
-    :param rows: entries kept of each.
+    :param rows: entries kept of each environment.
     :param length: entries T of a sequence.
     """
 
@@ -30,33 +30,33 @@ class Rings:
         self.rows, self.length = rows, length
         self.head = np.zeros(n_envs, np.int64)  # entries ever written
         self.lower_bound = np.zeros(n_envs, np.int64)  # entries below this number are lost
-        self._queued = np.zeros(n_envs, np.int64)  # entries below this number have been queued
+        self._queued_until = np.zeros(n_envs, np.int64)  # entries below this number have been queued
         self._queue: deque[tuple[int, int]] = deque(maxlen=n_envs * (rows // length))
         self.reseed()
 
     def reseed(self) -> None:
-        """SB3 seeds numpy's global generator; from here on the replay has its own, which is pickled."""
+        """Seed the replay's own generator, which is pickled, from numpy's global one, which SB3 seeds."""
         self._rng = np.random.default_rng(np.random.randint(2**31 - 1))  # noqa: NPY002
 
     def resume(self, head: np.ndarray, lower_bound: np.ndarray) -> None:
-        """Begin with the entries that somebody else has written; none of them counts as new."""
-        self.head, self.lower_bound, self._queued = head.copy(), lower_bound, head.copy()
+        """Start from entries that were written before, by another process perhaps; none of them counts as new."""
+        self.head, self.lower_bound, self._queued_until = head.copy(), lower_bound, head.copy()
 
     def advance(self, envs: np.ndarray, new: bool = True) -> None:
-        """One entry has been written for each of ``envs``; as soon as T are new they are queued as a sequence.
+        """Count one new entry for each of ``envs``; every T new ones are queued as a sequence.
 
         :param envs: their numbers.
-        :param new: False for what somebody else has recorded, which is served as it is drawn.
+        :param new: False for recorded experience, which is not queued but drawn uniformly.
         """
         self.head[envs] += 1
         if not new:
-            self._queued[envs] = self.head[envs]
-        for env in np.flatnonzero(self.head - self._queued >= self.length):
-            self._queue.append((int(env), int(self._queued[env])))
-            self._queued[env] += self.length
+            self._queued_until[envs] = self.head[envs]
+        for env in np.flatnonzero(self.head - self._queued_until >= self.length):
+            self._queue.append((int(env), int(self._queued_until[env])))
+            self._queued_until[env] += self.length
 
     def row(self, env: np.ndarray, number: np.ndarray) -> np.ndarray:
-        """Rows of entries, in arrays (n_envs * rows, ...)."""
+        """Rows of entries, in arrays of shape (n_envs * rows, ...)."""
         return env * self.rows + number % self.rows
 
     def oldest(self) -> np.ndarray:
@@ -67,25 +67,35 @@ class Rings:
         """(n_envs,) entries kept."""
         return self.head - self.oldest()
 
-    def servable(self, since: np.ndarray | int = 0) -> tuple[np.ndarray, np.ndarray]:
-        """(n_envs,) the first start that can be served, and how many starts there are from there on.
+    def stream(self, env: int, newest: int | None = None) -> np.ndarray:
+        """(n,) rows of the entries kept of one environment, oldest first.
 
-        :param since: (n_envs,) numbers of entries before which no sequence is to begin.
+        :param env: its number.
+        :param newest: at most this many of the newest entries.
+        """
+        head, oldest = int(self.head[env]), int(self.oldest()[env])
+        begin = oldest if newest is None else max(oldest, head - newest)
+        return self.row(np.full(head - begin, env), np.arange(begin, head))
+
+    def servable(self, since: np.ndarray | int = 0) -> tuple[np.ndarray, np.ndarray]:
+        """(n_envs,) the first start that can be served, and how many starts there are from it on.
+
+        :param since: (n_envs,) no sequence begins before these entries.
         """
         oldest = self.oldest()
-        first = oldest + (oldest > 0)  # entry 0 begins an episode, any other needs the entry before it
-        first = np.maximum(first, since)
-        return first, np.maximum(self.head - self.length + 1 - first, 0)
+        first_start = oldest + (oldest > 0)  # entry 0 begins an episode, any other needs the entry before it
+        first_start = np.maximum(first_start, since)
+        return first_start, np.maximum(self.head - self.length + 1 - first_start, 0)
 
     def draw(self, batch_size: int, since: np.ndarray | None = None) -> np.ndarray:
-        """Choose sequences: new ones for up to half, the newest first, then uniformly over all starts.
+        """Choose sequences: up to half from the queue, newest first; the rest uniformly over all starts.
 
-        :param batch_size: how many, B.
-        :param since: (n_envs,) draw uniformly over the starts from these numbers on, and leave the new ones queued.
+        :param batch_size: number of sequences B.
+        :param since: (n_envs,) draw uniformly over the starts from these numbers on, and leave the queue as it is.
         :return: (B, 2) environments and numbers of the first entries.
         :raises ValueError: if no environment has enough entries.
         """
-        first, count = self.servable(0 if since is None else since)
+        first_start, count = self.servable(0 if since is None else since)
         total = int(count.sum())
         if total == 0:
             raise ValueError(
@@ -95,10 +105,10 @@ class Rings:
         fresh: list[tuple[int, int]] = []
         while since is None and self._queue and 2 * len(fresh) + 2 <= batch_size:
             env, start = self._queue.pop()
-            if start >= first[env]:
+            if start >= first_start[env]:
                 fresh.append((env, start))
         drawn = self._rng.integers(total, size=batch_size - len(fresh))
         until = np.cumsum(count)
         envs = np.searchsorted(until, drawn, side="right")
-        starts = first[envs] + drawn - (until - count)[envs]
+        starts = first_start[envs] + drawn - (until - count)[envs]
         return np.concatenate([np.array(fresh, np.int64).reshape(-1, 2), np.stack([envs, starts], axis=1)])

@@ -381,7 +381,7 @@ def test_a_replay_of_transitions_is_refused():
 
 def test_files_that_are_no_agents_are_named(tmp_path):
     (tmp_path / "text.zip").write_text("no zip")
-    with pytest.raises(ValueError, match=r"text.zip is not a zip-file"):
+    with pytest.raises(ValueError, match=r"text.zip is not a zip file"):
         Dreamer.load(tmp_path / "text.zip")
     with zipfile.ZipFile(tmp_path / "photos.zip", "w") as archive:
         archive.writestr("cat.jpg", b"miau")

@@ -70,7 +70,7 @@ def agent(env, policy: str = "MlpPolicy", **settings) -> Dreamer:
 
 def stored(model: Dreamer) -> dict[str, np.ndarray]:
     replay = model.replay_buffer
-    return {name: array[: replay.size()] for name, array in replay._storage.arrays.items()}
+    return {name: array[replay.stream(0)] for name, array in replay.arrays.items()}
 
 
 # -- ends --------------------------------------------------------------------------------------------------------------

@@ -74,8 +74,7 @@ def written(model: Dreamer) -> Written:
 def stored(model: Dreamer, env: int = 0) -> dict[str, np.ndarray]:
     """All entries of one environment."""
     replay = model.replay_buffer
-    rows = slice(env * replay.rows, env * replay.rows + int(replay.heads()[env]))
-    return {name: array[rows] for name, array in replay._storage.arrays.items()}
+    return {name: array[replay.stream(env)] for name, array in replay.arrays.items()}
 
 
 def same(a: Dreamer, b: Dreamer) -> bool:

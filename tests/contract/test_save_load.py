@@ -267,7 +267,7 @@ def test_an_optimizer_of_another_agent_is_refused_before_anything_is_changed(mod
     params["policy.optimizer"]["param_groups"][0]["params"].pop()
     for tensor in params["policy"].values():
         tensor.mul_(2)
-    with pytest.raises(ValueError, match=r"optimizer's parameters are of another agent: groups of .* Nothing was"):
+    with pytest.raises(ValueError, match=r"optimizer's parameters belong to another agent: groups of .* Nothing was"):
         model.set_parameters(params)
     assert same(before, model.policy.state_dict())
 
@@ -282,7 +282,7 @@ def test_learning_on_without_the_replay_is_warned_of(model, tmp_path):
 def test_parameters_of_other_spaces_are_refused_before_anything_is_changed(model, tmp_path):
     agent("MountainCarContinuous-v0", policy_kwargs=dict(units=24)).save(tmp_path / "car")
     before = [t.clone() for t in tensors(model.policy.state_dict())]
-    with pytest.raises(ValueError, match=r"of other spaces or widths .* has shape .* Nothing was changed"):
+    with pytest.raises(ValueError, match=r"with other spaces or widths: .* has shape .* Nothing was changed"):
         model.set_parameters(str(tmp_path / "car"))
     assert same(before, model.policy.state_dict())
 

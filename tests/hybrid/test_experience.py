@@ -17,9 +17,10 @@ from stable_baselines3.common.save_util import save_to_pkl
 from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
 
 from sb3_dreamer import Dreamer
+from sb3_dreamer.files import unpickled
 from sb3_dreamer.hybrid import DreamVecEnv, experience
 from sb3_dreamer.hybrid.experience import _replay_episodes, _time_limit, add_experience, episodes_of
-from sb3_dreamer.replay import Episode, SequenceReplayBuffer, read_episodes, unpickled, write_episode
+from sb3_dreamer.replay import Episode, SequenceReplayBuffer, read_episodes, write_episode
 
 LINE = spaces.Box(-np.inf, np.inf, (1,), np.float32)
 STICK = spaces.Box(-2.0, 2.0, (1,), np.float32)

@@ -112,7 +112,7 @@ def test_a_collector_acts_as_predict_does_over_the_ends_of_episodes(dreamer: Dre
     collector = Collector(TianshouPolicy(dreamer, deterministic), DummyVectorEnv([Clock] * 3), buffer)
     th.manual_seed(0)
     collector.collect(n_step=30, reset_before_collect=True)
-    collector.collect(n_step=30)  # goes on where it was
+    collector.collect(n_step=30)  # continues where it was
 
     th.manual_seed(0)
     envs = [Clock() for _ in range(3)]
@@ -141,7 +141,7 @@ def test_a_hook_keeps_states_out_of_the_buffer(dreamer: Dreamer):
     assert "hidden_state" not in buffer[:10].policy.get_keys()
 
 
-def test_observations_are_normalised_as_in_training():
+def test_observations_are_normalized_as_in_training():
     env = VecNormalize(DummyVecEnv([Clock]))
     model = Dreamer("MlpPolicy", env, **SMALL).learn(60)
     obs = np.array([[3.0, 2.0]], np.float32)
@@ -290,7 +290,7 @@ def sac_policy() -> SACPolicy:
     return SACPolicy(actor=actor, action_space=Clock.action_space)
 
 
-def test_a_teacher_answers_in_units_of_the_environment_without_chance_where_asked():
+def test_a_teacher_answers_in_units_of_the_environment_and_deterministically_if_asked():
     policy = sac_policy()
     teacher = TianshouTeacher(policy, Clock.observation_space)
     obs = np.array([[1.0, 1.0], [4.0, 2.0]], np.float32)
@@ -301,7 +301,7 @@ def test_a_teacher_answers_in_units_of_the_environment_without_chance_where_aske
     assert policy.deterministic_eval
 
 
-def test_a_recurrent_teacher_begins_anew_with_each_episode():
+def test_a_recurrent_teacher_starts_again_with_each_episode():
     teacher, obs, state = TianshouTeacher(Counter(), Clock.observation_space), np.zeros((2, 2), np.float32), None
     actions = []
     for starts in ([True, True], [False, False], [False, True], [False, False]):

@@ -52,7 +52,7 @@ def test_set_back_the_same_actions_bring_what_they_brought(model: Dreamer, env: 
     assert abs(real_return(env, place, actions + 0.5, GAMMA) - expected) > 0.01
 
 
-def test_a_model_that_knows_the_returns_is_told_from_one_that_has_them_backwards(
+def test_a_model_that_knows_the_returns_is_distinguished_from_one_that_has_them_backwards(
     model: Dreamer, env: Recorder, place: Moment, monkeypatch: pytest.MonkeyPatch
 ):
     def oracle(sign: int) -> Any:
@@ -64,9 +64,9 @@ def test_a_model_that_knows_the_returns_is_told_from_one_that_has_them_backwards
 
     for sign in (1, -1):
         monkeypatch.setattr(action_effects, "dreamed_returns", oracle(sign))
-        told = compare(model, env, [place], 0.3, 6, np.random.default_rng(1))
-        assert told["correlation"] == pytest.approx(sign, abs=1e-3)
-        assert told["std_real"] == told["std_dreamed"] > 0
+        result = compare(model, env, [place], 0.3, 6, np.random.default_rng(1))
+        assert result["correlation"] == pytest.approx(sign, abs=1e-3)
+        assert result["std_real"] == result["std_dreamed"] > 0
 
 
 def test_a_dreamed_reward_counts_as_far_as_the_dream_is_expected_to_last(

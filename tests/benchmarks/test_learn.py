@@ -111,7 +111,7 @@ def test_evaluation_does_not_change_the_training(tmp_path: Path):
     assert often[-1]["return_mean"] == once[-1]["return_mean"]
 
 
-def test_observations_are_normalised_by_statistics_that_a_resumed_run_goes_on_with(tmp_path: Path):
+def test_observations_are_normalized_by_statistics_that_a_resumed_run_continues(tmp_path: Path):
     run = RUN._replace(normalize=True)
     counts = []
     for steps in (20, 40):
@@ -162,7 +162,7 @@ def test_a_folder_of_another_run_is_refused(tmp_path: Path):
         load_checkpoint(tmp_path, RUN._replace(seed=1), pendulum(), 20)
 
 
-def test_a_folder_of_the_same_run_without_normalisation_is_refused(tmp_path: Path):
+def test_a_folder_of_the_same_run_without_normalization_is_refused(tmp_path: Path):
     train(RUN, tmp_path, options(steps=20, eval_every=20))
     with pytest.raises(SystemExit, match="holds another run"):
         train(RUN._replace(normalize=True), tmp_path, options(steps=40, eval_every=20))

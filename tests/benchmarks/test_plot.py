@@ -42,7 +42,7 @@ def test_runs_of_different_files_are_not_averaged(results: pd.DataFrame, tmp_pat
     assert list(both["curve"].unique()) == names
 
 
-def test_runs_with_normalised_observations_are_a_curve_of_their_own(results: pd.DataFrame, tmp_path: Path):
+def test_runs_with_normalized_observations_are_a_curve_of_their_own(results: pd.DataFrame, tmp_path: Path):
     settings = json.dumps({"overrides": {"train_ratio": 128}, "normalize": True})
     results[["env", "algo", "seed", "step", "return_mean", "commit"]].assign(settings=settings).to_csv(
         tmp_path / "normalized.csv"

@@ -156,7 +156,7 @@ def test_collect_keeps_whole_episodes_and_scaled_actions():
     assert replay.size() == 401 + 2  # two episodes of 200 actions have 201 entries each
     batch = replay.peek(8)
     assert 0.9 < batch.prev_action.abs().max() <= 1.0
-    assert real_return < -300  # chance earns some -6 a step, discounted by 0.99
+    assert real_return < -300  # random actions earn about -6 per step, discounted by 0.99
 
 
 def test_what_does_not_change_is_no_reference(dreams: OpenLoop):

@@ -52,7 +52,7 @@ def test_the_page_stands_alone(tmp_path: Path):
     assert "https://" not in page
 
 
-def test_the_page_tells_numbers_and_settings(tmp_path: Path):
+def test_the_page_shows_numbers_and_settings(tmp_path: Path):
     page = page_of(Dreamer("MlpPolicy", Dial(), **TINY), DummyVecEnv([Dial]), tmp_path, dims=["obs[2]"])
     for text in ("persistence", "train ratio</td><td>2<", "model size</td><td>debug<", "steps ahead the dream"):
         assert text in page
@@ -171,7 +171,7 @@ def test_the_command_shows_images_with_channels_last_and_leaves_a_replay_on_disk
     assert {path.name: path.read_bytes() for path in store.iterdir()} == before
 
 
-def test_the_command_shows_images_of_an_agent_whose_rewards_are_normalised(tmp_path: Path):
+def test_the_command_shows_images_of_an_agent_whose_rewards_are_normalized(tmp_path: Path):
     gym.register("Upright-v1", Upright)
     env = VecNormalize(VecTransposeImage(DummyVecEnv([Upright])), norm_obs=False)
     Dreamer("CnnPolicy", env, **TINY).learn(20).save(tmp_path / "model.zip")
@@ -257,7 +257,7 @@ def test_callback_looks_at_the_same_steps_however_often_learn_is_called(pieces: 
         model.learn(120 // pieces, callback=callback, reset_num_timesteps=piece == 0)
     assert looked == [40, 80, 120]
     model.learn(50, callback=callback)
-    assert looked[3:] == [40], "counted anew"
+    assert looked[3:] == [40], "counted from zero"
 
 
 def test_callback_inside_of_one_that_calls_it_now_and_then_is_refused():

@@ -61,12 +61,12 @@ def test_what_is_not_known_is_no_trouble():
     assert find_trouble(HEALTHY | {"real_return": float("nan"), "error_ratio": float("nan")}) == {}
 
 
-def test_a_latent_tells_the_entropy_of_what_it_sorts():
+def test_information_of_a_latent_is_the_entropy_of_what_it_separates():
     always, sorts = th.tensor([1.0, 0.0]), th.eye(2)
     post = th.stack([th.stack([always, sorts[i % 2]], -1) for i in range(8)]) * 0.998 + 0.001  # (8, K=2, S=2)
-    told = information(post.view(2, 4, 2, 2))
-    assert told[0].abs() < 1e-6
-    np.testing.assert_allclose(told[1], np.log(2), atol=0.01)
+    nats = information(post.view(2, 4, 2, 2))
+    assert nats[0].abs() < 1e-6
+    np.testing.assert_allclose(nats[1], np.log(2), atol=0.01)
 
 
 def test_returns_to_go_of_an_episode_that_ends_for_good():

@@ -1,4 +1,4 @@
-"""Train, go on, look at it, tune: one small story, each step a process of its own."""
+"""Train, continue, enjoy, tune: one small story, each step in its own process."""
 
 import subprocess
 import sys

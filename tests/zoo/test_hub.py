@@ -1,4 +1,4 @@
-"""What is published: the card beside the model."""
+"""What is published: the card next to the model."""
 
 import zipfile
 from pathlib import Path

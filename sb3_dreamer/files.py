@@ -44,6 +44,12 @@ UNUSED_SB3_ARGUMENTS = (
     "use_sde", "sde_sample_freq", "use_sde_at_warmup",
 )  # fmt: skip
 
+# what SB3's save() leaves out unless it is asked for; load() would build an environment that a file names
+NEVER_SAVED = {
+    "policy", "device", "env", "replay_buffer", "rollout_buffer",
+    "_vec_normalize_env", "_episode_storage", "_logger", "_custom_logger",
+}  # fmt: skip
+
 FileLike = str | pathlib.Path | io.BufferedIOBase
 
 
@@ -178,6 +184,8 @@ def in_place_of_pickles(
     described = settings["described"]
     if methods := sorted(key for key in settings if callable(getattr(cls, key, None))):
         raise ValueError(f"the file would overwrite the methods {methods}: no save() wrote that")
+    if objects := sorted(NEVER_SAVED & settings.keys()):
+        raise ValueError(f"the file holds {objects}, which save() leaves out: only trusted=True can load it")
     try:
         own_spaces = {key: space_from(described[key]) for key in ("observation_space", "action_space")}
     except (KeyError, TypeError, ValueError, AttributeError) as error:
@@ -189,7 +197,7 @@ def in_place_of_pickles(
         )
     defaults = {name: p.default for name, p in inspect.signature(cls).parameters.items()}
     replaced: dict[str, Any] = {
-        key: {} if key.endswith("_kwargs") else defaults.get(key)
+        key: {} if key.endswith("_kwargs") else defaults.get(key.removeprefix("_"), getattr(cls, key, None))
         for key, value in settings.items()
         if isinstance(value, dict) and PICKLED in value and key not in given
     }

@@ -136,6 +136,14 @@ def test_an_untrusted_agent_goes_on_training(saved) -> None:
     assert loaded._n_updates > before > 0
 
 
+@pytest.mark.filterwarnings("ignore:the replay is empty", "ignore:.* are pickled and were not read")
+def test_an_untrusted_agent_whose_numbers_are_of_numpy_goes_on_training(tmp_path) -> None:
+    agent = Dreamer("MlpPolicy", "Pendulum-v1", train_ratio=np.float32(8), stats_window_size=np.int64(10), **DEBUG)
+    agent.learn(60).save(tmp_path / "model")
+    loaded = Dreamer.load(tmp_path / "model", env=make_vec_env("Pendulum-v1"), trusted=False, device="cpu")
+    assert loaded.learn(10).num_timesteps == 10
+
+
 def test_a_policy_class_of_somebody_else_is_refused(tmp_path) -> None:
     class Mine(MlpPolicy):
         """Another one."""
@@ -149,6 +157,7 @@ def test_a_policy_class_of_somebody_else_is_refused(tmp_path) -> None:
     ("change", "message"),
     [
         (lambda data: data.update(predict=3), r"would overwrite the methods \['predict'\]"),
+        (lambda data: data.update(env="this:Env-v0"), r"holds \['env'\], which save\(\) leaves out"),
         (lambda data: data["described"].pop("action_space"), "describes no spaces that an agent could have"),
         (lambda data: data["described"]["action_space"].update(kind="Foo"), "describes no spaces that an agent could"),
         (lambda data: data["described"].update(policy=["x"]), "asks for the policy class"),

@@ -152,6 +152,18 @@ class TestFolder:
             add(first, 3)
 
     @pytest.mark.skipif(sys.platform == "win32", reason="needs POSIX locks")
+    @pytest.mark.parametrize("before", [0, 5])
+    def test_entries_that_another_agent_has_stored_meanwhile_are_not_dropped(self, tmp_path, before):
+        if before:
+            fill(tmp_path, before)
+        late = make(tmp_path)
+        early = make(tmp_path)
+        for number in range(before, 12):
+            add(early, number)
+        with pytest.raises(RuntimeError, match=f"another agent has written .* 12 entries instead of {before}"):
+            add(late, before)
+        assert make(tmp_path).size() == 12
+
     def test_a_folder_is_written_by_one_process_at_a_time(self, tmp_path):
         (tmp_path / "lock").touch()
         code = (
@@ -205,6 +217,17 @@ class TestPickle:
         add(loaded, 30)
         reopened = make(tmp_path)
         assert served(reopened) == set(range(21, 31))
+
+    def test_an_episode_that_was_cut_after_the_pickle_continues(self, tmp_path):
+        buffer = fill(tmp_path, 8)
+        dumped = pickle.dumps(buffer)
+        buffer.cut()
+        restored = pickle.loads(dumped)
+        for number in range(8, 12):
+            add(restored, number)
+        batch = restored.sample(200)
+        assert not batch.is_last.any()
+        assert served(restored) == set(range(12))
 
     def test_a_pickle_of_another_replay_is_refused(self, tmp_path):
         dumped = pickle.dumps(fill(tmp_path / "replay", 10))

@@ -236,9 +236,9 @@ def test_steps_and_checkpoints_are_counted_in_whole_numbers(setting: dict, tmp_p
 
 
 def test_it_is_not_called_by_another_callback(tmp_path) -> None:
-    inside = EveryNTimesteps(5, ResumeCallback(tmp_path, every=5))
-    with pytest.raises(ValueError, match="ResumeCallback inside of EveryNTimesteps would never save"):
-        fresh("plain", 1).learn(12, callback=inside)
+    for inside in (ResumeCallback(tmp_path, every=5), CallbackList([ResumeCallback(tmp_path, every=5)])):
+        with pytest.raises(ValueError, match="ResumeCallback inside of EveryNTimesteps would never save"):
+            fresh("plain", 1).learn(12, callback=EveryNTimesteps(5, inside))
 
 
 def test_it_holds_in_a_new_process(tmp_path) -> None:

@@ -10,10 +10,10 @@ from typing import Any
 import gymnasium as gym
 import numpy as np
 import torch as th
-from stable_baselines3.common.callbacks import BaseCallback, EventCallback
 from stable_baselines3.common.logger import Figure, TensorBoardOutputFormat
 
 from sb3_dreamer.acting import require_dreamer
+from sb3_dreamer.callbacks import IntervalCallback
 from sb3_dreamer.dreamer import Dreamer
 from sb3_dreamer.dreams.collect import original_units
 from sb3_dreamer.dreams.extras import MissingExtra, need
@@ -29,7 +29,7 @@ NOT_FOR_PICTURES = ("stdout", "log", "json", "csv")
 LONG_NAMES = ("stdout", "log")  # SB3 truncates names to 36 characters there, and refuses names that are equal then
 
 
-class DreamCallback(BaseCallback):
+class DreamCallback(IntervalCallback):
     """Logs dreams at regular intervals. It does not change the training, not even its random numbers.
 
     The sequences come from the replay, which the model may have memorized; ``python -m sb3_dreamer.dreams`` measures on
@@ -49,6 +49,7 @@ class DreamCallback(BaseCallback):
     """
 
     model: Dreamer
+    consequence = "would miss most rewards"
 
     def __init__(
         self,
@@ -72,14 +73,8 @@ class DreamCallback(BaseCallback):
         self._last_step = 0
         self._warned: set[str] = set()
 
-    def _init_callback(self) -> None:
-        if isinstance(self.parent, EventCallback):
-            raise ValueError(
-                f"DreamCallback inside of {type(self.parent).__name__} would miss most rewards: pass it to learn() "
-                "itself, and set its interval by every="
-            )
-
     def _on_training_start(self) -> None:
+        super()._on_training_start()
         self._check()
         continued = self._real_returns is not None and self.num_timesteps >= self._last_step
         if not continued:

@@ -137,7 +137,7 @@ class SequenceReplayBuffer:
         env = np.array([self._rings.head.argmin()])
         storage = self._writable_storage()
         self._interrupt(env)
-        self._mark_last(storage)
+        self._mark_newest(storage)
         for t in range(len(entries["flags"])):
             self._append(storage, env, {name: values[t : t + 1] for name, values in entries.items()}, new=False)
         self._append(storage, env, final, new=False)
@@ -154,12 +154,11 @@ class SequenceReplayBuffer:
     def cut(self) -> None:
         """End the stream here: the next entries do not follow the newest ones.
 
-        The newest entry of each environment becomes the last (not terminal) of its episode. For ``set_env``, ``load``
-        and every reset without a ``done`` before it.
+        The newest entry of each environment becomes the last (not terminal) of its episode: for resets without a done.
         """
         self._interrupt(self._envs)
         if self._storage is not None and self._storage.writable:
-            self._mark_last(self._storage)
+            self._mark_newest(self._storage)
 
     def update_latents(self, index: np.ndarray, latents: th.Tensor) -> None:
         """Write refreshed latents back to sampled sequences, except to entries that were overwritten since.
@@ -191,18 +190,19 @@ class SequenceReplayBuffer:
         self._pending_reward[envs] = 0.0
         self._next_is_first[envs] = True
 
-    def _mark_last(self, storage: Storage) -> None:
-        """Mark the newest entries of interrupted environments as the last of their episodes."""
-        envs = np.flatnonzero(self._next_is_first & (self._rings.head > 0))
-        storage.arrays["flags"][self._rings.row(envs, self._rings.head[envs] - 1)] |= LAST
+    def _mark_newest(self, storage: Storage) -> None:
+        """Mark the newest entries as the last of their episodes, or as not the last: what comes next decides."""
+        envs = np.flatnonzero(self._rings.head > 0)
+        newest, flags = self._rings.row(envs, self._rings.head[envs] - 1), storage.arrays["flags"]
+        flags[newest] = np.where(self._next_is_first[envs], flags[newest] | LAST, flags[newest] & ~np.uint8(LAST))
 
     def _writable_storage(self) -> Storage:
-        """The storage, created if there is none; episodes that a killed process left unfinished in it are ended."""
+        """The storage, created if there is none; its newest entries then are what this buffer knows of them."""
         if self._storage is None:
             self._storage = self._open_storage()
         if not self._storage.writable:
             self._storage.claim(self._rings.head)
-            self._mark_last(self._storage)
+            self._mark_newest(self._storage)
         return self._storage
 
     def _open_storage(self) -> Storage:

@@ -64,7 +64,7 @@ class Storage(Protocol):
     def claim(self, head: np.ndarray) -> None:
         """Become writable.
 
-        :param head: (n_envs,) entries of each environment.
+        :param head: (n_envs,) entries of each environment, as the buffer knows them.
         """
 
     def flush(self) -> None:
@@ -165,6 +165,7 @@ class DiskStorage:
             )
         self._maps = {name: np.lib.format.open_memmap(self._file(name), mode="r+") for name in shapes}
         self.arrays = {name: np.asarray(file) for name, file in self._maps.items()}
+        self._opened_at, self._restored = self.heads(), False
 
     @staticmethod
     def exists(folder: Path) -> bool:
@@ -184,12 +185,18 @@ class DiskStorage:
         self.arrays["number"][row] = number + 1
 
     def claim(self, head: np.ndarray) -> None:
-        """Become the only writer, and drop entries beyond ``head``.
+        """Become the only writer, and drop entries beyond ``head``, if the buffer was loaded from an older file.
 
-        :param head: (n_envs,) entries of each environment; a buffer loaded from an older file continues from there.
-        :raises RuntimeError: if another process writes to the folder.
+        :param head: (n_envs,) entries of each environment, as the buffer knows them.
+        :raises RuntimeError: if another process writes to the folder, or somebody has written to it meanwhile.
         """
         self._lock, self._claim = _lock(self.folder)
+        expected, there = self._opened_at if self._restored else head, self.heads()
+        if (there != expected).any():
+            raise RuntimeError(
+                f"another agent has written to {self.folder} since this one opened it ({there.sum()} entries instead "
+                f"of {np.sum(expected)}): load this one again to continue with them, or give each its own storage_path"
+            )
         number = self.arrays["number"].reshape(self.n_envs, self.rows)
         number[number > head[:, None]] = 0
         self.writable = True
@@ -224,6 +231,7 @@ class DiskStorage:
         """
         if dumped != self.id:
             raise ValueError(f"{self.folder} holds another replay than the one that was saved")
+        self._restored = True
 
     def _file(self, name: str) -> Path:
         return self.folder / f"{quote(name, safe='')}.npy"

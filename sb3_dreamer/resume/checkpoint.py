@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch as th
-from stable_baselines3.common.callbacks import BaseCallback, EventCallback
 from stable_baselines3.common.type_aliases import GymEnv
 
+from sb3_dreamer.callbacks import IntervalCallback
 from sb3_dreamer.knobs import as_whole
 from sb3_dreamer.replay import read_replay
 from sb3_dreamer.resume.state import FORMAT, restore_run_state, run_state, to_arrays, to_tensors
@@ -26,7 +26,7 @@ SelfDreamer = TypeVar("SelfDreamer", bound="Dreamer")
 CHECKPOINT = re.compile(r"\d{6,}_step_\d+")
 
 
-class ResumeCallback(BaseCallback):
+class ResumeCallback(IntervalCallback):
     """Saves checkpoints to resume from, every so many steps and at the end of ``learn``.
 
     It saves between an update and the next step, when nothing is half done.
@@ -41,6 +41,7 @@ class ResumeCallback(BaseCallback):
     """
 
     model: Dreamer
+    consequence = "would never save"
 
     def __init__(self, folder: str | Path, every: int, keep: int = 2, verbose: int = 0) -> None:
         super().__init__(verbose)
@@ -49,14 +50,8 @@ class ResumeCallback(BaseCallback):
         self.keep = as_whole("keep", keep, least=1)
         self._saved_at = 0
 
-    def _init_callback(self) -> None:
-        if isinstance(self.parent, EventCallback):
-            raise ValueError(
-                f"ResumeCallback inside of {type(self.parent).__name__} would never save: give it to learn() itself, "
-                "its every= decides when it saves"
-            )
-
     def _on_training_start(self) -> None:
+        super()._on_training_start()
         claim(self.folder, self.model)
         to_tensors(run_state(self.model))  # fails before the first step if an environment's state cannot be saved
         self._saved_at = self.model.num_timesteps

@@ -1,10 +1,10 @@
-"""Does the world model know what actions do? Real and dreamed returns of the same actions, from the same moments.
+"""Does the world model know the effects of actions? Real and dreamed returns of the same actions in the same states.
 
 python -m benchmarks.action_effects RUN            RUN: the folder of an agent of `benchmarks.learn` on a MuJoCo task
 
-At moments of the agent's own deterministic episodes the simulator is set back, once for each of some candidates: the
-actions that follow there, shifted by a random constant. What they really bring in the next steps is compared with what
-the model dreams of them from the state that it has at that moment. One JSON line for each width of the shifts:
+At some moments of the agent's own deterministic episodes the simulator is set back, once for each candidate: the
+actions that follow there, shifted by a random constant. The real return of the next steps is compared with the one that
+the model dreams from its state at that moment. One JSON line for each width of the shifts:
 
 correlation     of real and dreamed returns over the candidates of a moment, mean over the moments, standard error
 std             of the returns over the candidates of a moment, mean over the moments: how much actions matter
@@ -21,20 +21,20 @@ import numpy as np
 import torch as th
 
 from benchmarks.envs import make_env
-from benchmarks.learn import trained
+from benchmarks.runs import trained
 from sb3_dreamer import Dreamer
 from sb3_dreamer.behavior.imagination import imagine_actions, lambda_returns
 
 EPISODES, STEPS = 20, 400  # of each, at most
-MOMENTS, LEAST_STEP = 4, 5  # of an episode, not in its first steps
+MOMENTS, LEAST_STEP = 4, 5  # moments in an episode, none before this step
 SAMPLES = 16  # dreams of each candidate
 
 
 @dataclass
 class Moment:
-    """Where candidates begin.
+    """Where candidates start.
 
-    :param simulator: positions, velocities and what the solver begins with.
+    :param simulator: positions, velocities and the warm start of the solver.
     :param packed: (1, L) the model's state.
     :param actions: (H, A) encoded, what the agent did next.
     """
@@ -45,7 +45,7 @@ class Moment:
 
 
 def moments(model: Dreamer, env: Any, horizon: int, rng: np.random.Generator) -> list[Moment]:
-    """Some moments of each of the agent's episodes; near an end, its last action goes on."""
+    """Some moments of each of the agent's episodes; beyond the end, its last action is repeated."""
     return [moment for seed in range(EPISODES) for moment in _moments_of(model, env, horizon, rng, seed)]
 
 
@@ -67,11 +67,12 @@ def _moments_of(model: Dreamer, env: Any, horizon: int, rng: np.random.Generator
     steps = np.arange(LEAST_STEP, len(actions))
     chosen = rng.choice(steps, min(MOMENTS, len(steps)), replace=False)
     following = np.minimum(chosen[:, None] + np.arange(horizon), len(actions) - 1)
-    return [Moment(simulators[t], packed[t], np.stack(actions)[f]) for t, f in zip(chosen, following)]
+    encoded = np.stack(actions)
+    return [Moment(simulators[t], packed[t], encoded[f]) for t, f in zip(chosen, following, strict=True)]
 
 
 def real_return(env: Any, moment: Moment, actions: np.ndarray, gamma: float) -> float:
-    """What actions (H, A), in the units of the space, bring from there on."""
+    """Discounted return of actions (H, A), in the units of the space, from that moment on."""
     simulator = env.unwrapped
     positions, velocities, warm = moment.simulator
     simulator.set_state(positions, velocities)
@@ -87,7 +88,7 @@ def real_return(env: Any, moment: Moment, actions: np.ndarray, gamma: float) -> 
 
 @th.no_grad()
 def dreamed_returns(model: Dreamer, moment: Moment, candidates: np.ndarray) -> np.ndarray:
-    """What the model expects of candidates (K, H, A): (K,), means over samples."""
+    """Return that the model expects of candidates (K, H, A): (K,), means over samples."""
     world_model = model.policy.world_model
     actions = th.as_tensor(candidates).repeat_interleave(SAMPLES, 0)
     start = world_model.rssm.unpack(th.as_tensor(moment.packed).repeat(len(actions), 1))
@@ -97,7 +98,7 @@ def dreamed_returns(model: Dreamer, moment: Moment, candidates: np.ndarray) -> n
 
 
 def compare(model: Dreamer, env: Any, places: list[Moment], width: float, n: int, rng: np.random.Generator) -> dict:
-    """Real and dreamed returns of ``n`` candidates at each moment, in numbers."""
+    """Statistics of the real and dreamed returns of ``n`` candidates at each moment."""
     rows = []
     for moment in places:
         shifts = width * rng.standard_normal((n, 1, moment.actions.shape[1]))
@@ -106,7 +107,7 @@ def compare(model: Dreamer, env: Any, places: list[Moment], width: float, n: int
         dreamed = dreamed_returns(model, moment, candidates)
         rows.append((np.corrcoef(real, dreamed)[0, 1], np.std(real), np.std(dreamed), np.mean(real), np.mean(dreamed)))
     names = "correlation", "std_real", "std_dreamed", "mean_real", "mean_dreamed"
-    means = dict(zip(names, np.mean(rows, 0).round(3).tolist()))
+    means = dict(zip(names, np.mean(rows, 0).round(3).tolist(), strict=True))
     error = np.std([row[0] for row in rows]) / len(rows) ** 0.5
     return {"width": width, **means, "standard_error": round(float(error), 3), "moments": len(rows)}
 
@@ -114,7 +115,7 @@ def compare(model: Dreamer, env: Any, places: list[Moment], width: float, n: int
 def main() -> None:
     """Read the command line, compare, print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run", type=Path, help="folder that benchmarks/learn.py wrote")
+    parser.add_argument("run", type=Path, help="folder that benchmarks.learn wrote")
     parser.add_argument(
         "--widths", type=float, nargs="+", default=[0.1, 0.3, 1.0], help="of the shifts, in half ranges"
     )

@@ -1,11 +1,10 @@
 """Imagined steps per second of `DreamVecEnv`, on a replay of random actions. Prints one JSON line.
 
-python benchmarks/dream_env.py --env HalfCheetah-v4 --n-envs 1024 --threads 2
+python -m benchmarks.dream_env --env HalfCheetah-v4 --n-envs 1024 --threads 2
 """
 
 import argparse
 import json
-import platform
 import statistics
 import time
 
@@ -14,12 +13,13 @@ import torch as th
 from gymnasium import spaces
 
 from benchmarks.envs import make_env
+from benchmarks.rows import machine
 from sb3_dreamer import Dreamer
 from sb3_dreamer.hybrid import DreamVecEnv
 
 
 def seconds_of_steps(dreams: DreamVecEnv, steps: int, warmup: int = 20) -> list[float]:
-    """Seconds of each step of all dreams, their random actions drawn beforehand."""
+    """Seconds of each step of all dreams; the random actions are drawn outside of the measured time."""
     dreams.reset()
     rng, space = np.random.default_rng(0), dreams.action_space
     assert isinstance(space, spaces.Box)
@@ -51,7 +51,7 @@ def main() -> None:
     result = {
         "steps_per_second": round(args.n_envs / statistics.median(seconds)),
         "with_all_restarts": round(args.n_envs / statistics.mean(seconds)),
-        "settings": {**vars(args), "torch": th.__version__, "machine": platform.processor() or platform.machine()},
+        "settings": {**vars(args), "machine": machine()},
     }
     print(json.dumps(result))
 

@@ -27,16 +27,8 @@ from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.vec_env import VecEnv, VecNormalize
 
 from benchmarks.envs import make_env
-from benchmarks.learn import (
-    algorithm,
-    append_row,
-    checkpoint_folder,
-    commit,
-    evaluate,
-    machine,
-    parse_overrides,
-    trained,
-)
+from benchmarks.rows import append_row, commit, machine
+from benchmarks.runs import algorithm, checkpoint_folder, evaluate, parse_overrides, trained
 from sb3_dreamer import Dreamer
 from sb3_dreamer.hybrid import DreamVecEnv, Guard
 from sb3_dreamer.spaces import policy_for

@@ -1,6 +1,6 @@
-"""Environment steps per second of whole training loops: Dreamer's defaults beside SAC's, interleaved in one process.
+"""Environment steps per second of whole training loops: Dreamer and SAC, interleaved in one process.
 
-python benchmarks/loop.py --env HalfCheetah-v4 --threads 2
+python -m benchmarks.loop --env HalfCheetah-v4 --threads 2
 
 Prints one JSON line. `share_not_train` is the time outside `train()`: acting, environment, storing, logging.
 """
@@ -17,7 +17,8 @@ from stable_baselines3 import SAC
 from stable_baselines3.common.base_class import BaseAlgorithm
 
 from benchmarks.envs import action_repeat, make_env
-from benchmarks.learn import commit, machine, parse_overrides
+from benchmarks.rows import commit, machine
+from benchmarks.runs import parse_overrides
 from sb3_dreamer import Dreamer
 from sb3_dreamer.spaces import policy_for
 
@@ -25,7 +26,7 @@ from sb3_dreamer.spaces import policy_for
 class Loop:
     """A training loop that can be run piece by piece.
 
-    :param model: the agent, whose ``train`` is timed from here on
+    :param model: the agent; its ``train`` is replaced by a timed one.
     """
 
     def __init__(self, model: BaseAlgorithm) -> None:
@@ -43,7 +44,7 @@ class Loop:
         return timed
 
     def warm_up(self, steps: int) -> None:
-        """Fill the replay by random actions, then train a little, untimed."""
+        """Fill the replay with random actions, then train a little, untimed."""
         self.model.learn(getattr(self.model, "learning_starts", 0) + steps, reset_num_timesteps=False)
         self.train_seconds = 0.0
 

@@ -1,6 +1,6 @@
 """Memory, open files and threads of a long run, printed as JSON lines.
 
-python benchmarks/memory.py --steps 200000
+python -m benchmarks.memory --steps 200000
 """
 
 import argparse
@@ -18,7 +18,7 @@ from sb3_dreamer import Dreamer
 
 
 def resident_megabytes() -> float:
-    """What the process holds in memory now; its peak where the system does not tell."""
+    """Resident memory of the process; its peak where the system has no /proc."""
     statm = Path("/proc/self/statm")
     if statm.exists():
         return int(statm.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
@@ -27,7 +27,7 @@ def resident_megabytes() -> float:
 
 
 def open_files() -> int:
-    """Number of file descriptors, 0 where the system does not tell."""
+    """Number of file descriptors, 0 where the system has no /proc."""
     folder = Path("/proc/self/fd")
     return len(list(folder.iterdir())) if folder.exists() else 0
 
@@ -43,7 +43,7 @@ def main() -> None:
     args = parser.parse_args()
     settings = dict(model_size="debug", batch_size=4, batch_length=16, train_ratio=args.train_ratio)
     model = Dreamer("MlpPolicy", make_vec_env(args.env), buffer_size=args.buffer_size, **settings)
-    begun = time.perf_counter()
+    started = time.perf_counter()
     for call in range(args.learns):
         model.learn(args.steps // args.learns, reset_num_timesteps=False)
         if (call + 1) % max(args.learns // 10, 1) == 0:
@@ -53,7 +53,7 @@ def main() -> None:
                 "megabytes": round(resident_megabytes(), 1),
             }
             row |= {"files": open_files(), "threads": threading.active_count()}
-            print(json.dumps(row | {"seconds": round(time.perf_counter() - begun)}), flush=True)
+            print(json.dumps(row | {"seconds": round(time.perf_counter() - started)}), flush=True)
 
 
 if __name__ == "__main__":

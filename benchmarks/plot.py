@@ -1,6 +1,6 @@
-"""Draw learning curves beside published ones: a panel for each task, seeds thin, their mean thick.
+"""Draw learning curves with published results: a panel for each task, thin lines for seeds, thick ones for means.
 
-python benchmarks/plot.py results/*.csv --reference gym_v4.csv --algorithms SAC CrossQ --out curves.png
+python -m benchmarks.plot results/*.csv --reference gym_v4.csv --algorithms SAC CrossQ --out curves.png
 
 Two forms of reference file are read:
 task,algorithm,env_steps,mean_return,std_over_seeds,n_seeds,source       a row for each point
@@ -11,7 +11,6 @@ import argparse
 import json
 import math
 import re
-from collections.abc import Iterator
 from itertools import cycle
 from pathlib import Path
 
@@ -24,9 +23,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
 
-COLOURS = ("#0173b2", "#de8f05", "#029e73", "#cc78bc", "#ca9161", "#56b4e9", "#d55e00")
-GREYS = ("#333333", "#8c8c8c", "#b0803c", "#7c6fb0", "#5a8a5a", "#a05050", "#3f7f93")
-STYLES = tuple(zip(GREYS, "os^Dv*P"))  # of published results
+COLORS = ("#0173b2", "#de8f05", "#029e73", "#cc78bc", "#ca9161", "#56b4e9", "#d55e00")
+REFERENCE_COLORS = ("#333333", "#8c8c8c", "#b0803c", "#7c6fb0", "#5a8a5a", "#a05050", "#3f7f93")
+REFERENCE_STYLES = tuple(zip(REFERENCE_COLORS, "os^Dv*P", strict=True))
 UNITS = {"k": 1_000, "M": 1_000_000}
 
 
@@ -36,31 +35,33 @@ def task_of(env: str) -> str:
 
 
 def read_results(paths: list[Path]) -> pd.DataFrame:
-    """Rows of `benchmarks/learn.py` or `benchmarks/hybrid.py`, with the task and what stands in the legend."""
+    """Rows of benchmarks.learn or benchmarks.hybrid, with the task and the curve's name in the legend."""
     files = [pd.read_csv(path).rename(columns={"agent": "algo"}).assign(file=path.stem) for path in paths]
     rows = pd.concat(files, ignore_index=True)
     rows["task"] = rows["env"].map(task_of)
-    rows["curve"] = [_curve_name(algo, settings) for algo, settings in zip(rows["algo"], rows["settings"])]
-    # The same settings in several files, of different versions for example, are curves of their own.
+    rows["curve"] = list(map(_curve_name, rows["algo"], rows["settings"]))
+    # The same settings in several files, of different versions for example, are separate curves.
     several = rows.groupby(["task", "curve"])["file"].transform("nunique") > 1
     rows.loc[several, "curve"] += " [" + rows["file"] + "]"
     point = ["task", "curve", "seed", "step"]
-    rows = rows.drop_duplicates([*point, "return_mean", "commit"])  # a Dreamer that was handed over twice
-    again = rows.duplicated(point, keep=False).groupby([rows["task"], rows["curve"]]).transform("any")
-    rows.loc[again, "curve"] += " [" + rows["commit"] + "]"
-    if len(twice := rows[rows.duplicated(point)]) > 0:
-        task, curve, seed, step = twice.iloc[0][point]
-        raise SystemExit(f"{task}, {curve}, seed {seed} has several returns at step {step}: that is no curve")
+    rows = rows.drop_duplicates([*point, "return_mean", "commit"])  # a Dreamer that was handed over to two students
+    ambiguous = rows.duplicated(point, keep=False).groupby([rows["task"], rows["curve"]]).transform("any")
+    rows.loc[ambiguous, "curve"] += " [" + rows["commit"] + "]"
+    if len(repeated := rows[rows.duplicated(point)]) > 0:
+        task, curve, seed, step = repeated.iloc[0][point]
+        raise SystemExit(f"{task}, {curve}, seed {seed} has several returns at step {step}: this cannot be one curve")
     return rows
 
 
 def _curve_name(algo: str, settings: str) -> str:
-    known = json.loads(settings)
-    normalized = ["normalized"] * known.get("normalize", False)
-    origins = [f"{key}={known[key]}" for key in ("init", "eval_env") if known.get(key)]
-    overrides = [f"{key}={value}" for key, value in known.get("overrides", {}).items()]
-    overrides += known.get("dreamer", []) if algo.startswith("dreamer") else []  # as hybrid.py writes them
-    return ", ".join([algo, *normalized, *origins, *overrides])
+    known, words = json.loads(settings), [algo]
+    if known.get("normalize"):
+        words.append("normalized")
+    words += [f"{key}={known[key]}" for key in ("init", "eval_env") if known.get(key)]
+    words += [f"{key}={value}" for key, value in known.get("overrides", {}).items()]
+    if algo.startswith("dreamer"):
+        words += known.get("dreamer", [])  # as benchmarks.hybrid writes overrides
+    return ", ".join(words)
 
 
 def read_references(paths: list[Path], algorithms: list[str] | None) -> pd.DataFrame:
@@ -80,41 +81,41 @@ def _read_reference(path: Path) -> pd.DataFrame:
     return rows.rename(columns={"env": "task"})
 
 
-def draw_curve(axes: Axes, runs: pd.DataFrame, name: str, colour: str, column: str) -> None:
-    """Seeds thin, their mean at the steps that all of them have reached."""
+def draw_curve(axes: Axes, runs: pd.DataFrame, name: str, color: str, column: str) -> None:
+    """Thin lines for seeds, a thick one for their mean up to the last step that all of them have reached."""
     by_seed = runs.pivot(index="step", columns="seed", values=column).dropna(how="all")
     for seed in by_seed:
         single = by_seed[seed].dropna()
-        axes.plot(single.index, single, color=colour, linewidth=0.8, alpha=0.45)
+        axes.plot(single.index, single, color=color, linewidth=0.8, alpha=0.45)
     mean = by_seed.dropna().mean(axis=1)
     seeds = by_seed.shape[1]
     label = f"{name} ({seeds} seed{'s' if seeds > 1 else ''})"
-    axes.plot(mean.index, mean, color=colour, linewidth=2.2, marker=".", markersize=6, label=label)
+    axes.plot(mean.index, mean, color=color, linewidth=2.2, marker=".", markersize=6, label=label)
 
 
 def draw_reference(axes: Axes, points: pd.DataFrame, name: str, style: tuple[str, str], last_step: float) -> None:
-    """Published points up to the end of our runs or the first one after it."""
+    """Published points up to the end of our runs, or up to the first one after it."""
     points = points.dropna(subset=["mean_return"]).sort_values("env_steps")
     shown = points.head(points["env_steps"].searchsorted(0.98 * last_step) + 1)
     if shown.empty:
         return
-    colour, marker = style
+    color, marker = style
     label = f"published {name} ({shown['n_seeds'].iloc[0]:.0f} seeds; {shown['source'].iloc[0]})"
-    axes.plot(shown["env_steps"], shown["mean_return"], "--", color=colour, marker=marker, markersize=6, label=label)
+    axes.plot(shown["env_steps"], shown["mean_return"], "--", color=color, marker=marker, markersize=6, label=label)
 
 
-def panels(tasks: list[str]) -> tuple[Figure, Iterator[Axes]]:
+def panels(tasks: list[str]) -> tuple[Figure, list[Axes]]:
     """A figure with a panel for each task."""
     columns = min(math.ceil(math.sqrt(len(tasks))), 4)
     lines = math.ceil(len(tasks) / columns)
     figure, grid = plt.subplots(lines, columns, figsize=(6.0 * columns, 4.2 * lines), squeeze=False)
     for unused in grid.flat[len(tasks) :]:
         unused.set_visible(False)
-    return figure, iter(grid.flat)
+    return figure, list(grid.flat[: len(tasks)])
 
 
 def decorate(axes: Axes, task: str, column: str) -> None:
-    """Title, axes, grid; a legend below the axis' own label, since the number of seeds is not the same everywhere."""
+    """Title, axes, grid; each panel has its own legend, below the x-axis, since numbers of seeds differ."""
     axes.set_title(task, fontsize=12, fontweight="bold")
     axes.set_xlabel("environment steps")
     axes.set_ylabel("evaluation return" if column == "return_mean" else "training return")
@@ -128,13 +129,13 @@ def decorate(axes: Axes, task: str, column: str) -> None:
 def draw(results: pd.DataFrame, reference: pd.DataFrame, column: str) -> Figure:
     """All panels."""
     tasks = sorted(results["task"].unique())
-    colours = dict(zip(results["curve"].unique(), cycle(COLOURS)))
-    styles = dict(zip(reference["algorithm"].unique(), cycle(STYLES)))
+    colors = dict(zip(results["curve"].unique(), cycle(COLORS), strict=False))
+    styles = dict(zip(reference["algorithm"].unique(), cycle(REFERENCE_STYLES), strict=False))
     figure, axes_of = panels(tasks)
-    for task, axes in zip(tasks, axes_of):
+    for task, axes in zip(tasks, axes_of, strict=True):
         ours, theirs = (rows[rows["task"] == task] for rows in (results, reference))
         for name, runs in ours.groupby("curve", sort=False):
-            draw_curve(axes, runs, str(name), colours[name], column)
+            draw_curve(axes, runs, str(name), colors[name], column)
         for name, points in theirs.groupby("algorithm", sort=False):
             draw_reference(axes, points, str(name), styles[name], ours["step"].max())
         decorate(axes, task, column)
@@ -145,9 +146,9 @@ def draw(results: pd.DataFrame, reference: pd.DataFrame, column: str) -> Figure:
 def main() -> None:
     """Read the command line, draw, write the picture."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("results", type=Path, nargs="+", help="CSV files written by benchmarks/learn.py or hybrid.py")
+    parser.add_argument("results", type=Path, nargs="+", help="CSV files of benchmarks.learn or benchmarks.hybrid")
     parser.add_argument("--reference", type=Path, nargs="+", default=[], help="CSV files of published results")
-    parser.add_argument("--algorithms", nargs="+", help="which of the reference's algorithms; all if not given")
+    parser.add_argument("--algorithms", nargs="+", help="algorithms of the reference; default: all")
     parser.add_argument("--column", choices=("return_mean", "train_return"), default="return_mean")
     parser.add_argument("--out", type=Path, required=True, help="the picture, .png or .svg")
     args = parser.parse_args()

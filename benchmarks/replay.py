@@ -1,7 +1,7 @@
-"""How long the replay takes to store, serve and refresh, and what an entry costs. Prints one line of JSON.
+"""Time to add, sample and refresh replay entries, and the memory of one. Prints one JSON line.
 
-python benchmarks/replay.py --entries 1000000 --obs-dim 376 --act-dim 17
-python benchmarks/replay.py --entries 5000000 --n-envs 50 --disk /data/replay
+python -m benchmarks.replay --entries 1000000 --obs-dim 376 --act-dim 17
+python -m benchmarks.replay --entries 5000000 --n-envs 50 --disk /data/replay
 """
 
 import argparse
@@ -20,12 +20,12 @@ BATCH, LENGTH, REPEATS = 16, 64, 1000
 
 def median_ms(call: Callable[[], object]) -> float:
     """Median time of a call, in milliseconds."""
-    taken = []
+    seconds = []
     for _ in range(REPEATS):
-        begin = time.perf_counter()
+        start = time.perf_counter()
         call()
-        taken.append(time.perf_counter() - begin)
-    return float(np.median(taken)) * 1e3
+        seconds.append(time.perf_counter() - start)
+    return 1e3 * float(np.median(seconds))
 
 
 def main() -> None:
@@ -36,7 +36,7 @@ def main() -> None:
     parser.add_argument("--act-dim", type=int, default=6)
     parser.add_argument("--latent-size", type=int, default=544, help="0 for none")
     parser.add_argument("--n-envs", type=int, default=1, help="add_us is the time for one step of all of them")
-    parser.add_argument("--disk", default=None, metavar="FOLDER", help="memory-mapped files there, not memory")
+    parser.add_argument("--disk", default=None, metavar="FOLDER", help="use memory-mapped files there")
     args = parser.parse_args()
 
     rng = np.random.default_rng(0)
@@ -57,7 +57,7 @@ def main() -> None:
     for _ in range(args.entries // n):
         add()
     for _ in range(args.entries // (BATCH * LENGTH) + 1):
-        buffer.sample(BATCH)  # what is new; from here on sequences lie anywhere
+        buffer.sample(BATCH)  # until no new sequence is left; after that all starts are random
     indices = iter([buffer.sample(BATCH).index for _ in range(REPEATS)])
     latents = th.randn(BATCH, LENGTH, width)
     result = {

@@ -1,13 +1,12 @@
 """Seconds per update of everything (world model, actor, critic), on random data. Prints one JSON line.
 
-python benchmarks/update_speed.py --model-size size1m --obs-dim 17 --act-dim 6 --threads 2 --updates 20
+python -m benchmarks.update_speed --model-size size1m --obs-dim 17 --act-dim 6 --threads 2 --updates 20
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import platform
 import statistics
 import time
 from collections.abc import Callable
@@ -18,6 +17,7 @@ import gymnasium as gym
 import numpy as np
 import torch as th
 
+from benchmarks.rows import machine
 from sb3_dreamer import Dreamer
 from sb3_dreamer.behavior.actor_critic import actor_loss, advantages, critic_loss
 from sb3_dreamer.behavior.imagination import draw_starts, imagine, lambda_returns
@@ -26,16 +26,16 @@ from sb3_dreamer.types import Batch, Dream
 
 
 class Shape(gym.Env[np.ndarray, np.ndarray]):
-    """An environment of the given shape; it is never stepped."""
+    """An environment with these widths; it is never stepped."""
 
     def __init__(self, obs_dim: int, act_dim: int) -> None:
         self.observation_space = gym.spaces.Box(-np.inf, np.inf, (obs_dim,), np.float32)
         self.action_space = gym.spaces.Box(-1.0, 1.0, (act_dim,), np.float32)
 
 
-def random_batch(model: Dreamer, device: str) -> Batch:
-    """One batch of noise, an episode start in one of eight sequences."""
-    b, t = model.batch_size, model.batch_length
+def random_batch(model: Dreamer) -> Batch:
+    """One batch of noise; one of eight sequences has an episode start."""
+    b, t, device = model.batch_size, model.batch_length, model.device
     spec = model.policy.action_spec
     first = th.zeros(b, t, dtype=th.bool, device=device)
     first[::8, t // 2] = True
@@ -53,7 +53,7 @@ def random_batch(model: Dreamer, device: str) -> Batch:
 
 def time_updates(model: Dreamer, updates: int, warmup: int) -> list[float]:
     """Seconds of each update, as ``Dreamer.train`` makes them: captured in a CUDA graph on a GPU."""
-    batch, update = random_batch(model, str(model.device)), model._captured_update()
+    batch, update = random_batch(model), model._captured_update()
     seconds = []
     for _ in range(warmup + updates):
         start = time.perf_counter()
@@ -65,7 +65,7 @@ def time_updates(model: Dreamer, updates: int, warmup: int) -> list[float]:
 
 
 def cpu_milliseconds(work: Callable[[], Any], repeats: int) -> float:
-    """Least processor time of several runs: on a busy machine the wall clock tells little."""
+    """Least processor time of several runs: on a busy machine, wall-clock time says little."""
     times = []
     for _ in range(repeats + 2):
         start = time.process_time()
@@ -76,7 +76,7 @@ def cpu_milliseconds(work: Callable[[], Any], repeats: int) -> float:
 
 def time_parts(model: Dreamer, repeats: int) -> dict[str, float]:
     """Processor milliseconds of the parts of an update."""
-    policy, batch = model.policy, random_batch(model, str(model.device))
+    policy, batch = model.policy, random_batch(model)
     world_model = policy.world_model
     rssm, embed = world_model.rssm, world_model.embed(batch.obs).detach()
     precision = partial(mixed_precision, model.device)
@@ -97,7 +97,7 @@ def time_parts(model: Dreamer, repeats: int) -> dict[str, float]:
     def learn_behavior() -> None:
         with precision():
             logits = policy.critic(dreamt.features)
-            values = policy.critic.fast.mean(logits.detach())
+            values = policy.critic.mean(logits)
             returns = lambda_returns(dreamt.reward, dreamt.discount, values, model.gae_lambda)
             advantage = advantages(dreamt, returns, values, policy.return_scale.scale, model.center_advantage)
             loss, _ = actor_loss(policy.actor, dreamt, advantage, model.ent_coef)
@@ -143,8 +143,9 @@ def main() -> None:
         **knobs,
     )
     seconds = time_updates(model, args.updates, args.warmup)
-    name = th.cuda.get_device_name() if args.device.startswith("cuda") else platform.processor() or platform.machine()
-    settings = {**vars(args), "imagination_starts": model.imagination_starts, "torch": th.__version__, "machine": name}
+    settings = {**vars(args), "imagination_starts": model.imagination_starts, "machine": machine()}
+    if model.device.type == "cuda":
+        settings["gpu"] = th.cuda.get_device_name(model.device)
     result: dict[str, Any] = {
         "seconds_per_update": statistics.median(seconds),
         "min": min(seconds),

@@ -16,7 +16,7 @@ ENV_ID = "Humanoid-v4"
 
 
 def evaluate(model: Dreamer, episodes: int) -> str:
-    """The return of deterministic episodes in an environment of their own."""
+    """Return of deterministic episodes in a separate environment."""
     env = Monitor(gym.make(ENV_ID))
     mean, std = evaluate_policy(model, env, n_eval_episodes=episodes)
     env.close()

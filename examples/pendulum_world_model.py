@@ -1,4 +1,4 @@
-"""Train a world model on Pendulum from random actions, no policy, and look at what it expects.
+"""Train a world model on Pendulum from random actions, without a policy, and look at its predictions.
 
 python examples/pendulum_world_model.py --updates 1500 --out dreams/pendulum
 """
@@ -10,7 +10,7 @@ import torch as th
 from stable_baselines3.common.env_util import make_vec_env
 
 from sb3_dreamer import Dreamer
-from sb3_dreamer.dreamer import LOSS_SCALES
+from sb3_dreamer.dreamer import total_loss
 from sb3_dreamer.dreams import collect, horizon_errors, open_loop, write_report
 
 ENV_ID = "Pendulum-v1"
@@ -23,7 +23,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=4_000, help="environment steps with random actions")
     parser.add_argument("--updates", type=int, default=1_500, help="gradient steps of the world model")
-    parser.add_argument("--learning-rate", type=float, default=1e-3, help="at the start; falls to zero")
+    parser.add_argument("--learning-rate", type=float, default=1e-3, help="initial value; falls to zero")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("dreams/pendulum"))
     args = parser.parse_args()
@@ -39,15 +39,15 @@ def main() -> None:
     for update in range(1, args.updates + 1):
         batch = data.sample(model.batch_size)
         losses, states, _ = world_model.loss(batch)
-        data.update_latents(batch.index, world_model.rssm.latents(states.detach()))  # where sequences begin
+        data.update_latents(batch.index, world_model.rssm.latents(states.detach()))  # initial states of sequences
         optimizer.zero_grad()
-        th.stack([LOSS_SCALES.get(key, 1.0) * loss.mean() for key, loss in losses.items()]).sum().backward()
+        total_loss(losses).backward()
         optimizer.step()
         schedule.step()
         if update % 250 == 0 or update == args.updates:
             error = horizon_errors(open_loop(model.policy, fresh.peek(30), CONTEXT))["obs"]
             print(
-                f"{update} updates: error over {HORIZON} steps is {error.ratio():.2f} of that of 'nothing changes'",
+                f"{update} updates: error over {HORIZON} steps is {error.ratio():.2f} times that of persistence",
                 flush=True,
             )
 

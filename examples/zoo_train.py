@@ -1,4 +1,4 @@
-"""RL Zoo's training in a script of one's own: register Dreamer first, the rest is rl_zoo3.
+"""RL Zoo's training in your own script: register Dreamer first, the rest is rl_zoo3.
 
 python examples/zoo_train.py --algo dreamer --env Pendulum-v1 -conf zoo_hyperparams/dreamer.yml
 """

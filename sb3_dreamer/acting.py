@@ -13,7 +13,7 @@ from sb3_dreamer.environments import sees_other_units
 
 
 class ActsWithDreamer:
-    """Acts in a Dreamer's place, and so sees what that sees, in the same units, and carries its memory."""
+    """Base of policies that act in place of a Dreamer: same observations, same units, same recurrent state."""
 
     model: Dreamer
 
@@ -37,7 +37,7 @@ class ActsWithDreamer:
         return self.model.get_vec_normalize_env()
 
     def with_action(self, memory: Any, taken: np.ndarray) -> Any:
-        """The state that ``predict`` returned, once other actions (n, *shape) were taken than its own."""
+        """The state that ``predict`` returned, for the actions (n, *shape) that were taken instead of its own."""
         return memory[0], self.model.policy.encode_action(taken)
 
 
@@ -51,7 +51,7 @@ def require_dreamer(model: Any, who: str) -> None:
 
 
 def require_same_units(model: Dreamer, env: VecEnv) -> None:
-    """Refuse an environment that shows a trained model other units than it has learned from.
+    """Refuse an environment whose observations have other units than those the model was trained on.
 
     :raises ValueError: with what to do.
     """
@@ -64,7 +64,7 @@ def require_same_units(model: Dreamer, env: VecEnv) -> None:
 
 
 def require_statistics(model: Dreamer, who: str, rewards: bool = False) -> None:
-    """Refuse a model that knows what a VecNormalize makes of observations (``rewards``: or of rewards), and has none.
+    """Refuse a model that was trained on normalized observations (``rewards``: or rewards) and has no VecNormalize.
 
     :raises ValueError: with what to do.
     :raises TypeError: for a model that is no Dreamer.

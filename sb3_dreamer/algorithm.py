@@ -28,14 +28,14 @@ from sb3_dreamer.environments import (
     step_named,
 )
 from sb3_dreamer.files import FileLike, atomic_write, check_parameters, in_place_of_pickles, known_args, read_settings
-from sb3_dreamer.knobs import check_knobs
+from sb3_dreamer.imitation import NO_TEACHER, Imitation
 from sb3_dreamer.policies import DreamerPolicy, PolicyState
 from sb3_dreamer.replay import SequenceReplayBuffer, read_replay
-from sb3_dreamer.types import Imitation, Observation
+from sb3_dreamer.types import Observation
 
 SelfAlgorithm = TypeVar("SelfAlgorithm", bound="SequenceAlgorithm")
 NOT_SAVED = (
-    "_online_state", "_last_obs", "_last_original_obs", "_originals", "_cloning", "lent_env", "run_id", "resets",
+    "_online_state", "_last_obs", "_last_original_obs", "_originals", "imitation", "lent_env", "run_id", "resets",
 )  # fmt: skip
 
 
@@ -44,22 +44,28 @@ class SequenceAlgorithm(OffPolicyAlgorithm):
 
     Whatever stops a step in the middle (a callback, an exception) ends the stream there: the next ``learn`` resets the
     environments, and what it stores first begins an episode. A subclass builds ``policy`` and ``replay_buffer`` in
-    ``_setup_model``, and learns in ``train``.
+    ``_setup_model``, learns in ``train``, and says in ``check_settings`` what cannot work.
     """
 
     policy: DreamerPolicy
     replay_buffer: SequenceReplayBuffer  # type: ignore[assignment]
     batch_length: int
     train_ratio: float
-    resets: ResetWatch  # of the training environments
     _entries_owed: float = 0.0  # entries still to be replayed for the steps taken so far, see train_ratio
     _online_state: PolicyState | None = None  # of the training environments
     lent_env: VecEnv | None = None  # the environments, if another agent steps them too
     run_id: str | None = None  # names this run in the folder of a ResumeCallback
     _originals: Any = None  # observations, rewards and infos of the last step, before VecNormalize
-    _cloning: Imitation | None = None  # of a warm start, until its teacher is forgotten
+    imitation: Imitation = NO_TEACHER  # of a warm start, until its weight is zero
     trained_with_vecnormalize: bool = False  # whether the last update saw what a VecNormalize makes of the replay ...
     trained_on_normalized_obs: bool = False  # ... of its observations, and not of the rewards alone
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.resets = ResetWatch()
+
+    def check_settings(self) -> None:
+        """Refuse settings that cannot work; called before anything is built or learned."""
 
     @staticmethod
     def _wrap_env(env: GymEnv | str, verbose: int = 0, monitor_wrapper: bool = True) -> VecEnv:
@@ -70,7 +76,7 @@ class SequenceAlgorithm(OffPolicyAlgorithm):
         return env
 
     def _update_current_progress_remaining(self, num_timesteps: int, total_timesteps: int) -> None:
-        """Never below 0: the last step of many environments goes beyond the total, and would turn a schedule's sign."""
+        """Clamped at 0: many environments overshoot the total at the last step, and schedules would turn negative."""
         super()._update_current_progress_remaining(num_timesteps, total_timesteps)
         self._current_progress_remaining = max(self._current_progress_remaining, 0.0)
 
@@ -98,7 +104,7 @@ class SequenceAlgorithm(OffPolicyAlgorithm):
     def _setup_learn(
         self, total_timesteps: int, callback: MaybeCallback = None, *args: Any, **kwargs: Any
     ) -> tuple[int, BaseCallback]:
-        check_knobs(self.__dict__)
+        self.check_settings()
         check_statistics(self, stacklevel=4)
         if self.env is self.lent_env or self.resets.reset_by_others(self.env):
             self._last_obs = None
@@ -108,16 +114,16 @@ class SequenceAlgorithm(OffPolicyAlgorithm):
                 f"{self.learning_starts} entries: load_replay_buffer() brings back what was saved",
                 stacklevel=3,
             )
-        given = callback if isinstance(callback, list) else [] if callback is None else [callback]
-        callbacks = [one if isinstance(one, BaseCallback) else ConvertCallback(one) for one in given]
-        both = super()._setup_learn(total_timesteps, [NoteStep(), *callbacks], *args, **kwargs)
+        given = callback if isinstance(callback, list) else [callback] if callback is not None else []
+        callbacks = [each if isinstance(each, BaseCallback) else ConvertCallback(each) for each in given]
+        ready = super()._setup_learn(total_timesteps, [NoteStep(), *callbacks], *args, **kwargs)
         if np.all(self._last_episode_starts):  # the environments were just reset
             self.replay_buffer.cut()
         self.resets.note(self.env)
-        return both
+        return ready
 
     def note_step(self, infos: list[dict[str, Any]]) -> None:
-        """To be called after each step of the environments, before anybody else touches them or their statistics."""
+        """Call after each step of the environments, before anything else uses them or their statistics."""
         if (normalize := self._vec_normalize_env) is not None:  # as in SB3, what it clips of the last one is lost
             last = "terminal_observation"
             infos = [{**info, last: normalize.unnormalize_obs(info[last])} if last in info else info for info in infos]
@@ -125,12 +131,12 @@ class SequenceAlgorithm(OffPolicyAlgorithm):
         self.resets.note(self.env)
 
     def begin_where_others_reset(self) -> None:
-        """Begin anew where somebody else has used the environments: what they left is of no episode of this run."""
+        """Start new episodes if someone else has reset the environments; the running ones are not ours to continue."""
         if self.resets.reset_by_others(self.env):
             self.begin_episodes()
 
     def begin_episodes(self) -> None:
-        """Reset the environments, and end what was under way in the replay."""
+        """Reset the environments, and end the running episodes in the replay."""
         assert self.env is not None
         self._last_obs = self.env.reset()  # type: ignore[assignment]
         normalize = self._vec_normalize_env
@@ -169,13 +175,12 @@ class SequenceAlgorithm(OffPolicyAlgorithm):
             actions = np.array([self.action_space.sample() for _ in range(n_envs)])
             state = (state[0], self.policy.encode_action(actions))
         self._online_state = state
-        if self._cloning is not None:
-            self._cloning.go_on_asking(self, actions)
+        self.imitation.query(self, actions)
         return actions, self.policy.replay_action(actions)
 
     @property
     def original_obs(self) -> Any:
-        """What was observed last, not normalised."""
+        """The last observation, not normalized."""
         return self._last_obs if self._vec_normalize_env is None else self._last_original_obs
 
     def _exploring(self) -> bool:
@@ -209,7 +214,7 @@ class SequenceAlgorithm(OffPolicyAlgorithm):
             self._entries_owed += self.train_ratio * len(dones)
 
     def _train_what_is_due(self) -> None:
-        """The updates that the steps taken so far pay for; what is left over, has no data yet or is stopped is owed."""
+        """Run the updates that are due. Fractions, updates without data yet, and interrupted ones remain due."""
         entries, before = self.batch_size * self.batch_length, self._n_updates
         try:
             self.train(0 if self._waiting() else int(self._entries_owed // entries), self.batch_size)
@@ -257,7 +262,7 @@ class SequenceAlgorithm(OffPolicyAlgorithm):
         trusted: bool = True,
         **kwargs: Any,
     ) -> SelfAlgorithm:
-        """As in every SB3 algorithm; what a saved agent consists of is told in :mod:`sb3_dreamer.files`.
+        """As in every SB3 algorithm; :mod:`sb3_dreamer.files` says what a saved agent consists of.
 
         :param trusted: False for a file from somebody else: nothing is unpickled, so none of their code can run. The
             agent acts as the saved one; settings that were pickled, such as a learning rate schedule, are not read.
@@ -275,14 +280,14 @@ class SequenceAlgorithm(OffPolicyAlgorithm):
         return model
 
     def load_replay_buffer(self, path: FileLike, truncate_last_traj: bool = True) -> None:
-        """Go on with a saved replay; the next entry begins an episode.
+        """Continue with a saved replay; the next entry begins an episode.
 
-        :param path: what :meth:`save_replay_buffer` was given.
-        :param truncate_last_traj: only for SB3's signature, it is about HER.
-        :raises ValueError: if it holds no replay of sequences, or one of another shape than this agent's.
+        :param path: of the file that :meth:`save_replay_buffer` wrote.
+        :param truncate_last_traj: part of SB3's signature, for HER; not used.
+        :raises ValueError: if it holds no replay of sequences, or one of other shapes than this agent's.
         """
         self.replay_buffer = read_replay(path, self.replay_buffer, self.verbose)
-        self._last_obs = self._cloning = None  # the next learn() resets; a teacher's answers are to other entries
+        self._last_obs, self.imitation = None, NO_TEACHER  # the next learn() resets; answers belong to other entries
 
     def set_parameters(
         self, load_path_or_dict: str | TensorDict, exact_match: bool = True, device: th.device | str = "auto"
@@ -296,7 +301,7 @@ class SequenceAlgorithm(OffPolicyAlgorithm):
             given = load_from_zip_file(given, device=device, load_data=False)[1]
         own = {"policy": self.policy.state_dict(), "policy.optimizer": self.policy.optimizer.state_dict()}
         check_parameters(given, own, exact_match)
-        # a copy: an optimizer would go on with the very moments that it is given
+        # a copy: an optimizer keeps and changes the very moments that it is given
         super().set_parameters(copy.deepcopy(given), exact_match, device)
 
     def _excluded_save_params(self) -> list[str]:

@@ -10,6 +10,7 @@ starts them all at once; it always reads the same batch and writes the same resu
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -35,8 +36,8 @@ def record_cuda_graph(work: Callable[[], Any]) -> Callable[[], None]:
 class CapturedUpdate:
     """Calls ``update``, as a graph where ``record`` can make one.
 
-    What the update gives back belongs to the graph: the next call overwrites it. Whoever changes an object that the
-    update works on, or a number that it read from Python, makes a new one of these.
+    The results belong to the graph; the next call overwrites them. Make a new CapturedUpdate whenever an object that
+    the update uses is replaced or a Python number that it reads changes.
 
     :param update: batch -> results; on the device alone, nothing in it waits for the host.
     :param record: turns work without arguments into a replay of it; None: always call ``update``.
@@ -47,35 +48,40 @@ class CapturedUpdate:
     def __init__(self, update: Update, record: Record | None) -> None:
         self.update, self.record = update, record
         self.calls = 0
-        self._like: Batch | None = None  # the first batch of these shapes
+        self._form: list[tuple[th.Size, th.dtype]] = []  # of the batches so far
         self._batch: Batch | None = None  # the graph's own
-        self._results: Results
-        self._replay: Callable[[], None]
+        self._results: Results | None = None
+        self._replay: Callable[[], None] | None = None
 
     def __call__(self, batch: Batch) -> Results:
         device = batch.reward.device
-        with th.cuda.device(device) if device.type == "cuda" else nullcontext():  # a graph is of the current device
+        with (
+            th.cuda.device(device) if device.type == "cuda" else nullcontext()
+        ):  # graphs are recorded on the current one
             return self._call(batch)
 
     def _call(self, batch: Batch) -> Results:
         if self.record is None:
             self.calls += 1
             return self.update(batch)
-        if self._like is None or not same_shapes(self._like, batch):
-            self._like, self._batch, self.calls = batch, None, 0
+        if self._form != (form := [(x.shape, x.dtype) for x in tensors(batch)]):
+            self._form, self._batch, self.calls = form, None, 0
         self.calls += 1
         if self.calls <= self.calls_before:
             return self._on_the_side(batch)
         if self._batch is None:
-            self._batch = map_tensors(th.clone, batch)
+            self._batch = copy.deepcopy(batch)
             try:
                 self._replay = self.record(self._run)
             except BaseException:
                 self._batch = None  # the next call records again
                 raise
         else:
-            map_tensors(lambda mine, given: mine.copy_(given), self._batch, batch)
+            for own, given in zip(tensors(self._batch), tensors(batch), strict=True):
+                own.copy_(given)
+        assert self._replay is not None
         self._replay()
+        assert self._results is not None
         return self._results
 
     def _run(self) -> None:
@@ -94,25 +100,8 @@ class CapturedUpdate:
         return results
 
 
-def map_tensors(function: Callable[..., th.Tensor], *batches: Batch) -> Batch:
-    """A batch of what ``function`` makes of the tensors at the same place in each of the batches."""
-    fields: dict[str, Any] = {}
-    for field in dataclasses.fields(Batch):
-        parts = [getattr(batch, field.name) for batch in batches]
-        if isinstance(parts[0], dict):
-            fields[field.name] = {key: function(*(part[key] for part in parts)) for key in parts[0]}
-        else:
-            fields[field.name] = function(*parts) if isinstance(parts[0], th.Tensor) else parts[0]
-    return Batch(**fields)
-
-
-def same_shapes(one: Batch, other: Batch) -> bool:
-    """Whether all tensors of two batches have the same shapes and types."""
-    same: list[bool] = []
-
-    def compare(mine: th.Tensor, given: th.Tensor) -> th.Tensor:
-        same.append(mine.shape == given.shape and mine.dtype == given.dtype)
-        return mine
-
-    map_tensors(compare, one, other)
-    return all(same)
+def tensors(batch: Batch) -> list[th.Tensor]:
+    """All tensors of a batch, in the order of its fields and keys."""
+    values = [getattr(batch, field.name) for field in dataclasses.fields(Batch)]
+    flat = [x for value in values for x in (value.values() if isinstance(value, dict) else [value])]
+    return [x for x in flat if isinstance(x, th.Tensor)]

@@ -1,4 +1,4 @@
-"""Environments on the machines of a Ray cluster, as one SB3 VecEnv: for those whose simulators outgrow one machine.
+"""Environments on the machines of a Ray cluster, as one SB3 VecEnv: for simulators that need more than one machine.
 
     ray start --head                                  # on this machine, and on each other one:
     ray start --address=<this machine>:6379
@@ -6,9 +6,9 @@
     env = RayVecEnv([make_env] * 64, envs_per_worker=4)
     Dreamer("MlpPolicy", env).learn(1_000_000)        # or any other algorithm of SB3
 
-The agent acts for all environments at once and learns where it runs; only observations and actions travel. Without a
-cluster Ray starts one on this machine. Ray gives its workers a low priority; where they share the machine of the agent,
-set ``RAY_worker_niceness=0`` before Ray starts, or the simulators wait for the learning.
+The agent acts for all environments together and learns where it runs; only observations, actions and infos are
+transferred. Without a cluster Ray starts one on this machine. Ray gives its workers a low priority; if they share a
+machine with the agent, set ``RAY_worker_niceness=0`` before Ray starts, or the simulators wait for the updates.
 """
 
 from __future__ import annotations
@@ -33,44 +33,44 @@ except ImportError as error:
 
 
 class Worker(DummyVecEnv):
-    """A share of the environments; lives in a process of its own, somewhere in the cluster."""
+    """Some of the environments, in a process of its own somewhere in the cluster."""
 
-    def begin(self, seeds: list[int | None], options: list[dict[str, Any]]) -> tuple[VecEnvObs, list[dict[str, Any]]]:
+    def seeded_reset(
+        self, seeds: list[int | None], options: list[dict[str, Any]]
+    ) -> tuple[VecEnvObs, list[dict[str, Any]]]:
         """Reset all with these seeds and options: first observations and infos."""
-        self._seeds, self._options = seeds, copy.deepcopy(options)  # what Ray hands over cannot be written to
+        self._seeds, self._options = seeds, copy.deepcopy(options)  # arguments from Ray are read-only
         return self.reset(), self.reset_infos
 
-    def move(self, actions: np.ndarray) -> tuple[VecEnvStepReturn, list[dict[str, Any] | None]]:
-        """One step of all, and the infos of the resets that it brought."""
+    def step_with_reset_infos(self, actions: np.ndarray) -> tuple[VecEnvStepReturn, list[dict[str, Any] | None]]:
+        """One step of all, and the infos of resets; None where no episode has ended."""
         step = self.step(np.array(actions))
         return step, [info if done else None for info, done in zip(self.reset_infos, step[2], strict=True)]
 
-    def of_one(self, index: int, method: str, /, *args: Any, **kwargs: Any) -> Any:
-        """What ``get_attr``, ``set_attr``, ``env_method`` or ``env_is_wrapped`` says for one environment."""
+    def call_on(self, index: int, method: str, /, *args: Any, **kwargs: Any) -> Any:
+        """Result of ``get_attr``, ``set_attr``, ``env_method`` or ``env_is_wrapped`` for one environment."""
         args, kwargs = copy.deepcopy((args, kwargs))
-        answer = getattr(self, method)(*args, indices=index, **kwargs)
-        return None if answer is None else answer[0]
+        result = getattr(self, method)(*args, indices=index, **kwargs)
+        return None if result is None else result[0]
 
 
 class RayVecEnv(VecEnv):
-    """An SB3 VecEnv whose environments live in the workers of a Ray cluster; all take their steps at the same time.
+    """An SB3 VecEnv whose environments run in the workers of a Ray cluster; all workers step at the same time.
 
     :param env_fns: functions that make one environment each; sent to the workers, whose machines need the packages.
-    :param envs_per_worker: environments that share a process. They take turns, so that cheap ones want more of them.
-    :param num_cpus: that a worker asks Ray for; a fraction, where workers mostly wait. If the cluster has fewer left,
-        this warns and waits, since a cluster may grow.
+    :param envs_per_worker: environments that share a process and step in turn; use more of them for cheap simulators.
+    :param num_cpus: CPUs that a worker reserves; a fraction if workers mostly wait. If the cluster has fewer left, this
+        warns and waits, since a cluster may grow.
     :raises ValueError: without environments, and for less than one in a worker.
-    :raises RuntimeError: if an environment cannot be made where its worker is.
+    :raises RuntimeError: if a worker cannot make its environments.
     """
 
     def __init__(self, env_fns: Sequence[Callable[[], gym.Env]], envs_per_worker: int = 1, num_cpus: float = 1) -> None:
         if not env_fns or envs_per_worker < 1:
-            raise ValueError(
-                f"{len(env_fns)} env_fns and envs_per_worker={envs_per_worker}: both have to be at least 1"
-            )
+            raise ValueError(f"{len(env_fns)} env_fns and envs_per_worker={envs_per_worker}: both must be at least 1")
         if not ray.is_initialized():
             ray.init()
-        _warn_if_it_waits(math.ceil(len(env_fns) / envs_per_worker), num_cpus)
+        _warn_if_too_few_cpus(math.ceil(len(env_fns) / envs_per_worker), num_cpus)
         shares = [list(env_fns[i : i + envs_per_worker]) for i in range(0, len(env_fns), envs_per_worker)]
         remote: Any = ray.remote(num_cpus=num_cpus)(Worker)
         self.workers: list[Any] = [remote.remote(share) for share in shares]
@@ -78,19 +78,20 @@ class RayVecEnv(VecEnv):
         self._cuts = np.cumsum([len(share) for share in shares])[:-1]
         self._pending: list[Any] = []
         try:
-            spaces = [self._ask([0], "get_attr", name)[0] for name in ("observation_space", "action_space")]
+            spaces = [self._call_on([0], "get_attr", name)[0] for name in ("observation_space", "action_space")]
             super().__init__(len(env_fns), *spaces)
         except RuntimeError as error:
             raise RuntimeError(
-                f"an environment could not be made: {error.__cause__}. Each machine of the cluster needs its packages"
+                f"an environment could not be made: {error.__cause__}. Every machine of the cluster needs its packages"
             ) from error
 
     def reset(self) -> VecEnvObs:
         """Reset all, with the seeds and options that were set."""
         calls = []
         for w, worker in enumerate(self.workers):
-            mine = [env for env, (place, _) in enumerate(self._places) if place == w]
-            calls.append(worker.begin.remote([self._seeds[i] for i in mine], [self._options[i] for i in mine]))
+            envs = [env for env, (place, _) in enumerate(self._places) if place == w]
+            seeds, options = [self._seeds[env] for env in envs], [self._options[env] for env in envs]
+            calls.append(worker.seeded_reset.remote(seeds, options))
         obs, infos = zip(*self._wait(calls), strict=True)
         self.reset_infos = list(chain.from_iterable(infos))
         self._reset_seeds()
@@ -100,10 +101,11 @@ class RayVecEnv(VecEnv):
     def step_async(self, actions: np.ndarray) -> None:
         """Send each worker its actions."""
         parts = np.split(np.asarray(actions), self._cuts)
-        self._pending = [worker.move.remote(part) for worker, part in zip(self.workers, parts, strict=True)]
+        calls = zip(self.workers, parts, strict=True)
+        self._pending = [worker.step_with_reset_infos.remote(part) for worker, part in calls]
 
     def step_wait(self) -> VecEnvStepReturn:
-        """What all came to; environments that are done have been reset, as in any VecEnv."""
+        """Results of all steps; environments that are done have been reset, as in any VecEnv."""
         steps, reset_infos = zip(*self._wait(self._pending), strict=True)
         obs, rewards, dones, infos = zip(*steps, strict=True)
         newest = zip(self.reset_infos, chain.from_iterable(reset_infos), strict=True)
@@ -113,44 +115,44 @@ class RayVecEnv(VecEnv):
     def close(self) -> None:
         """Close the environments and end their workers; the cluster stays."""
         for worker in self.workers:
-            with suppress(ray.exceptions.RayError):  # dead already, or cannot close: it ends all the same
+            with suppress(ray.exceptions.RayError):  # it is dead or cannot close: kill it anyway
                 ray.get(worker.close.remote())
             ray.kill(worker)
         self.workers = []
 
     def has_attr(self, attr_name: str) -> bool:
-        """Whether all environments have an attribute. Only the answer travels, not the attribute."""
+        """Whether all environments have an attribute. Only the answer is transferred, not the attribute."""
         return all(self._wait([worker.has_attr.remote(attr_name) for worker in self.workers]))
 
     def get_attr(self, attr_name: str, indices: VecEnvIndices = None) -> list[Any]:
         """An attribute of each environment."""
-        return self._ask(self._get_indices(indices), "get_attr", attr_name)
+        return self._call_on(self._get_indices(indices), "get_attr", attr_name)
 
     def set_attr(self, attr_name: str, value: Any, indices: VecEnvIndices = None) -> None:
         """Set an attribute of each environment."""
-        self._ask(self._get_indices(indices), "set_attr", attr_name, value)
+        self._call_on(self._get_indices(indices), "set_attr", attr_name, value)
 
     def env_method(self, method_name: str, *args: Any, indices: VecEnvIndices = None, **kwargs: Any) -> list[Any]:
         """What a method of each environment returns."""
-        return self._ask(self._get_indices(indices), "env_method", method_name, *args, **kwargs)
+        return self._call_on(self._get_indices(indices), "env_method", method_name, *args, **kwargs)
 
     def env_is_wrapped(self, wrapper_class: type[gym.Wrapper], indices: VecEnvIndices = None) -> list[bool]:
         """Whether each environment has such a wrapper."""
-        return self._ask(self._get_indices(indices), "env_is_wrapped", wrapper_class)
+        return self._call_on(self._get_indices(indices), "env_is_wrapped", wrapper_class)
 
     def get_images(self) -> Sequence[np.ndarray | None]:
-        """Pictures of all environments."""
+        """Images of all environments."""
         return list(chain.from_iterable(self._wait([worker.get_images.remote() for worker in self.workers])))
 
-    def _ask(self, envs: Iterable[int], method: str, /, *args: Any, **kwargs: Any) -> list[Any]:
-        """Each of some environments, all at the same time."""
+    def _call_on(self, envs: Iterable[int], method: str, /, *args: Any, **kwargs: Any) -> list[Any]:
+        """Results of a method for some environments, called at the same time."""
         places = [self._places[env] for env in envs]
-        return self._wait([self.workers[w].of_one.remote(index, method, *args, **kwargs) for w, index in places])
+        return self._wait([self.workers[w].call_on.remote(index, method, *args, **kwargs) for w, index in places])
 
     def _wait(self, calls: list[Any]) -> list[Any]:
-        """What the workers answer.
+        """Results of calls to the workers.
 
-        :raises RuntimeError: if one has died. Errors of environments come as they are.
+        :raises RuntimeError: if a worker has died. Errors of environments are raised unchanged.
         """
         try:
             return ray.get(calls)
@@ -158,25 +160,25 @@ class RayVecEnv(VecEnv):
             raise error.cause from error
         except ray.exceptions.RayError as error:
             raise RuntimeError(
-                f"a worker of environments died: {error}. What was collected is kept: save() and save_replay_buffer() "
-                "work, and set_env() with a new RayVecEnv of as many environments goes on"
+                f"a worker of environments died: {error}. The collected data is kept: save() and save_replay_buffer() "
+                "work, and set_env() with a new RayVecEnv of as many environments continues"
             ) from error
 
 
-def _warn_if_it_waits(workers: int, num_cpus: float) -> None:
+def _warn_if_too_few_cpus(workers: int, num_cpus: float) -> None:
     left = ray.available_resources().get("CPU", 0)
     if workers * num_cpus > left:
         warnings.warn(
-            f"{workers} workers of num_cpus={num_cpus:g} ask for more than the {left:g} CPUs left in the cluster, "
-            "so this waits until it grows; or take a smaller num_cpus or a larger envs_per_worker",
+            f"{workers} workers with num_cpus={num_cpus:g} need more than the {left:g} CPUs left in the cluster, "
+            "so this waits until it grows; or use a smaller num_cpus or a larger envs_per_worker",
             stacklevel=3,
         )
 
 
 def _joined(parts: Sequence[Any]) -> Any:
-    """Observations of all workers, (n, *shape), as SB3 has them: arrays, Dicts or tuples of them."""
+    """Observations of all workers, (n, *shape): arrays, dictionaries or tuples of arrays, as in SB3."""
     if isinstance(parts[0], dict):
         return {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
     if isinstance(parts[0], tuple):
-        return tuple(np.concatenate(of_one) for of_one in zip(*parts, strict=True))
+        return tuple(np.concatenate(part) for part in zip(*parts, strict=True))
     return np.concatenate(parts)

@@ -27,6 +27,7 @@ class Doors:
         self: Self,
         teacher: Any,
         n_steps: int,
+        *,
         vec_normalize: VecNormalize | str | pathlib.Path | Literal[False] | None = None,
         deterministic: bool = True,
         updates: int | None = None,
@@ -41,33 +42,34 @@ class Doors:
             self,  # type: ignore[arg-type]
             teacher,
             n_steps,
-            vec_normalize,
-            deterministic,
-            updates,
-            fade_steps,
-            student_share,
-            progress_bar,
+            vec_normalize=vec_normalize,
+            deterministic=deterministic,
+            updates=updates,
+            fade_steps=fade_steps,
+            student_share=student_share,
+            progress_bar=progress_bar,
         )
         return self
 
-    def add_experience(self: Self, source: Any, time_limit: int | None = None) -> Self:
+    def add_experience(self: Self, source: Any, *, time_limit: int | None = None) -> Self:
         """Take over recorded experience, see :func:`sb3_dreamer.hybrid.experience.add_experience`."""
         from sb3_dreamer.hybrid.experience import add_experience
 
-        add_experience(self, source, time_limit)  # type: ignore[arg-type]
+        add_experience(self, source, time_limit=time_limit)  # type: ignore[arg-type]
         return self
 
-    def pretrain(self: Self, updates: int, progress_bar: bool = False) -> Self:
-        """Learn from the replay alone, see :func:`sb3_dreamer.hybrid.experience.pretrain`."""
-        from sb3_dreamer.hybrid.experience import pretrain
+    def pretrain(self: Self, updates: int, *, progress_bar: bool = False) -> Self:
+        """Learn from the replay alone, see :func:`sb3_dreamer.hybrid.offline_training.pretrain`."""
+        from sb3_dreamer.hybrid.offline_training import pretrain
 
-        pretrain(self, updates, progress_bar)  # type: ignore[arg-type]
+        pretrain(self, updates, progress_bar=progress_bar)  # type: ignore[arg-type]
         return self
 
     def to_model_free(
         self,
         algorithm: type[Algorithm],
         env: GymEnv | str | None = None,
+        *,
         on: Literal["observations", "latents"] = "observations",
         updates: int = 20_000,
         critic_updates: int = 6_000,
@@ -82,10 +84,10 @@ class Doors:
             self,  # type: ignore[arg-type]
             algorithm,
             env,
-            on,
-            updates,
-            critic_updates,
-            transitions,
-            progress_bar,
+            on=on,
+            updates=updates,
+            critic_updates=critic_updates,
+            transitions=transitions,
+            progress_bar=progress_bar,
             **kwargs,
         )

@@ -8,28 +8,32 @@ from typing import Any, ClassVar
 import torch as th
 from gymnasium import spaces
 from stable_baselines3.common.policies import BasePolicy
-from stable_baselines3.common.type_aliases import GymEnv, Schedule
+from stable_baselines3.common.type_aliases import GymEnv, Schedule, TensorDict
 
 from sb3_dreamer.algorithm import SequenceAlgorithm
 from sb3_dreamer.behavior.actor_critic import actor_loss, advantages, critic_loss, replay_critic_loss
 from sb3_dreamer.behavior.imagination import draw_starts, imagine, lambda_returns
 from sb3_dreamer.capture import CapturedUpdate, Update, record_cuda_graph
 from sb3_dreamer.doors import Doors
-from sb3_dreamer.environments import ResetWatch, normalizes_obs
+from sb3_dreamer.environments import normalizes_obs
 from sb3_dreamer.files import describe
-from sb3_dreamer.knobs import check_knobs
+from sb3_dreamer.imitation import NO_TEACHER
+from sb3_dreamer.knobs import KNOBS, check_knobs
 from sb3_dreamer.metrics import Metrics
 from sb3_dreamer.nets.layers import mixed_precision
 from sb3_dreamer.policies import CnnPolicy, DreamerPolicy, MlpPolicy, MultiInputPolicy
 from sb3_dreamer.replay import SequenceReplayBuffer
 from sb3_dreamer.types import Batch
 
-LOSS_SCALES = {"rep": 0.1, "replay_critic": 0.3}  # all others 1
+LOSS_SCALES = {
+    "reconstruction": 1.0, "reward": 1.0, "continue": 1.0, "dyn": 1.0, "rep": 0.1,
+    "actor": 1.0, "critic": 1.0, "replay_critic": 0.3,
+}  # fmt: skip
 
-READ_BY_UPDATE = (
-    "imagination_starts", "imagination_horizon", "gamma", "gae_lambda",
-    "ent_coef", "center_advantage", "critic_ema_decay", "warmup_updates",
-)  # fmt: skip
+
+def total_loss(losses: dict[str, th.Tensor]) -> th.Tensor:
+    """Weighted sum of the means of losses by name, any shapes -> ()."""
+    return th.stack([LOSS_SCALES[name] * loss.mean() for name, loss in losses.items()]).sum()
 
 
 class Dreamer(Doors, SequenceAlgorithm):
@@ -109,13 +113,13 @@ class Dreamer(Doors, SequenceAlgorithm):
     ) -> None:
         super().__init__(
             policy,
-            env,  # type: ignore[arg-type]
+            env,
             learning_rate,
             buffer_size=buffer_size,
             learning_starts=learning_starts,
             batch_size=batch_size,
             gamma=gamma,
-            replay_buffer_class=replay_buffer_class,  # type: ignore[arg-type]
+            replay_buffer_class=replay_buffer_class,
             replay_buffer_kwargs=replay_buffer_kwargs,
             policy_kwargs=policy_kwargs,
             stats_window_size=stats_window_size,
@@ -140,7 +144,6 @@ class Dreamer(Doors, SequenceAlgorithm):
         self.center_advantage = center_advantage
         self.rssm_type = rssm_type
         self.model_size = model_size
-        self.resets = ResetWatch()
         self._metrics = Metrics(self.device)
         self._captured: tuple[list[Any], CapturedUpdate] | None = None
         if _init_setup_model:
@@ -152,8 +155,17 @@ class Dreamer(Doors, SequenceAlgorithm):
                     stacklevel=2,
                 )
 
+    def check_settings(self) -> None:
+        """Refuse knobs that cannot work, also those that were assigned after construction.
+
+        :raises ValueError: names the knob, what was given and what is allowed.
+        """
+        check_knobs(vars(self))
+
     def _setup_model(self) -> None:
-        check_knobs(self.__dict__)
+        if not hasattr(self, "observation_space"):
+            raise ValueError("a new agent needs an environment, whose spaces its networks are built for: give env=")
+        self.check_settings()
         self._setup_lr_schedule()
         self.set_random_seed(self.seed)
         if not (isinstance(self.policy_class, type) and issubclass(self.policy_class, DreamerPolicy)):
@@ -200,8 +212,8 @@ class Dreamer(Doors, SequenceAlgorithm):
         if not 0 <= (rate := self.lr_schedule(self._current_progress_remaining)) < float("inf"):
             raise ValueError(f"learning_rate is {rate} at {self._current_progress_remaining:.3f} of the progress to go")
         self._update_learning_rate(self.policy.optimizer)
-        imitation = 0.0 if self._cloning is None else self._cloning.share(self._n_updates)
-        self.policy.set_rates(self.warmup_updates, self.actor_lr_scale * (1 - imitation), self.critic_lr_scale)
+        teacher_weight = self.imitation.weight(self._n_updates)
+        self.policy.set_rates(self.warmup_updates, self.actor_lr_scale * (1 - teacher_weight), self.critic_lr_scale)
         self.policy.optimizer.put_rates_on_device()
         self.policy.world_model.gamma = self.gamma
         normalize = self._vec_normalize_env
@@ -214,15 +226,14 @@ class Dreamer(Doors, SequenceAlgorithm):
             self.replay_buffer.update_latents(batch.index, latents)
             self._n_updates += 1
             self._metrics.add(metrics)
-            if self._cloning is not None and imitation > 0:
-                self._cloning.imitate(self, imitation)
-        if imitation == 0.0:
-            self._cloning = None
+            self.imitation.imitate(self, teacher_weight)
+        if teacher_weight == 0.0:
+            self.imitation = NO_TEACHER
         if self.device.type == "cpu":  # to read the means would wait for a GPU
             self._record_metrics()
 
     def update(self, batch: Batch) -> tuple[th.Tensor, dict[str, th.Tensor]]:
-        """One update of everything, from one batch (paper, Algorithm 1).
+        """One update of everything, from one batch (paper, "Learning algorithm").
 
         :return: what the replay keeps of the batch's states (B, T, L), metrics.
         """
@@ -238,7 +249,7 @@ class Dreamer(Doors, SequenceAlgorithm):
             dream = imagine(world_model, actor, start, self.imagination_horizon, compiled=True)
             th.clear_autocast_cache()  # older torch reuses weights cast under no_grad, which get none (pytorch#112583)
             logits = critic(dream.features)
-            values = critic.fast.mean(logits.detach())
+            values = critic.mean(logits)
             returns = lambda_returns(dream.reward, dream.discount, values, self.gae_lambda)
             scale = self.policy.return_scale.update(returns)
 
@@ -250,14 +261,14 @@ class Dreamer(Doors, SequenceAlgorithm):
             # What really happened counts too; its bootstrap is what dreams returned, where they began there.
             features = states.features
             logits = critic(features)
-            bootstrap = critic.fast.mean(logits.detach()).flatten().index_copy(0, starts, returns[:, 0])
+            bootstrap = critic.mean(logits).flatten().index_copy(0, starts, returns[:, 0])
             discount = (~batch.is_terminal).to(bootstrap.dtype) * self.gamma
             replay_returns = lambda_returns(
                 batch.reward, discount, bootstrap.view_as(batch.reward), self.gae_lambda, batch.is_last
             )
             losses["replay_critic"] = replay_critic_loss(critic, features, logits, replay_returns, batch.is_last)
 
-        loss = th.stack([LOSS_SCALES.get(key, 1.0) * value.mean() for key, value in losses.items()]).sum()
+        loss = total_loss(losses)
         self.policy.optimizer.zero_grad()
         loss.backward()
         learned = self.policy.optimizer.step(loss)
@@ -273,16 +284,18 @@ class Dreamer(Doors, SequenceAlgorithm):
 
     def _captured_update(self) -> Update:
         """:meth:`update`, as a CUDA graph on a GPU."""
-        knobs = [getattr(self, name) for name in READ_BY_UPDATE]
+        knobs = [getattr(self, name) for name in KNOBS]
         if self._captured is None or self._captured[0] != knobs:
             record = record_cuda_graph if self.device.type == "cuda" else None
             self._captured = knobs, CapturedUpdate(self.update, record)
         return self._captured[1]
 
-    def set_parameters(self, *args: Any, **kwargs: Any) -> None:
-        """As in every SB3 algorithm."""
+    def set_parameters(
+        self, load_path_or_dict: str | TensorDict, exact_match: bool = True, device: th.device | str = "auto"
+    ) -> None:
+        """As in every SB3 algorithm, see :meth:`SequenceAlgorithm.set_parameters`."""
+        super().set_parameters(load_path_or_dict, exact_match, device)
         self._captured = None
-        super().set_parameters(*args, **kwargs)
 
     def _record_metrics(self) -> None:
         """Hand the logger the means of the training metrics since the last :meth:`dump_logs`, for whoever writes it."""

@@ -1,7 +1,7 @@
-"""What each knob may be.
+"""Allowed values of the constructor's arguments.
 
-Checked when the networks are built, so that ``load(..., knob=...)`` is covered too, and before learning begins, since a
-knob may have been assigned meanwhile.
+Checked when the networks are built, so that ``load(..., knob=...)`` is covered too, and before learning begins, since
+attributes may have been assigned in between.
 """
 
 from __future__ import annotations
@@ -9,42 +9,47 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from numbers import Integral, Real
-from typing import Any
+from typing import Any, NamedTuple
 
 from sb3_dreamer.replay import SequenceReplayBuffer
 
-Check = tuple[Callable[[Any], bool], str]
+
+class Check(NamedTuple):
+    """A test of a value, and the words for what passes it."""
+
+    passes: Callable[[Any], bool]
+    words: str
 
 
 def _is(x: Any, kind: type) -> bool:
-    """Of that kind of number; True and False are none."""
+    """Whether it is that kind of number; True and False are none."""
     return isinstance(x, kind) and not isinstance(x, bool)
 
 
 def whole(least: int) -> Check:
     """Whole numbers."""
-    return lambda x: _is(x, Integral) and int(x) >= least, f"a whole number of at least {least}"
+    return Check(lambda x: _is(x, Integral) and int(x) >= least, f"a whole number of at least {least}")
 
 
 def as_whole(name: str, value: Any, least: int) -> int:
-    """An argument that counts something; as in ``learn(1e5)`` it may come as a float.
+    """An argument that counts something, as an int; as in ``learn(1e5)`` it may be given as a float.
 
-    :raises ValueError: for another one, naming it.
+    :raises ValueError: for any other value, naming the argument.
     """
     if not (_is(value, Real) and float(value).is_integer() and value >= least):
-        raise ValueError(f"{name}={value!r} has to be a whole number of at least {least}")
+        raise ValueError(f"{name}={value!r} must be a whole number of at least {least}")
     return int(value)
 
 
 def number(low: float, high: float = math.inf) -> Check:
     """Numbers within bounds; NaN and infinity never pass."""
     words = f"a number of at least {low:g}" if high == math.inf else f"a number within [{low:g}, {high:g}]"
-    return lambda x: _is(x, Real) and low <= float(x) <= high and math.isfinite(x), words
+    return Check(lambda x: _is(x, Real) and low <= float(x) <= high and math.isfinite(x), words)
 
 
 def either(check: Check, other: Callable[[Any], bool], words: str) -> Check:
-    """What passes one of two checks."""
-    return lambda x: other(x) or check[0](x), f"{check[1]}, or {words}"
+    """Values that pass one of two checks."""
+    return Check(lambda x: other(x) or check.passes(x), f"{check.words}, or {words}")
 
 
 KNOBS: dict[str, Check] = {
@@ -57,30 +62,27 @@ KNOBS: dict[str, Check] = {
     "learning_starts": number(0),
     "batch_size": whole(1),
     "batch_length": whole(2),
-    "train_ratio": (lambda x: _is(x, Real) and 0 < float(x) < math.inf, "a number above 0"),
+    "train_ratio": Check(lambda x: _is(x, Real) and 0 < float(x) < math.inf, "a number above 0"),
     "imagination_starts": either(whole(1), lambda x: x is None, "None"),
     "imagination_horizon": whole(1),
-    "gamma": (lambda x: _is(x, Real) and 0 < float(x) <= 1, "a number above 0 and up to 1"),
+    "gamma": Check(lambda x: _is(x, Real) and 0 < float(x) <= 1, "a number above 0 and up to 1"),
     "gae_lambda": number(0, 1),
     "ent_coef": number(0),
-    "center_advantage": (lambda x: isinstance(x, bool), "True or False"),
-    "policy_kwargs": (lambda x: isinstance(x, dict), "a dictionary"),
-    "replay_buffer_kwargs": (lambda x: isinstance(x, dict), "a dictionary"),
+    "center_advantage": Check(lambda x: isinstance(x, bool), "True or False"),
+    "policy_kwargs": Check(lambda x: isinstance(x, dict), "a dictionary"),
+    "replay_buffer_kwargs": Check(lambda x: isinstance(x, dict), "a dictionary"),
 }
 
 
 def check_knobs(settings: Mapping[str, Any]) -> None:
-    """Refuse settings that cannot work.
+    """Refuse values that cannot work.
 
-    :param settings: knobs by name; what is no knob is not looked at.
-    :raises ValueError: names the knob, what was given and what it may be.
+    :param settings: the agent's attributes by name; ``replay_buffer`` is None or missing before it is built.
+    :raises ValueError: names the knob, what was given and what is allowed.
     """
-    if "observation_space" not in settings:
-        raise ValueError("a new agent needs an environment, whose spaces its networks are built for: give env=")
-    for name, (passes, words) in KNOBS.items():
-        value = settings[name]
-        if not passes(value):
-            raise ValueError(f"{name}={value!r} must be {words}")
+    for name, check in KNOBS.items():
+        if not check.passes(settings[name]):
+            raise ValueError(f"{name}={settings[name]!r} must be {check.words}")
     if settings["center_advantage"] and settings["imagination_starts"] == 1:
         raise ValueError(
             "one dream has no mean to differ from: imagination_starts=2 or more, or center_advantage=False"

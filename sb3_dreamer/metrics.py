@@ -1,4 +1,4 @@
-"""What the updates report, kept on the device until somebody asks: no update waits for the host."""
+"""Metrics of the updates, kept on the device until they are read: no update waits for the host."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Metrics:
         self._latest: dict[str, th.Tensor] = {}
 
     def add(self, metrics: dict[str, th.Tensor]) -> None:
-        """Take note of an update: name -> (), one of them "skipped_updates", 1 if nothing was learned from it.
+        """Record the metrics of an update: name -> (), one of them "skipped_updates", 1 if nothing was learned.
 
         :raises ValueError: after many skipped ones in a row.
         """
@@ -38,11 +38,13 @@ class Metrics:
 
     def means(self) -> dict[str, float]:
         """The means since :meth:`reset`; those of skipped updates are not among them."""
-        *sums, count = [0.0] if self._sums is None else self._sums.tolist()
-        return {name: total / count for name, total in zip(self._latest, sums) if count}
+        if self._sums is None:
+            return {}
+        *sums, count = self._sums.tolist()
+        return {name: total / count for name, total in zip(self._latest, sums, strict=True)} if count else {}
 
     def reset(self) -> None:
-        """Forget what the means are of."""
+        """Start a new averaging period."""
         self._sums = None
 
     def skips(self) -> int:

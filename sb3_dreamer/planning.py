@@ -1,4 +1,4 @@
-"""Planning in latent space at act time: the policy proposes, dreams of what else could be done decide."""
+"""Planning in latent space at decision time: the policy proposes a plan, dreams of other plans improve it."""
 
 from __future__ import annotations
 
@@ -19,22 +19,22 @@ from sb3_dreamer.world_model.rssm import State
 class Planner(ActsWithDreamer):
     """The cross-entropy method, as in PlaNet (Hafner et al. 2019), around the policy and with the critic at the end::
 
-        the policy is dreamed `horizon` steps ahead      its actions and their deviations, a first plan
-        `iterations` times                               `n_candidates` plans are drawn around the plan, all are
-                                                         dreamed, the `n_elites` best are the next plan
-        the first action of the last plan is taken, or the policy's own where that plan is worth no more
+        the policy is dreamed `horizon` steps ahead      its actions and standard deviations are the first plan
+        `iterations` times                               `n_candidates` plans are sampled around the plan, all are
+                                                         dreamed, the mean of the `n_elites` best is the next plan
+        the first action of the last plan is taken, or the policy's own if that plan has no higher return
 
-    A plan is worth the lambda-return of its dream, with which the policy was trained. Dreams are without chance: two
-    samples of one would differ by more than two plans do. It takes the place of a policy wherever one is used, in
-    ``evaluate_policy`` for one, for a multiple of the time (``benchmarks/README.md``).
+    The return of a plan is the lambda-return of its dream, with which the policy was trained. Dreams are deterministic:
+    two samples of one would differ by more than two plans do. A planner replaces a policy anywhere, for example in
+    ``evaluate_policy``, and takes a multiple of its time (``benchmarks/README.md``).
 
-    :param model: a trained Dreamer whose actions are a Box.
-    :param horizon: steps that are planned.
-    :param n_candidates: plans that are dreamed at once, for each environment; the plan as it is is one of them.
-    :param n_elites: how many of them make the next plan.
-    :param iterations: how often.
-    :raises ValueError: for other actions, and senseless numbers.
-    :raises TypeError: for a model that is no Dreamer.
+    :param model: a trained Dreamer with a Box action space.
+    :param horizon: steps of a plan.
+    :param n_candidates: plans that are dreamed in an iteration, for each environment; one of them is the plan itself.
+    :param n_elites: number of best candidates that make the next plan.
+    :param iterations: number of iterations.
+    :raises ValueError: for another action space, and invalid values.
+    :raises TypeError: if the model is not a Dreamer.
     """
 
     def __init__(
@@ -42,10 +42,11 @@ class Planner(ActsWithDreamer):
     ) -> None:
         require_dreamer(model, "Planner")
         if model.policy.action_spec.kind != "vector":
-            raise ValueError(f"plans are drawn around actions of a Box, these are of {model.action_space}")
+            raise ValueError(f"Planner needs a Box action space, this one is {model.action_space}")
         self.model = model
-        given = {"horizon": horizon, "n_elites": n_elites, "iterations": iterations}
-        self.horizon, self.n_elites, self.iterations = (as_whole(*item, least=1) for item in given.items())
+        self.horizon = as_whole("horizon", horizon, least=1)
+        self.n_elites = as_whole("n_elites", n_elites, least=1)
+        self.iterations = as_whole("iterations", iterations, least=1)
         self.n_candidates = as_whole("n_candidates", n_candidates, least=self.n_elites)
 
     def predict(
@@ -65,7 +66,7 @@ class Planner(ActsWithDreamer):
     def plan(self, packed: np.ndarray, deterministic: bool = True) -> np.ndarray:
         """The first action of the plan: packed states (n, P) -> encoded actions (n, A).
 
-        A deterministic one tries the same candidates each time, and leaves torch's own generator alone.
+        A deterministic plan uses the same candidates each time, and leaves torch's default generator alone.
         """
         model, policy = self.model, self.model.policy
         now = th.as_tensor(packed, device=model.device)
@@ -76,21 +77,21 @@ class Planner(ActsWithDreamer):
             assert isinstance(proposal, BoundedNormal)
             mean, std = dream.action, proposal.std
             starts = unpack(now.repeat_interleave(self.n_candidates, 0))
-            chance = th.Generator(now.device).manual_seed(0) if deterministic else None
+            generator = th.Generator(now.device).manual_seed(0) if deterministic else None
             for _ in range(self.iterations):
-                shape = 1, self.n_candidates, *mean.shape[1:]  # the same for all, whoever is asked beside them
-                noise = th.randn(shape, device=now.device, generator=chance)
-                noise[:, 0] = 0
+                shape = 1, self.n_candidates, *mean.shape[1:]  # the same for all environments
+                noise = th.randn(shape, device=now.device, generator=generator)
+                noise[:, 0] = 0  # the plan itself
                 plans = (mean[:, None] + std[:, None] * noise).clamp(-1, 1)
-                best = self.worth(starts, plans.flatten(0, 1)).view(len(now), -1).topk(self.n_elites).indices
+                best = self.plan_returns(starts, plans.flatten(0, 1)).view(len(now), -1).topk(self.n_elites).indices
                 elites = plans.gather(1, best[..., None, None].expand(-1, -1, *mean.shape[1:]))
                 mean, std = elites.mean(1), elites.std(1, correction=0)
             plan = mean if deterministic else elites[:, 0]
             own = dream.action
-            better = self.worth(unpack(now), plan) > self.worth(unpack(now), own)
+            better = self.plan_returns(unpack(now), plan) > self.plan_returns(unpack(now), own)
         return th.where(better[:, None], plan[:, 0], own[:, 0]).float().cpu().numpy()
 
-    def worth(self, starts: State, plans: th.Tensor) -> th.Tensor:
+    def plan_returns(self, starts: State, plans: th.Tensor) -> th.Tensor:
         """The lambda-return of each plan: N states, actions (N, H, A) -> (N,)."""
         policy = self.model.policy
         dream = imagine_actions(policy.world_model, starts, plans, sample=False)

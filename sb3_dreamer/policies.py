@@ -94,7 +94,7 @@ class DreamerPolicy(BasePolicy):
         return {**its_spaces, "lr_schedule": self._dummy_schedule, **self._arguments}
 
     def set_rates(self, warmup_updates: int, actor_lr_scale: float, critic_lr_scale: float) -> None:
-        """Settings of the optimiser that a saved one must not overrule; the learning rate itself is SB3's to set."""
+        """Optimizer settings that a loaded optimizer state must not override; SB3 sets the learning rate itself."""
         scales = 1.0, actor_lr_scale, critic_lr_scale
         for group, scale in zip(self.optimizer.param_groups, scales, strict=True):
             group.update(warmup_steps=warmup_updates, lr_scale=scale)
@@ -123,7 +123,7 @@ class DreamerPolicy(BasePolicy):
         episode_start: np.ndarray | None = None,
         deterministic: bool = False,
     ) -> tuple[np.ndarray, PolicyState]:
-        """Actions for one observation or a batch of n, and the state to hand in at the next call.
+        """Actions for one observation or a batch of n, and the state for the next call.
 
         :param observation: in the space's units, single or batched.
         :param state: what the last call returned; None starts an episode.
@@ -134,12 +134,12 @@ class DreamerPolicy(BasePolicy):
             info)`` tuple, or a state of other environments or of another agent.
         """
         self._check_form(observation)
-        obs, vectorized = self.finite_obs(observation, "predict()")
+        obs, vectorized = self.checked_obs(observation, "predict()")
         n = len(next(iter(obs.values())))
         packed, prev_action = self.initial_state(n) if state is None else self._checked_state(state, n)
         is_first = np.zeros(n, bool) if episode_start is None else np.array(episode_start, bool).flatten()
         if len(is_first) != n:
-            raise ValueError(f"episode_start is of {len(is_first)} environments, the observation of {n}")
+            raise ValueError(f"episode_start has {len(is_first)} entries for {n} observations")
         with th.inference_mode():
             carried, before = (th.as_tensor(x, dtype=th.float32, device=self.device) for x in (packed, prev_action))
             starts = th.as_tensor(is_first, device=self.device) if is_first.any() else None
@@ -148,22 +148,24 @@ class DreamerPolicy(BasePolicy):
         new_state = (packed_next.cpu().numpy(), self.encode_action(actions))  # as the replay has it: integers rounded
         return actions if vectorized else actions[0], new_state
 
-    def finite_obs(self, observation: Any, who: str) -> tuple[dict[str, th.Tensor], bool]:
+    def checked_obs(self, observation: Any, caller: str) -> tuple[dict[str, th.Tensor], bool]:
         """Observations as tensors by key, (n, *shape) each, and whether they came as a batch.
 
-        :raises ValueError: where one is not finite, in float32, or no choice of its space, as what ``who`` was given.
+        :raises ValueError: where one is not finite in float32, or not in its discrete space; names the ``caller``.
         """
         tensors, vectorized = self.obs_to_tensor(observation)
         obs = {key: part.float() if part.is_floating_point() else part for key, part in by_key(tensors).items()}
         if bad := [key for key, part in obs.items() if not part.isfinite().all()]:
-            raise ValueError(f"{who} got {bad[0]} with a number that is NaN or infinite; the state stays as it was")
+            raise ValueError(f"{caller} got {bad[0]} with a number that is NaN or infinite; the state stays as it was")
         for key, spec in self.world_model.decoder.specs.items():
             if spec.kind == "discrete" and not are_choices(obs[key], spec):
-                raise ValueError(f"{who} got {key} {obs[key].tolist()}, expected choices of {self.observation_space}")
+                raise ValueError(
+                    f"{caller} got {key} {obs[key].tolist()}, expected choices of {self.observation_space}"
+                )
         return obs, vectorized
 
     def _check_form(self, observation: Any) -> None:
-        """Refuse what SB3's own checks stumble over: the tuple of a reset, another kind or other keys than a Dict's."""
+        """Refuse what SB3's own checks stumble over: the tuple of a reset, no dict for a Dict space, or other keys."""
         if isinstance(observation, tuple) and len(observation) == 2 and isinstance(observation[1], dict):
             raise ValueError(
                 "predict() got the tuple (observation, info) of Gymnasium's reset(); pass the observation alone"
@@ -175,7 +177,7 @@ class DreamerPolicy(BasePolicy):
                 raise ValueError(f"predict() got {given}, observations of this agent are a dict with {expected}")
 
     def _checked_state(self, state: Any, n: int) -> PolicyState:
-        """Refuse a state of another number of environments, of another agent, or of no agent at all."""
+        """Refuse a state for another number of environments, of another agent, or of no agent at all."""
         expected = [(n, self.world_model.rssm.packed_width), (n, self.action_spec.width)]
         given = [np.shape(part) for part in state] if isinstance(state, tuple | list) else type(state).__name__
         if given != expected:
@@ -250,7 +252,7 @@ class DreamerPolicy(BasePolicy):
     @cached_property
     def _bounds(self) -> tuple[np.ndarray, np.ndarray]:
         if not isinstance(self.action_space, spaces.Box):
-            raise ValueError(f"only actions of a Box are scaled, these are of {self.action_space}")
+            raise ValueError(f"only Box actions can be scaled, not {self.action_space}")
         return float_bounds(self.action_space)
 
     def replay_action(self, actions: np.ndarray) -> np.ndarray:
@@ -268,7 +270,7 @@ class DreamerPolicy(BasePolicy):
         if self.action_spec.kind == "discrete":
             ends = np.cumsum(self.action_spec.classes)[:-1]
             columns = [part.argmax(-1) for part in np.split(encoded, ends, -1)]
-            encoded = np.stack(columns, -1) + self.action_spec.first
+            encoded = np.stack(columns, -1) + self.action_spec.start
         assert space.shape is not None
         return encoded.reshape(-1, *space.shape).astype(space.dtype)
 
@@ -278,22 +280,22 @@ class DreamerPolicy(BasePolicy):
         if isinstance(self.action_space, spaces.Box):
             actions = self.scale_action(actions)
         elif self.action_spec.kind == "discrete":
-            choices = np.asarray(actions).reshape(n, -1) - self.action_spec.first
+            choices = np.asarray(actions).reshape(n, -1) - self.action_spec.start
             if ((choices < 0) | (choices >= self.action_spec.classes)).any():
-                raise ValueError(f"{actions} are not all actions of {self.action_space}")
+                raise ValueError(f"{actions}: not all of them are in {self.action_space}")
             chosen = [c[:, None] == np.arange(k) for c, k in zip(choices.T, self.action_spec.classes, strict=True)]
             return np.concatenate(chosen, -1, dtype=np.float32)
         return np.asarray(actions, np.float32).reshape(n, -1)
 
 
 class MlpPolicy(DreamerPolicy):
-    """For vectors (and integers, and bits)."""
+    """For vector, discrete and binary observations."""
 
     alias = "MlpPolicy"
 
 
 class CnnPolicy(DreamerPolicy):
-    """For images."""
+    """For image observations."""
 
     alias = "CnnPolicy"
 

@@ -1,4 +1,4 @@
-"""Spaces of Gymnasium, translated for the networks; what they cannot read is refused here."""
+"""Gymnasium's spaces, translated for the networks; unsupported spaces are refused here."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def spec_of(space: spaces.Space) -> Spec:
     :raises ValueError: for a kind of space that has no encoder.
     """
     if 0 in (space.shape or ()):
-        raise ValueError(f"{space} has no numbers: leave it out")
+        raise ValueError(f"{space} has a dimension of size 0: leave it out")
     if is_image_space(space):
         assert space.shape is not None
         return Spec("image", space.shape)
@@ -28,8 +28,8 @@ def spec_of(space: spaces.Space) -> Spec:
     if isinstance(space, spaces.Discrete):
         return Spec("discrete", (), (int(space.n),), (int(space.start),))
     if isinstance(space, spaces.MultiDiscrete) and space.nvec.ndim == 1:
-        first = np.broadcast_to(getattr(space, "start", 0), space.shape)
-        return Spec("discrete", space.shape, tuple(map(int, space.nvec)), tuple(map(int, first)))
+        start = np.broadcast_to(getattr(space, "start", 0), space.shape)
+        return Spec("discrete", space.shape, tuple(map(int, space.nvec)), tuple(map(int, start)))
     if isinstance(space, spaces.MultiBinary):
         return Spec("binary", space.shape)
     raise ValueError(
@@ -57,7 +57,7 @@ def action_spec_of(space: spaces.Space) -> Spec:
 def observation_specs(space: spaces.Space) -> dict[str, Spec]:
     """Specs by key; a space that is no Dict has the single key "obs"."""
     if not (parts := parts_of(space)):
-        raise ValueError("a Dict without a key cannot be observed: give it at least one")
+        raise ValueError("an empty Dict cannot be observed: give it at least one key")
     return {key: spec_of(sub) for key, sub in parts.items()}
 
 
@@ -102,7 +102,7 @@ def check_action_bounds(space: spaces.Space) -> None:
 
 
 def check_counted_from_zero(space: spaces.Space) -> None:
-    """Refuse choices that SB3's algorithms, unlike Dreamer, would count from another number than the space.
+    """Refuse discrete spaces that do not start at 0, from where SB3's algorithms, unlike Dreamer, count.
 
     :raises ValueError: for a space with a start, or a Dict with one.
     """
@@ -135,8 +135,8 @@ def into_space(space: spaces.Space, numbers: np.ndarray) -> np.ndarray:
     return np.clip(numbers, space.low, space.high).astype(space.dtype)
 
 
-def observations(space: spaces.Space, decoded: Mapping[str, th.Tensor]) -> dict[str, np.ndarray]:
-    """What the decoder says (n, *shape) by key, as observations of the space, see :func:`into_space`."""
+def decoded_observations(space: spaces.Space, decoded: Mapping[str, th.Tensor]) -> dict[str, np.ndarray]:
+    """Output of the decoder (n, *shape) by key as observations of the space, see :func:`into_space`."""
     parts = parts_of(space)
     return {key: into_space(parts[key], part.float().cpu().numpy()) for key, part in decoded.items()}
 

@@ -7,7 +7,9 @@ Dimension key, used in every shape comment::
     A  width of an encoded action    F  width of the model features (D + K * S)
     D  deterministic state           S  categorical latents, K classes each
     L  width of replayed latents     P  width of a packed state, which ``predict`` carries
-    (...)  any leading dimensions
+    E  width of an embedding         M  width of the transformer
+    G  blocks of a layer             n  any number of rows
+    (...)  any leading dimensions    C, H, W  channels, height and width of an image
 
 Time. Entry ``t`` holds what belongs to one moment, and the model at ``t`` is given the action *before* it::
 
@@ -24,7 +26,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from math import prod
-from typing import Any, Literal, Protocol
+from typing import Literal
 
 import numpy as np
 import torch as th
@@ -41,13 +43,13 @@ class Spec:
         more integers), or "binary" (zeros and ones).
     :param shape: shape of one raw element, without batch dimensions.
     :param classes: for "discrete" only, the number of values of each integer.
-    :param first: for "discrete" only, the smallest value of each integer.
+    :param start: for "discrete" only, the smallest value of each integer.
     """
 
     kind: Kind
     shape: tuple[int, ...]
     classes: tuple[int, ...] = ()
-    first: tuple[int, ...] = ()
+    start: tuple[int, ...] = ()
 
     @property
     def width(self) -> int:
@@ -119,23 +121,10 @@ class Dream:
     :param features: (N, H+1, F) features of the start state and the H states after it.
     :param action: (N, H, A) the action taken at each state but the last.
     :param reward: (N, H+1) predicted reward r_t of the state itself; entry 0 is that of the start.
-    :param discount: (N, H+1) predicted probability to go on times gamma.
+    :param discount: (N, H+1) predicted probability that the episode continues, times gamma.
     """
 
     features: th.Tensor
     action: th.Tensor
     reward: th.Tensor
     discount: th.Tensor
-
-
-class Imitation(Protocol):
-    """What a warm start leaves an agent with: a teacher that it goes on asking, and imitates less and less."""
-
-    def go_on_asking(self, model: Any, taken: np.ndarray) -> None:
-        """Note what the teacher would do now, in each environment of the agent, which takes these actions."""
-
-    def share(self, n_updates: int) -> float:
-        """Of the teacher in what the actor learns, after some updates."""
-
-    def imitate(self, model: Any, intensity: float) -> None:
-        """Updates of the actor alone, at a share of the full rate."""

@@ -180,11 +180,11 @@ def test_an_environment_that_cannot_be_made_is_named():
 
 @pytest.mark.parametrize(("number", "share"), [(0, 1), (2, 0)])
 def test_senseless_numbers_are_refused(number: int, share: int):
-    with pytest.raises(ValueError, match="both have to be at least 1"):
+    with pytest.raises(ValueError, match="both must be at least 1"):
         RayVecEnv([pendulum()] * number, envs_per_worker=share)
 
 
 def test_what_the_cluster_cannot_give_is_said_before_it_waits(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(ray, "available_resources", lambda: {"CPU": 0.5})
-    with pytest.warns(UserWarning, match="1 workers of num_cpus=1 ask for more than the 0.5 CPUs left in the cluster"):
+    with pytest.warns(UserWarning, match="1 workers with num_cpus=1 need more than the 0.5 CPUs left in the cluster"):
         RayVecEnv([pendulum()]).close()

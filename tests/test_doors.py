@@ -1,4 +1,4 @@
-"""The methods of the agent that live in wings have the arguments of what they call."""
+"""Methods of Dreamer that are imported on first use have the arguments of the functions that they call."""
 
 import inspect
 from collections.abc import Callable
@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from sb3_dreamer import Dreamer
-from sb3_dreamer.hybrid import experience, hand_over, warm_start
+from sb3_dreamer.hybrid import experience, hand_over, offline_training, warm_start
 from sb3_dreamer.resume import resume
 
 
@@ -17,7 +17,7 @@ from sb3_dreamer.resume import resume
         (Dreamer.resume.__func__, resume),
         (Dreamer.warm_start, warm_start.warm_start),
         (Dreamer.add_experience, experience.add_experience),
-        (Dreamer.pretrain, experience.pretrain),
+        (Dreamer.pretrain, offline_training.pretrain),
         (Dreamer.to_model_free, hand_over.to_model_free),
     ],
 )

@@ -19,7 +19,7 @@ from sb3_dreamer import dreamer
 from sb3_dreamer.behavior.actor_critic import Actor, Critic, actor_loss, advantages, critic_loss, replay_critic_loss
 from sb3_dreamer.behavior.imagination import ReturnScale, imagine, lambda_returns
 from sb3_dreamer.nets import layers
-from sb3_dreamer.nets.distributions import BoundedNormal, OneHots
+from sb3_dreamer.nets.distributions import BoundedNormal, OneHotCategoricals
 from sb3_dreamer.nets.optim import LaProp
 from sb3_dreamer.types import Batch, Dream, Size, Spec
 from sb3_dreamer.world_model import WorldModel, rssm, scan
@@ -199,7 +199,7 @@ def no_chance(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def state(deter: str, stoch: str, table: Callable[[str], th.Tensor] = given) -> State:
-    return State.of(table(deter), table(stoch).flatten(-2)[..., LATENTS])
+    return State.from_parts(table(deter), table(stoch).flatten(-2)[..., LATENTS])
 
 
 def by_latent(x: th.Tensor) -> th.Tensor:
@@ -378,7 +378,7 @@ def test_continuous_policy_matches_the_jax_reference(actor: Actor):
 
 
 def test_discrete_policy_matches_the_jax_reference():
-    policy = OneHots(given("disc_policy_logits"), (3,))
+    policy = OneHotCategoricals(given("disc_policy_logits"), (3,))
     assert_same(policy.log_prob(given("disc_policy_action")), "disc_policy_logp")
     assert_same(policy.entropy(), "disc_policy_entropy")
 

@@ -1,4 +1,4 @@
-"""Planning at act time: what the search finds, and what it must not touch."""
+"""Planning at decision time: what the search finds, and what it must not change."""
 
 import gymnasium as gym
 import numpy as np
@@ -7,6 +7,7 @@ import torch as th
 from stable_baselines3.common.evaluation import evaluate_policy
 
 from sb3_dreamer import Dreamer
+from sb3_dreamer.nets import layers
 from sb3_dreamer.planning import Planner
 
 SMALL = dict(model_size="debug", batch_size=4, batch_length=8, learning_starts=20, train_ratio=4, seed=0, device="cpu")
@@ -28,7 +29,7 @@ def states(model: Dreamer, n: int = 3) -> np.ndarray:
 @pytest.mark.parametrize("wanted", [-0.6, 0.5])
 def test_the_search_finds_the_first_action_of_the_best_plans(model: Dreamer, wanted: float, monkeypatch) -> None:
     planner = Planner(model, horizon=3, n_candidates=256, n_elites=8, iterations=3)
-    monkeypatch.setattr(planner, "worth", lambda starts, plans: -(plans[:, 0, 0] - wanted).square())
+    monkeypatch.setattr(planner, "plan_returns", lambda starts, plans: -(plans[:, 0, 0] - wanted).square())
     np.testing.assert_allclose(planner.plan(states(model)), wanted, atol=0.05)
 
 
@@ -39,14 +40,15 @@ def test_each_environment_has_a_plan_of_its_own(model: Dreamer, monkeypatch) -> 
     def near(starts, plans):
         return -(plans[:, 0, 0] - goals.repeat_interleave(len(plans) // 3)).square()
 
-    monkeypatch.setattr(planner, "worth", near)
+    monkeypatch.setattr(planner, "plan_returns", near)
     np.testing.assert_allclose(planner.plan(states(model))[:, 0], [-0.5, 0.0, 0.5], atol=0.05)
 
 
 def test_where_no_plan_is_better_the_policy_keeps_its_own(model: Dreamer, monkeypatch) -> None:
     packed = states(model)
     planner = Planner(model)
-    monkeypatch.setattr(planner, "worth", lambda starts, plans: th.zeros(len(plans)))
+    monkeypatch.setattr(layers, "fast_bfloat16", lambda device: False)
+    monkeypatch.setattr(planner, "plan_returns", lambda starts, plans: th.zeros(len(plans)))
     with th.inference_mode():
         features = model.policy.world_model.rssm.unpack(th.as_tensor(packed)).features
         own = model.policy.actor(features).mode().clamp(-1, 1)
@@ -54,38 +56,39 @@ def test_where_no_plan_is_better_the_policy_keeps_its_own(model: Dreamer, monkey
     np.testing.assert_allclose(planner.plan(packed, deterministic=False), own, atol=1e-6)
 
 
-def test_a_plan_does_not_depend_on_who_is_asked_beside_it(model: Dreamer) -> None:
+def test_a_plan_does_not_depend_on_the_other_environments(model: Dreamer, monkeypatch) -> None:
+    monkeypatch.setattr(layers, "fast_bfloat16", lambda device: False)
     packed, planner = states(model, 1), Planner(model, horizon=3)
     np.testing.assert_allclose(planner.plan(packed.repeat(4, 0)), planner.plan(packed).repeat(4, 0), atol=1e-5)
 
 
-def test_the_worth_of_a_longer_plan_is_its_lambda_return(model: Dreamer) -> None:
+def test_the_return_of_a_longer_plan_is_its_lambda_return(model: Dreamer) -> None:
     world_model, critic, decay = model.policy.world_model, model.policy.critic, model.gae_lambda
     state, plans = world_model.rssm.unpack(th.as_tensor(states(model))), th.full((3, 2, 1), 0.3)
     with th.inference_mode():
-        worth = Planner(model, horizon=2).worth(state, plans)
-        told = []
+        returns = Planner(model, horizon=2).plan_returns(state, plans)
+        steps = []
         for action in plans.unbind(1):
             state = world_model.rssm.imagine_step(state, action, sample=False)
             features = state.features
-            told.append(
+            steps.append(
                 (world_model.predict_reward(features), world_model.predict_discount(features), critic.value(features))
             )
-    (r1, d1, v1), (r2, d2, v2) = told
-    th.testing.assert_close(worth, r1 + d1 * ((1 - decay) * v1 + decay * (r2 + d2 * v2)))
+    (r1, d1, v1), (r2, d2, v2) = steps
+    th.testing.assert_close(returns, r1 + d1 * ((1 - decay) * v1 + decay * (r2 + d2 * v2)))
 
 
-def test_a_plan_is_worth_the_rewards_of_its_dream_and_the_value_behind_it(model: Dreamer) -> None:
+def test_the_return_of_a_plan_is_the_reward_of_its_dream_and_the_value_after_it(model: Dreamer) -> None:
     world_model, critic = model.policy.world_model, model.policy.critic
     starts, plans = world_model.rssm.unpack(th.as_tensor(states(model))), th.zeros(3, 1, 1)
     with th.inference_mode():
-        worth = Planner(model, horizon=1).worth(starts, plans)
+        returns = Planner(model, horizon=1).plan_returns(starts, plans)
         after = world_model.rssm.imagine_step(starts, plans[:, 0], sample=False).features
         want = world_model.predict_reward(after) + world_model.predict_discount(after) * critic.value(after)
-    th.testing.assert_close(worth, want)
+    th.testing.assert_close(returns, want)
 
 
-def test_it_takes_the_place_of_a_policy_and_the_state_knows_what_was_done(model: Dreamer) -> None:
+def test_it_replaces_a_policy_and_its_state_holds_the_action_that_was_taken(model: Dreamer) -> None:
     planner = Planner(model, horizon=2, n_candidates=16)
     before = {name: value.clone() for name, value in model.policy.state_dict().items()}
     observations = np.zeros((4, 3), np.float32)
@@ -99,7 +102,7 @@ def test_it_takes_the_place_of_a_policy_and_the_state_knows_what_was_done(model:
     assert all(th.equal(before[name], value) for name, value in model.policy.state_dict().items())
 
 
-def test_a_deterministic_plan_is_the_same_each_time_and_draws_nothing_of_torch(model: Dreamer) -> None:
+def test_a_deterministic_plan_is_the_same_each_time_and_leaves_the_default_generator_alone(model: Dreamer) -> None:
     packed, planner, before = states(model), Planner(model, horizon=2, n_candidates=16), th.get_rng_state()
     first = planner.plan(packed)
     np.testing.assert_array_equal(planner.plan(packed), first)
@@ -110,15 +113,15 @@ def test_a_deterministic_plan_is_the_same_each_time_and_draws_nothing_of_torch(m
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        (dict(horizon=0), "horizon=0 has to be a whole number of at least 1"),
-        (dict(n_candidates=4), "n_candidates=4 has to be a whole number of at least 8"),
+        (dict(horizon=0), "horizon=0 must be a whole number of at least 1"),
+        (dict(n_candidates=4), "n_candidates=4 must be a whole number of at least 8"),
     ],
 )
-def test_senseless_numbers_are_refused(model: Dreamer, settings: dict[str, int], words: str) -> None:
+def test_invalid_values_are_refused(model: Dreamer, settings: dict[str, int], words: str) -> None:
     with pytest.raises(ValueError, match=words):
         Planner(model, **settings)
 
 
-def test_only_actions_of_a_box_can_be_planned() -> None:
-    with pytest.raises(ValueError, match=r"plans are drawn around actions of a Box, these are of Discrete\(2\)"):
+def test_another_action_space_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"Planner needs a Box action space, this one is Discrete\(2\)"):
         Planner(Dreamer("MlpPolicy", "CartPole-v1", model_size="debug", device="cpu"))

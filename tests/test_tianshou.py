@@ -120,9 +120,11 @@ def test_a_collector_acts_as_predict_does_over_the_ends_of_episodes(dreamer: Dre
     for t in range(20):
         actions, state = dreamer.predict(obs, state, starts, deterministic)
         np.testing.assert_array_equal(buffer.act[t + buffer._offset[:3]], actions)
-        steps = [env.step(action) for env, action in zip(envs, actions)]
+        steps = [env.step(action) for env, action in zip(envs, actions, strict=True)]
         starts = np.array([step[2] or step[3] for step in steps])
-        obs = np.stack([env.reset()[0] if start else step[0] for env, step, start in zip(envs, steps, starts)])
+        obs = np.stack(
+            [env.reset()[0] if start else step[0] for env, step, start in zip(envs, steps, starts, strict=True)]
+        )
 
 
 def test_whole_episodes_can_be_collected(dreamer: Dreamer):
@@ -309,7 +311,7 @@ def test_a_recurrent_teacher_begins_anew_with_each_episode():
 
 
 def test_a_teacher_has_to_know_what_it_sees():
-    with pytest.raises(ValueError, match="give observation_space="):
+    with pytest.raises(ValueError, match="pass observation_space="):
         TianshouTeacher(Counter())
 
 

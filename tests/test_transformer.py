@@ -50,7 +50,7 @@ def step_through(model: RSSM, data: tuple[th.Tensor, ...], between: Callable[[St
         state, action = afresh(model, state, action, is_first)
         state = between(model.observe_step(state, embed, action))
         states.append(state)
-    return State.of(th.stack([s.deter for s in states], 1), th.stack([s.stoch for s in states], 1))
+    return State.from_parts(th.stack([s.deter for s in states], 1), th.stack([s.stoch for s in states], 1))
 
 
 AGES = {0: [0], 1: [3, 90], 2: [0, 1, 2, 70, 71], 3: [140]}  # row 4 goes on from an episode that began before
@@ -124,7 +124,7 @@ def dream(model: RSSM, start: State, actions: th.Tensor) -> State:
     states = [start]
     for action in actions.unbind(1):
         states.append(model.imagine_step(states[-1], action))
-    return State.of(th.stack([s.deter for s in states], 1), th.stack([s.stoch for s in states], 1))
+    return State.from_parts(th.stack([s.deter for s in states], 1), th.stack([s.stoch for s in states], 1))
 
 
 def recomputed(model: RSSM, filtered: State, data: tuple[th.Tensor, ...], row: int, t: int, dreamt: State) -> th.Tensor:
@@ -151,7 +151,7 @@ def test_dreams_from_any_state_of_the_training_pass_continue_its_context(model: 
     starts = states.detach().flatten()[th.tensor([row * 90 + t for row, t in chosen])]
     dreamt = dream(model, starts, th.tensor(ACTIONS).expand(len(chosen), -1, -1))
     for i, (row, t) in enumerate(chosen):
-        expected = recomputed(model, states, data, row, t, State.of(dreamt.deter[i], dreamt.stoch[i]))
+        expected = recomputed(model, states, data, row, t, State.from_parts(dreamt.deter[i], dreamt.stoch[i]))
         th.testing.assert_close(dreamt.deter[i, 1:], expected, **EXACT)
 
 
@@ -168,13 +168,13 @@ def test_dreams_that_branch_from_one_state_do_not_disturb_each_other(model: RSSM
 @th.no_grad()
 def test_only_the_states_that_are_dreamt_from_are_copied_and_the_cache_stays_bounded(model: RSSM):
     states, _ = model.observe(*entries(4, 50), model.initial(4))
-    tape = states.context.tapes[0]
+    memory = states.context.memories[0]
     starts = states.detach().flatten()[th.arange(7)]
-    assert starts.context.tapes[0].data.data_ptr() == tape.data.data_ptr()
+    assert starts.context.memories[0].data.data_ptr() == memory.data.data_ptr()
     state = starts
     for _ in range(100):
         state = model.imagine_step(state, th.zeros(7, A))
-        assert state.context.tapes[0].data.shape[3] <= WINDOW - 1 + 1 + state.context.spare
+        assert state.context.memories[0].data.shape[3] <= WINDOW - 1 + 1 + state.context.spare
 
 
 # -- what attention reaches --------------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ import torch as th
 import torch.nn.functional as F
 from torch import nn
 
-from sb3_dreamer.nets.distributions import ActionDistribution, Bits, BoundedNormal, OneHots
+from sb3_dreamer.nets.distributions import ActionDistribution, Bernoulli, BoundedNormal, OneHotCategoricals
 from sb3_dreamer.nets.layers import MLP, Linear
 from sb3_dreamer.types import Dream, Size, Spec
 from sb3_dreamer.world_model.world_model import TwoHotHead
@@ -30,11 +30,11 @@ class Actor(nn.Module):
         out = self.out(self.mlp(features)).to(self.out.weight.dtype)
         if self.spec.kind == "vector":
             return BoundedNormal(out)
-        return OneHots(out, self.spec.classes) if self.spec.kind == "discrete" else Bits(out)
+        return OneHotCategoricals(out, self.spec.classes) if self.spec.kind == "discrete" else Bernoulli(out)
 
 
 class Critic(nn.Module):
-    """Two-hot critic with a slowly moving copy of itself that it is kept close to.
+    """Two-hot critic, regularized toward a slow copy of itself (an exponential moving average).
 
     :param features: F.
     :param size: widths.
@@ -48,6 +48,10 @@ class Critic(nn.Module):
     def forward(self, features: th.Tensor) -> th.Tensor:
         """Features (..., F) -> logits (..., bins)."""
         return self.fast(features)
+
+    def mean(self, logits: th.Tensor) -> th.Tensor:
+        """Expected return by the logits, without gradient: (..., bins) -> (...)."""
+        return self.fast.mean(logits.detach())
 
     def value(self, features: th.Tensor) -> th.Tensor:
         """Expected return: (..., F) -> (...)."""
@@ -71,8 +75,8 @@ class Critic(nn.Module):
 def advantages(dream: Dream, returns: th.Tensor, values: th.Tensor, scale: th.Tensor, center: bool) -> th.Tensor:
     """How much more an action returned than the critic expected, in units of the return scale.
 
-    A critic that still moves shifts all advantages alike, by much more than actions differ in: noise to the actor.
-    Centred, the weighted mean over the trajectories is zero at each step.
+    A critic that is still moving shifts all advantages by a common offset far larger than the differences between
+    actions, which is noise to the actor. Centered, the weighted mean over the trajectories is zero at each step.
 
     :param dream: N trajectories of H actions.
     :param returns: (N, H) lambda-returns.
@@ -84,12 +88,12 @@ def advantages(dream: Dream, returns: th.Tensor, values: th.Tensor, scale: th.Te
     advantage = (returns - values[:, :-1]) / scale
     if not center:
         return advantage
-    weight = weights(dream)[:, :-1]
+    weight = discount_weights(dream)[:, :-1]
     return advantage - (weight * advantage).sum(0) / weight.sum(0).clamp(min=1e-8)
 
 
 def actor_loss(actor: Actor, dream: Dream, advantage: th.Tensor, ent_coef: float) -> tuple[th.Tensor, Info]:
-    """REINFORCE with an entropy bonus (paper, Eq. 6).
+    """REINFORCE with an entropy bonus (paper, "Actor learning").
 
     :param actor: the policy.
     :param dream: N trajectories of H actions.
@@ -100,7 +104,7 @@ def actor_loss(actor: Actor, dream: Dream, advantage: th.Tensor, ent_coef: float
     policy = actor(dream.features)
     entropy = policy.entropy()
     gain = policy.log_prob(F.pad(dream.action, (0, 0, 0, 1))) * F.pad(advantage, (0, 1)) + ent_coef * entropy
-    return -(gain * weights(dream)).sum() / advantage.numel(), {
+    return -(gain * discount_weights(dream)).sum() / advantage.numel(), {
         "entropy": entropy.detach().mean(),
         "advantage_magnitude": advantage.abs().mean(),
     }
@@ -116,7 +120,7 @@ def critic_loss(critic: Critic, dream: Dream, logits: th.Tensor, returns: th.Ten
     :return: mean loss ().
     """
     loss = critic.loss(logits, dream.features, F.pad(returns.detach(), (0, 1)))
-    return (loss * weights(dream)).sum() / returns.numel()
+    return (loss * discount_weights(dream)).sum() / returns.numel()
 
 
 def replay_critic_loss(
@@ -135,11 +139,11 @@ def replay_critic_loss(
     return (loss * (~is_last[:, :-1]).to(loss.dtype)).mean()
 
 
-def weights(dream: Dream) -> th.Tensor:
-    """(N, H+1) probability times discount that the dream is still going on; 0 at its last state, which has no action.
+def discount_weights(dream: Dream) -> th.Tensor:
+    """(N, H+1) cumulative discount of a dream's states; 0 at the last one, which has no action.
 
     Losses are computed at all states and weighted: cheaper than to cut the last one off large arrays.
     """
-    going_on = dream.discount.cumprod(1)
-    going_on[:, -1].zero_()
-    return going_on
+    cumulative = dream.discount.cumprod(1)
+    cumulative[:, -1].zero_()
+    return cumulative

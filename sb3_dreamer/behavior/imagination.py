@@ -13,7 +13,7 @@ from sb3_dreamer.world_model.rssm import State
 
 
 def draw_starts(n_states: int, n: int | None, device: th.device) -> th.Tensor:
-    """Which of ``n_states`` states dreams start from: ``n`` indices drawn without repetition, or all where None."""
+    """Indices of states from which dreams start: ``n`` of ``n_states`` without repetition; None: all."""
     if n is None or n >= n_states:
         return th.arange(n_states, device=device)
     return th.rand(n_states, device=device).argsort()[:n]
@@ -25,7 +25,7 @@ def imagine(
     actor: Actor,
     start: State,
     horizon: int,
-    first: th.Tensor | None = None,
+    first_action: th.Tensor | None = None,
     sample: bool = True,
     compiled: bool = False,
 ) -> Dream:
@@ -39,16 +39,16 @@ def imagine(
     :param actor: the policy on its features.
     :param start: N states.
     :param horizon: number H of actions.
-    :param first: (N, A) actions to take at the start instead of the actor's.
+    :param first_action: (N, A) actions to take at the start instead of the actor's.
     :param sample: sample latents and actions, else take the expected latents and the most likely actions.
     :param compiled: on a GPU, compile a step first: for many dreams of one size.
     """
-    # a transformer's memory grows with each step, and each would be compiled anew
+    # a transformer's context grows with each step, and each length would be compiled separately
     compiled = compiled and not world_model.rssm.sequence.parallel
     move = compile_on_cuda(start.features.device)(_move) if compiled else _move
     states, actions = [start.to_autocast_dtype()], []
     for t in range(horizon):
-        action, state = move(world_model, actor, states[t], first if t == 0 else None, sample)
+        action, state = move(world_model, actor, states[t], first_action if t == 0 else None, sample)
         states.append(state)
         actions.append(action)
     return _dream(world_model, states, th.stack(actions, 1))
@@ -93,7 +93,7 @@ def _dream(world_model: WorldModel, states: list[State], action: th.Tensor) -> D
 def lambda_returns(
     reward: th.Tensor, discount: th.Tensor, bootstrap: th.Tensor, gae_lambda: float, is_last: th.Tensor | None = None
 ) -> th.Tensor:
-    """Bootstrapped lambda-returns (paper, Eq. 7)::
+    """Bootstrapped lambda-returns (paper, "Critic learning")::
 
         entry      t            t+1              t+2 ...
         R_t   =          r_{t+1} + d_{t+1} ((1 - lambda) v_{t+1} + lambda R_{t+1}),      R_end = v_end
@@ -107,11 +107,11 @@ def lambda_returns(
     :param is_last: (n, T) bool, where an episode is cut.
     :return: (n, T - 1), no gradient is stopped here.
     """
-    go_on = th.full_like(reward, gae_lambda)
+    trace = th.full_like(reward, gae_lambda)
     if is_last is not None:
-        go_on = go_on * (~is_last).to(reward.dtype)
-    here = reward + discount * (1 - go_on) * bootstrap
-    factor = discount * go_on
+        trace = trace * (~is_last).to(reward.dtype)
+    here = reward + discount * (1 - trace) * bootstrap
+    factor = discount * trace
     future, returns = bootstrap[:, -1], []
     for t in range(reward.shape[1] - 1, 0, -1):
         future = th.addcmul(here[:, t], factor[:, t], future)
@@ -120,7 +120,7 @@ def lambda_returns(
 
 
 class ReturnScale(RunningStatistics):
-    """Moving range of the returns, 5th to 95th percentile (paper, Eq. 8); divides the advantage, never below 1.
+    """Moving range of the returns, 5th to 95th percentile (paper, "Actor learning"); divides the advantage.
 
     :param rate: share of the newest range in the average.
     """
@@ -137,7 +137,7 @@ class ReturnScale(RunningStatistics):
         self.register_buffer("quantiles", th.tensor([0.05, 0.95]), persistent=False)
 
     def update(self, returns: th.Tensor) -> th.Tensor:
-        """Take note of new returns (any shape) and give the current scale ()."""
+        """Update the range with new returns (any shape); return the scale ()."""
         self.snapshot()
         low, high = th.quantile(returns.detach().flatten(), self.quantiles)
         self.low.lerp_(low, self.rate)
@@ -146,5 +146,5 @@ class ReturnScale(RunningStatistics):
 
     @property
     def scale(self) -> th.Tensor:
-        """max(1, high - low)."""
+        """max(1, high - low): small returns are not amplified."""
         return (self.high - self.low).clamp(min=1.0)

@@ -1,7 +1,7 @@
-"""Dreams to look at: what the model thinks will happen, beside what happened.
+"""Dreams made visible: what the model predicts, next to what happened.
 
-``open_loop`` dreams on from real steps, ``horizon_errors`` measures how far that goes wrong, ``find_trouble`` names
-what else does; ``DreamCallback`` logs all of it in training, and ``python -m sb3_dreamer.dreams`` writes it as a page.
+``open_loop`` dreams on from real steps, ``horizon_errors`` measures the errors of these dreams, ``find_trouble`` names
+other problems; ``DreamCallback`` logs all of it in training, and ``python -m sb3_dreamer.dreams`` writes it as a page.
 """
 
 from sb3_dreamer.dreams.callback import DreamCallback

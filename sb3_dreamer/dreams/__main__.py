@@ -1,4 +1,4 @@
-"""Look at the dreams of a trained model: writes one HTML page.
+"""Write one HTML page that shows the dreams of a trained model.
 
 python -m sb3_dreamer.dreams model.zip --env Hopper-v4 --out dreams/
 """
@@ -29,84 +29,84 @@ from sb3_dreamer.files import read_settings
 def positive(text: str) -> int:
     """A whole number of at least 1."""
     if (number := int(text)) < 1:
-        raise argparse.ArgumentTypeError(f"{text} has to be at least 1")
+        raise argparse.ArgumentTypeError(f"{text} must be at least 1")
     return number
 
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     parser = argparse.ArgumentParser("python -m sb3_dreamer.dreams", description=__doc__)
-    parser.add_argument("model", type=Path, help="what Dreamer.save wrote")
+    parser.add_argument("model", type=Path, help="file that Dreamer.save wrote")
     parser.add_argument("--env", required=True, help="id of the environment, as in gymnasium.make")
     parser.add_argument("--out", type=Path, default=Path("dreams"), help="folder for the page")
-    parser.add_argument("--vecnormalize", type=Path, help="statistics that VecNormalize.save wrote, if trained with it")
+    parser.add_argument("--vecnormalize", type=Path, help="file that VecNormalize.save wrote, if trained with it")
     parser.add_argument("--steps", type=positive, default=2_000, help="fresh steps in the environment")
     parser.add_argument("--sequences", type=positive, default=32, help="sequences drawn from them")
     parser.add_argument("--context", type=positive, default=15, help="entries that the model sees")
     parser.add_argument("--horizon", type=positive, default=50, help="steps that it dreams on")
     parser.add_argument("--samples", type=positive, default=32, help="dreams of each sequence")
     parser.add_argument("--dims", nargs="*", help='dimensions to plot, such as "obs[3]"; default: the largest errors')
-    parser.add_argument("--random-actions", action="store_true", help="chance acts instead of the model")
+    parser.add_argument("--random-actions", action="store_true", help="take random actions instead of the model's")
     parser.add_argument("--seed", type=int, default=0)
     return parser
 
 
-def check_vecnormalize(model: Path, given: Path | None) -> None:
-    """Refuse statistics that the agent has not learned with, and none where it has, before anything is made."""
-    learned = read_settings(model)
-    normalised = learned.get("trained_with_vecnormalize", False)
-    if normalised and given is None:
+def check_vecnormalize(model: Path, statistics: Path | None) -> None:
+    """Check that --vecnormalize is given exactly if the agent was trained with VecNormalize."""
+    saved = read_settings(model)
+    normalized = saved.get("trained_with_vecnormalize", False)
+    if normalized and statistics is None:
         raise SystemExit(
-            f"{model} learned from what a VecNormalize made of observations or rewards, and dreams of that: "
-            "give its statistics, --vecnormalize PATH"
+            f"{model} was trained with VecNormalize, so it dreams in normalized units: "
+            "pass its statistics, --vecnormalize PATH"
         )
-    if given is not None and learned["_n_updates"] > 0 and not normalised:
-        raise SystemExit(f"{model} learned from observations as they come: leave --vecnormalize out")
+    if statistics is not None and saved["_n_updates"] > 0 and not normalized:
+        raise SystemExit(f"{model} was trained without VecNormalize: leave --vecnormalize out")
 
 
 def make_env(env_id: str, vecnormalize: Path | None, seed: int) -> VecEnv:
-    """One environment of the task, wrapped and normalised as in training."""
+    """One environment of the task, wrapped and normalized as in training."""
     env = Dreamer._wrap_env(make_vec_env(env_id, seed=seed))  # images, channels first
     if vecnormalize is None:
         return env
     try:
         return VecNormalize.load(str(vecnormalize), env)
-    except AssertionError as error:  # SB3 has no words for it
-        raise SystemExit(f"{vecnormalize} holds statistics of other observations than {env_id}'s: {error}") from error
+    except AssertionError as error:  # SB3 gives no explanation
+        raise SystemExit(f"{vecnormalize} has statistics of other observations than {env_id}'s: {error}") from error
     except (pickle.UnpicklingError, EOFError) as error:
         raise SystemExit(f"{vecnormalize} is damaged or not what VecNormalize.save wrote: {error}") from error
 
 
-def find_body(env_id: str) -> Body | str:
-    """The body of a MuJoCo task, or the reason why there is none to see."""
+def find_body(env_id: str) -> tuple[Body | None, str | None]:
+    """The body of a MuJoCo task, or None and the reason why it cannot be shown."""
     try:
-        return Body(gym.make(env_id))
+        return Body(gym.make(env_id)), None
     except (MissingExtra, ValueError) as error:
-        return f"No video of the body: {error}."
+        return None, f"No video of the body: {error}."
 
 
 def main(argv: list[str] | None = None) -> Path:
-    """Load, collect, dream, write.
+    """Load the model, collect data, dream, write the page.
 
     :param argv: arguments; None: those of the command line.
-    :return: the page.
+    :return: path of the page.
     """
     args = parser().parse_args(argv)
     if not args.model.exists() and not args.model.with_name(f"{args.model.name}.zip").exists():
-        raise SystemExit(f"{args.model} does not exist: give the file that Dreamer.save wrote")
+        raise SystemExit(f"{args.model} does not exist: pass the file that Dreamer.save wrote")
     if args.vecnormalize is not None and not args.vecnormalize.exists():
-        raise SystemExit(f"{args.vecnormalize} does not exist: give the file that VecNormalize.save wrote")
+        raise SystemExit(f"{args.vecnormalize} does not exist: pass the file that VecNormalize.save wrote")
     if args.steps < (needed := args.context + args.horizon):
         raise SystemExit(f"--steps {args.steps}: --context and --horizon together need {needed} or more")
     try:
         args.out.mkdir(parents=True, exist_ok=True)
     except FileExistsError as error:
-        raise SystemExit(f"--out {args.out} is a file: give a folder") from error
+        raise SystemExit(f"--out {args.out} is a file: pass a folder") from error
     if sys.platform == "linux" and "DISPLAY" not in os.environ and ctypes.util.find_library("EGL"):
         os.environ.setdefault("MUJOCO_GL", "egl")
     check_vecnormalize(args.model, args.vecnormalize)
     env = make_env(args.env, args.vecnormalize, args.seed)
-    # its replay stays empty, and so takes no memory; not one on disk, which may hold the data of the training
+    # The replay stays empty and takes no memory; one on disk is not opened, it may hold the training data.
     try:
         model = Dreamer.load(args.model, env=env, buffer_size=env.num_envs * 100_000, replay_buffer_kwargs={})
     except ValueError as error:
@@ -120,7 +120,7 @@ def main(argv: list[str] | None = None) -> Path:
     assert acting is not None
     replay, real_return = collect(model, acting, args.steps, args.context + args.horizon, args.random_actions)
     batch = replay.peek(args.sequences)
-    body = find_body(args.env)
+    body, body_missing = find_body(args.env)
     with th.no_grad():
         page = write_report(
             model,
@@ -132,8 +132,9 @@ def main(argv: list[str] | None = None) -> Path:
             samples=args.samples,
             dims=args.dims,
             body=body,
+            body_missing=body_missing,
         )
-    if isinstance(body, Body):
+    if body is not None:
         body.env.close()
     env.close()
     sys.stdout.write(f"{page}\n")

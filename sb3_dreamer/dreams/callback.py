@@ -1,8 +1,7 @@
-"""Dreams in the training log: numbers everywhere, figures and videos in TensorBoard, warnings once."""
+"""Dreams in the training log: numbers in every format, figures and videos in TensorBoard, each warning once."""
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -27,25 +26,25 @@ from sb3_dreamer.knobs import as_whole
 from sb3_dreamer.types import Batch
 
 NOT_FOR_PICTURES = ("stdout", "log", "json", "csv")
-LONG_NAMES = ("stdout", "log")  # SB3 cuts them to 36 characters there, and refuses those that look alike then
+LONG_NAMES = ("stdout", "log")  # SB3 truncates names to 36 characters there, and refuses names that are equal then
 
 
 class DreamCallback(BaseCallback):
-    """Looks at the dreams from time to time. Training goes on as if it did not: no random number of it is drawn.
+    """Logs dreams at regular intervals. It does not change the training, not even its random numbers.
 
-    The sequences are of the replay, and a model may know those by heart: what ``python -m sb3_dreamer.dreams`` measures
-    in new episodes is the harder test.
+    The sequences come from the replay, which the model may have memorized; ``python -m sb3_dreamer.dreams`` measures on
+    new episodes, the harder test.
 
     >>> model.learn(100_000, callback=DreamCallback(every=10_000))
 
-    :param every: environment steps between two looks.
+    :param every: environment steps from one evaluation of dreams to the next.
     :param context: entries that the model sees before it dreams on to the end of a sequence.
-    :param sequences: replayed sequences that the numbers are made from.
+    :param sequences: replayed sequences to evaluate on.
     :param samples: dreams of each.
     :param dims: names of the dimensions to plot, such as ``obs[3]``; None: those with the largest error.
     :param body_env: environment of a MuJoCo task, not the one trained in: adds a video of the dreamed body.
-    :raises ValueError: for counts below 1, and when training starts, if these do not fit the model, or inside of an
-        ``EventCallback``.
+    :raises ValueError: for counts below 1; when training starts, if arguments do not fit the model, or if it is inside
+        of an ``EventCallback``.
     :raises TypeError: when training starts, for another algorithm.
     """
 
@@ -62,104 +61,109 @@ class DreamCallback(BaseCallback):
         verbose: int = 0,
     ) -> None:
         super().__init__(verbose)
-        given = {"every": every, "context": context, "sequences": sequences, "samples": samples}
-        self.every, self.context, self.sequences, self.samples = (as_whole(*item, least=1) for item in given.items())
+        self.every = as_whole("every", every, least=1)
+        self.context = as_whole("context", context, least=1)
+        self.sequences = as_whole("sequences", sequences, least=1)
+        self.samples = as_whole("samples", samples, least=1)
         self.dims = dims
         self.body = None if body_env is None else Body(body_env)
-        self._last_look = 0
-        self._last_step = math.inf  # none yet
-        self._told: set[str] = set()
+        self._real_returns: RealReturns | None = None
+        self._last_evaluation = 0
+        self._last_step = 0
+        self._warned: set[str] = set()
 
     def _init_callback(self) -> None:
         if isinstance(self.parent, EventCallback):
             raise ValueError(
-                f"DreamCallback inside of {type(self.parent).__name__} would miss most rewards: give it to learn() "
-                "itself, it looks after so many steps by its every="
+                f"DreamCallback inside of {type(self.parent).__name__} would miss most rewards: pass it to learn() "
+                "itself, and set its interval by every="
             )
 
     def _on_training_start(self) -> None:
         self._check()
-        if self.num_timesteps < self._last_step:  # else learn() goes on where it was left
-            self._real, self._last_look = RealReturns(self.model.gamma), self.num_timesteps
+        continued = self._real_returns is not None and self.num_timesteps >= self._last_step
+        if not continued:
+            self._real_returns, self._last_evaluation = RealReturns(self.model.gamma), self.num_timesteps
 
     def _on_step(self) -> bool:
+        assert self._real_returns is not None
         self._last_step = self.num_timesteps
         step = (self.locals[name] for name in ("rewards", "dones", "infos"))
-        begins: Any = self.model._last_episode_starts
-        self._real.add(begins, *step)
-        due = self.num_timesteps - self._last_look >= self.every
+        starts: Any = self.model._last_episode_starts
+        self._real_returns.add(starts, *step)
+        due = self.num_timesteps - self._last_evaluation >= self.every
         if due and self.model._n_updates > 0 and self.model.replay_buffer.can_sample():
-            self._last_look = self.num_timesteps
-            self._look()
+            self._last_evaluation = self.num_timesteps
+            self._evaluate(self._real_returns.mean)
         return True
 
     def _check(self) -> None:
-        """Better at the start than at the first look."""
+        """Fail at the start rather than at the first evaluation."""
         model = self.model
         require_dreamer(model, "DreamCallback")
         if self.context >= model.batch_length:
-            raise ValueError(f"context={self.context} has to be below batch_length={model.batch_length}")
+            raise ValueError(f"context={self.context} must be below batch_length={model.batch_length}")
         check_dims(model.policy.world_model.decoder.specs, self.dims)
         if self.body is not None and self.body.env.observation_space != model.observation_space:
-            raise ValueError("body_env has another observation space than the environment: give one of the same task")
+            raise ValueError("body_env has another observation space than the environment: pass one of the same task")
 
-    def _look(self) -> None:
+    def _evaluate(self, real_return: float) -> None:
         model = self.model
         on_cuda = [model.device] if model.device.type == "cuda" else []
         with th.random.fork_rng(on_cuda):
-            th.manual_seed(0)  # the same noise at each look
+            th.manual_seed(0)  # the same noise each time
             batch = model.replay_buffer.peek(self.sequences, env=model.get_vec_normalize_env())
-            loop = open_loop(model.policy, batch, self.context, self.samples)
-            errors = horizon_errors(loop)
-            self._record_numbers(batch, errors)
-            self._record_pictures(loop, errors)
+            rollout = open_loop(model.policy, batch, self.context, self.samples)
+            errors = horizon_errors(rollout)
+            self._record_numbers(batch, errors, real_return)
+            self._record_pictures(rollout, errors)
 
-    def _record_numbers(self, batch: Batch, errors: dict[str, HorizonError]) -> None:
+    def _record_numbers(self, batch: Batch, errors: dict[str, HorizonError], real_return: float) -> None:
         for name, error in errors.items():
             for k in error.steps:
-                for kind, row in (("error", error.dream), ("unchanged", error.unchanged), ("mean", error.mean)):
+                for kind, row in (("error", error.dream), ("persistence", error.persistence), ("mean", error.mean)):
                     self.logger.record(f"dreams/{name}_{kind}_{k}", float(row[k - 1]), exclude=LONG_NAMES)
-        signs = signs_of(self.model, batch, errors, self._real.mean)
+        signs = signs_of(self.model, batch, errors, real_return)
         for name, sign in signs.items():
             self.logger.record(f"dreams/{name}", sign)
         for name, message in find_trouble(signs).items():
-            self._tell(name, f"{message} (at {self.num_timesteps} steps; said once)")
+            self._warn(name, f"{message} (at {self.num_timesteps} steps; shown once)")
 
-    def _record_pictures(self, loop: OpenLoop, errors: dict[str, HorizonError]) -> None:
+    def _record_pictures(self, rollout: OpenLoop, errors: dict[str, HorizonError]) -> None:
         writers = [out.writer for out in self.logger.output_formats if isinstance(out, TensorBoardOutputFormat)]
         if not writers:
             return
-        first = int(loop.best_sequences[0])
+        first = int(rollout.best_sequences[0])
         figures: dict[str, Callable[[], Any]] = {
-            "open_loop": partial(open_loop_figure, loop, first, self.dims),
+            "open_loop": partial(open_loop_figure, rollout, first, self.dims),
             "horizon_error": partial(horizon_figure, errors),
         }
         for name, draw in figures.items():
             try:
                 self.logger.record(f"dreams/{name}", Figure(draw(), close=True), exclude=NOT_FOR_PICTURES)
             except MissingExtra as error:
-                self._tell("matplotlib", str(error))
-        images = [key for key, spec in loop.specs.items() if spec.kind == "image"]
-        films: dict[str, Callable[[], np.ndarray]] = {key: partial(image_video, loop, first, key) for key in images}
+                self._warn("matplotlib", str(error))
+        images = [key for key, spec in rollout.specs.items() if spec.kind == "image"]
+        films: dict[str, Callable[[], np.ndarray]] = {key: partial(image_video, rollout, first, key) for key in images}
         if self.body is not None:
-            films["body"] = partial(body_video, loop, first, self.body, self._in_units)
+            films["body"] = partial(body_video, rollout, first, self.body, self._in_units)
         for name, film in films.items():
             try:
                 add_gif(writers, f"dreams/{name}_video", film(), self.num_timesteps)
             except MissingExtra as error:
-                self._tell(f"{name}_video", str(error))
+                self._warn(f"{name}_video", str(error))
 
     def _in_units(self, obs: np.ndarray) -> np.ndarray:
         return original_units(self.model.get_env(), obs)
 
-    def _tell(self, name: str, message: str) -> None:
-        if name not in self._told:
-            self._told.add(name)
+    def _warn(self, name: str, message: str) -> None:
+        if name not in self._warned:
+            self._warned.add(name)
             warnings.warn(message, stacklevel=2)
 
 
 def add_gif(writers: list[Any], tag: str, frames: np.ndarray, step: int) -> None:
-    """Put a video among TensorBoard's images.
+    """Write a video to TensorBoard as an animated image.
 
     SB3's own ``Video`` goes through torch's ``add_video``, which writes nothing with moviepy 2 or newer.
 

@@ -1,4 +1,4 @@
-"""Fresh data: a trained model, or chance, acts in an environment, and everything lies in a replay of its own."""
+"""Fresh data: a trained model, or random actions, in an environment, stored in a replay of its own."""
 
 from __future__ import annotations
 
@@ -20,21 +20,21 @@ from sb3_dreamer.replay import SequenceReplayBuffer
 def collect(
     model: Dreamer, env: GymEnv, n_steps: int, sequence_length: int = 64, random_actions: bool = False
 ) -> tuple[SequenceReplayBuffer, float]:
-    """Let the model act, and keep what happens.
+    """Let the model act, and store all steps.
 
-    :param model: acts as in training, its actions sampled; the model itself does not change.
-    :param env: one environment or a VecEnv of its spaces; they are reset first.
+    :param model: acts as in training, with sampled actions; the model itself does not change.
+    :param env: one environment or a VecEnv with the model's spaces; it is reset first.
     :param n_steps: steps of each environment.
-    :param sequence_length: entries of the sequences that the replay serves.
-    :param random_actions: actions are drawn from the action space instead.
-    :raises ValueError: where ``env`` normalises observations and the model has learned without, or the reverse.
-    :return: the replay, which holds what the model is given (normalised if ``env`` normalises); the mean real return.
+    :param sequence_length: entries of the sequences that the replay samples.
+    :param random_actions: draw actions from the action space instead.
+    :raises ValueError: if ``env`` normalizes observations and the model was trained without, or the reverse.
+    :return: the replay, which holds the model's input (normalized if ``env`` normalizes); the mean real return.
     """
     env = model._wrap_env(env)
     require_same_units(model, env)
     buffer = SequenceReplayBuffer(
         max((n_steps * 2 + 1) * env.num_envs, env.num_envs * (sequence_length + 1)),  # an episode has an entry more
-        given_space(model.observation_space, env),
+        input_space(model.observation_space, env),
         model.action_space,
         device=model.device,
         n_envs=env.num_envs,
@@ -67,12 +67,12 @@ def _act(
         returns.add(start, rewards, dones, infos)
         obs, start = next_obs, dones
     if env is model.env:
-        model._last_obs = None  # whoever goes on there resets it first
+        model._last_obs = None  # the next learn() resets it first
 
 
 @contextmanager
 def statistics_kept(env: VecEnv) -> Iterator[None]:
-    """Within this, a VecNormalize learns nothing from what it sees."""
+    """Within this context, VecNormalize does not update its statistics."""
     normalize = unwrap_vec_normalize(env)
     if normalize is None:
         yield
@@ -84,10 +84,10 @@ def statistics_kept(env: VecEnv) -> Iterator[None]:
         normalize.training = training
 
 
-def given_space(space: spaces.Space, env: VecEnv) -> spaces.Space:
-    """Where observations lie as the model is given them: VecNormalize makes fractions of whole numbers."""
+def input_space(space: spaces.Space, env: VecEnv) -> spaces.Space:
+    """Space of the model's observations: VecNormalize turns whole numbers into fractions."""
     if isinstance(space, spaces.Dict):
-        return spaces.Dict({key: given_space(part, env) for key, part in space.spaces.items()})
+        return spaces.Dict({key: input_space(part, env) for key, part in space.spaces.items()})
     if not is_vecenv_wrapped(env, VecNormalize) or not isinstance(space, spaces.Box) or is_image_space(space):
         return space
     return spaces.Box(-np.inf, np.inf, space.shape, np.float32)

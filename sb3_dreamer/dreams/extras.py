@@ -1,4 +1,4 @@
-"""Libraries that only dreams need. Without them the numbers go on; what is missing says how to get it."""
+"""Libraries that only pictures of dreams need. Without them the numbers remain, and messages say what to install."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 
 class MissingExtra(ImportError):
-    """A picture cannot be made; the message says which command helps."""
+    """A picture cannot be made; the message says what to install."""
 
 
 def need(module: str, extra: str) -> Any:

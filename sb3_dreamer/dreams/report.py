@@ -1,10 +1,10 @@
-"""One self-contained HTML page: pictures, numbers and settings; it opens in a browser without a network."""
+"""One self-contained HTML page with pictures, numbers and settings; browsers open it without a network."""
 
 from __future__ import annotations
 
 import base64
 import io
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from functools import partial
@@ -32,9 +32,9 @@ SETTINGS = (
 
 @dataclass(frozen=True)
 class Picture:
-    """A figure or a video, or the reason why there is none.
+    """A figure or a video, or the reason why it is missing.
 
-    :param caption: what is to be seen.
+    :param caption: what it shows.
     :param kind: "figure", "video" or "missing".
     :param content: data URL; the reason for "missing".
     """
@@ -53,38 +53,41 @@ def write_report(
     context: int = 10,
     samples: int = 16,
     dims: Sequence[str] | None = None,
-    body: Body | str = "",
+    body: Body | None = None,
+    body_missing: str | None = None,
 ) -> Path:
-    """Look at the dreams of a model and write the page.
+    """Evaluate the dreams of a model and write the page.
 
     :param model: the model.
     :param batch: sequences to dream on from.
-    :param path: the HTML file; its folder is made.
+    :param path: the HTML file; its folder is created.
     :param title: of the page.
     :param real_return: see :func:`~sb3_dreamer.dreams.trouble.signs_of`.
     :param context: entries that the model sees of each sequence.
     :param samples: dreams of each sequence.
     :param dims: names of the dimensions to plot, such as ``obs[3]``; None: those with the largest error.
-    :param body: shows the dreamed bodies of a MuJoCo task; a string: the reason why there is none, "" for none to tell.
+    :param body: shows the dreamed bodies of a MuJoCo task.
+    :param body_missing: the reason why there is no body, shown on the page.
     :return: the path.
     """
-    loop = open_loop(model.policy, batch, context, samples)
-    errors = horizon_errors(loop)
+    rollout = open_loop(model.policy, batch, context, samples)
+    errors = horizon_errors(rollout)
     signs = signs_of(model, batch, errors, real_return)
+    missing = [] if body_missing is None else [Picture("Body", "missing", body_missing)]
     template = need("jinja2", "dreams").Template(TEMPLATE.read_text("utf-8"), autoescape=True, trim_blocks=True)
     page = template.render(
         title=title,
         when=datetime.now().strftime("%Y-%m-%d %H:%M"),
-        loop=loop,
+        rollout=rollout,
         band=f"{BAND:.0%}",
-        errors=errors,
+        errors=error_rows(errors),
         verdicts=[verdict(name, error, model.imagination_horizon) for name, error in errors.items()],
         troubles=find_trouble(signs),
         signs={name: f"{value:.3g}" for name, value in signs.items()},
         settings={name.lstrip("_"): setting(model, name) for name in SETTINGS},
         horizon=attempt("Error by steps ahead", lambda: svg(horizon_figure(errors))),
-        open_loops=open_loop_pictures(loop, dims),
-        videos=video_pictures(model, loop, body),
+        open_loops=open_loop_pictures(rollout, dims),
+        videos=[*video_pictures(model, rollout, body), *missing],
     )
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -93,46 +96,62 @@ def write_report(
 
 
 def verdict(name: str, error: HorizonError, horizon: int) -> str:
-    """One sentence on one quantity, at the horizon that the actor learns in."""
+    """One sentence about one quantity, at the horizon of imagination."""
     k = min(horizon, len(error.dream))
-    dream, unchanged = error.dream[k - 1], error.unchanged[k - 1]
+    dream, persistence = error.dream[k - 1], error.persistence[k - 1]
     if np.isnan(dream):
-        return f"{name}: no sequence in the data goes on for {k} steps."
-    if unchanged < STILL:
+        return f"{name}: no sequence in the data continues for {k} steps."
+    if persistence < STILL:
         return f"{name}: does not change in {k} steps; the dream's error is {dream:.2g} standard deviations."
-    return f"{name}: {k} steps ahead the dream's error is {dream / unchanged:.0%} of that of “nothing changes”."
+    return f"{name}: {k} steps ahead the dream's error is {dream / persistence:.0%} of that of persistence."
+
+
+def error_rows(errors: Mapping[str, HorizonError]) -> list[tuple[str, ...]]:
+    """Cells of the table of horizon errors; the first row of a quantity has its name and its overconfidence."""
+    rows = []
+    for name, error in errors.items():
+        for k in error.steps:
+            values = (error.dream[k - 1], error.persistence[k - 1], error.mean[k - 1])
+            cells = [*(known(value, ".3f") for value in values), known(error.coverage[k - 1], ".0%")]
+            first = k == error.steps[0]
+            rows.append((name if first else "", str(k), *cells, known(error.overconfidence, ".1f") if first else ""))
+    return rows
+
+
+def known(value: float, code: str) -> str:
+    """A formatted number, a dash for NaN."""
+    return "–" if np.isnan(value) else format(value, code)
 
 
 def setting(model: Dreamer, name: str) -> str:
-    """A setting of the model, a schedule as its present value."""
+    """A setting of the model; the current value of a schedule."""
     value = getattr(model, name)
     return f"{value(model._current_progress_remaining):g}" if callable(value) else str(value)
 
 
-def open_loop_pictures(loop: OpenLoop, dims: Sequence[str] | None) -> list[Picture]:
-    """Figures of the sequences that can be compared longest."""
+def open_loop_pictures(rollout: OpenLoop, dims: Sequence[str] | None) -> list[Picture]:
+    """Figures of the sequences with the most valid entries."""
 
     def draw(sequence: int) -> str:
-        return svg(open_loop_figure(loop, sequence, dims))
+        return svg(open_loop_figure(rollout, sequence, dims))
 
-    return [attempt(f"Sequence {i}", partial(draw, int(i))) for i in loop.best_sequences[:3]]
+    return [attempt(f"Sequence {i}", partial(draw, int(i))) for i in rollout.best_sequences[:3]]
 
 
-def video_pictures(model: Dreamer, loop: OpenLoop, body: Body | str) -> list[Picture]:
-    """Videos of the same sequences, and of the bodies."""
+def video_pictures(model: Dreamer, rollout: OpenLoop, body: Body | None) -> list[Picture]:
+    """Videos of images and of the body, of the sequences with the most valid entries."""
     films: dict[str, Callable[[], np.ndarray]] = {}
     in_units = partial(original_units, model.get_env())
-    for i in map(int, loop.best_sequences[:2]):
-        for key in [key for key, spec in loop.specs.items() if spec.kind == "image"]:
-            films[f"{key}, sequence {i}: truth | dream | error"] = partial(image_video, loop, i, key)
-        if isinstance(body, Body):
-            films[f"Body, sequence {i}: truth | dream"] = partial(body_video, loop, i, body, in_units)
-    pictures = [attempt(caption, partial(video, film), "video") for caption, film in films.items()]
-    return [*pictures, Picture("Body", "missing", body)] if isinstance(body, str) and body else pictures
+    for i in map(int, rollout.best_sequences[:2]):
+        for key in [key for key, spec in rollout.specs.items() if spec.kind == "image"]:
+            films[f"{key}, sequence {i}: truth | dream | error"] = partial(image_video, rollout, i, key)
+        if body is not None:
+            films[f"Body, sequence {i}: truth | dream"] = partial(body_video, rollout, i, body, in_units)
+    return [attempt(caption, partial(video, film), "video") for caption, film in films.items()]
 
 
 def attempt(caption: str, make: Callable[[], str], kind: str = "figure") -> Picture:
-    """A picture, or the reason why there is none."""
+    """A picture, or the reason why it is missing."""
     try:
         return Picture(caption, kind, make())
     except MissingExtra as error:

@@ -1,4 +1,4 @@
-"""Signs of health of a Dreamer, and warnings that name the trouble and what to try."""
+"""Diagnostic numbers of a Dreamer, and warnings that say what is wrong and what to try."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from sb3_dreamer.dreamer import Dreamer
 from sb3_dreamer.dreams.horizon import HorizonError, reward_name
 from sb3_dreamer.types import Batch
 
-DEAD = 0.01  # nats; a latent that tells less than this about the data is dead
-STARTS = 256  # dreams that the imagined return is the mean of
+DEAD = 0.01  # nats; a latent with less information about the data is dead
+STARTS = 256  # number of dreams for the mean imagined return
 
 Signs = dict[str, float]
 
@@ -23,15 +23,15 @@ Signs = dict[str, float]
 def signs_of(
     model: Dreamer, batch: Batch, errors: Mapping[str, HorizonError], real_return: float = float("nan")
 ) -> Signs:
-    """What the warnings look at.
+    """The numbers that the warnings depend on.
 
     :param model: the model.
-    :param batch: data that it was trained on, or that it met.
+    :param batch: training data, or new data.
     :param errors: of the open-loop dreams.
     :param real_return: mean of :func:`returns_to_go` over real episodes, if known.
-    :return: "kl" and "kl_capacity" (the most that the latents can hold) in nats, "dead_latents" (share),
-        "rewarded" (share of entries), "imagined_return", "real_return", "return_scale", means over observation
-        keys of "too_sure" and "error_ratio" (that of the steps which the actor learns in, of keys that do change), see
+    :return: "kl" and "kl_capacity" (the maximum for these latents) in nats, "dead_latents" (share), "rewarded" (share
+        of entries), "imagined_return", "real_return", "return_scale", means over observation keys of "overconfidence"
+        and "error_ratio" (within the imagination horizon, without keys that do not change), see
         :class:`~sb3_dreamer.dreams.horizon.HorizonError`, and "reward_error_ratio".
     """
     policy = model.policy
@@ -53,31 +53,31 @@ def signs_of(
         "imagined_return": returns[:, 0].mean().item(),
         "real_return": real_return,
         "return_scale": policy.return_scale.scale.item(),
-        "too_sure": float(np.mean([errors[key].too_sure for key in batch.obs])),
+        "overconfidence": float(np.mean([errors[key].overconfidence for key in batch.obs])),
         "error_ratio": float(np.mean(ratios)) if ratios else float("nan"),
         "reward_error_ratio": ratio[reward_name(batch.obs)],
     }
 
 
 def information(post: th.Tensor) -> th.Tensor:
-    """Nats that each latent tells about the data: entropy of the mean less mean entropy, (..., K, S) -> (S,)."""
+    """Nats of information in each latent about the data: entropy of mean minus mean entropy, (..., K, S) -> (S,)."""
     post = post.flatten(0, -3)
     return entropy(post.mean(0)) - entropy(post).mean(0)
 
 
 def entropy(probs: th.Tensor) -> th.Tensor:
-    """Of each latent in nats: (..., K, S) -> (..., S)."""
+    """Entropy of each latent in nats: (..., K, S) -> (..., S)."""
     return -(probs * probs.log()).sum(-2)
 
 
 def returns_to_go(rewards: np.ndarray, terminated: bool, gamma: float) -> np.ndarray:
-    """Discounted sum of the rewards that followed each step of an episode: (L,) -> (L,).
+    """Discounted sum of the rewards from each step of an episode on: (L,) -> (L,).
 
-    An episode that was cut short is taken to go on with its mean reward, as the model takes it to go on; without a
-    discount, that would never end, and what followed is left out.
+    A truncated episode is assumed to continue with its mean reward, since the model expects it to continue; without a
+    discount this sum would be infinite, and later rewards are left out.
 
     :param rewards: (L,) in the order of time.
-    :param terminated: the episode ended for good.
+    :param terminated: false if the episode was truncated.
     :param gamma: discount.
     """
     future = 0.0 if terminated or gamma == 1 else float(rewards.mean()) / (1 - gamma)
@@ -90,10 +90,10 @@ def returns_to_go(rewards: np.ndarray, terminated: bool, gamma: float) -> np.nda
 
 @dataclass
 class RealReturns:
-    """Collects the rewards of n environments and keeps the mean return of their newest episodes.
+    """Collects the rewards of n environments and averages the returns of their newest episodes.
 
     :param gamma: discount.
-    :param newest: the mean is over this many episodes.
+    :param newest: number of episodes in the mean.
     """
 
     gamma: float
@@ -102,11 +102,11 @@ class RealReturns:
     _means: list[float] = field(default_factory=list)
 
     def add(
-        self, begins: Sequence[bool] | np.ndarray, rewards: np.ndarray, dones: np.ndarray, infos: list[dict]
+        self, starts: Sequence[bool] | np.ndarray, rewards: np.ndarray, dones: np.ndarray, infos: list[dict]
     ) -> None:
-        """One step of all environments, as ``VecEnv.step`` returns it; ``begins``: where an episode began with it."""
-        for i, (begin, reward, done, info) in enumerate(zip(begins, rewards, dones, infos)):
-            if begin:  # what was under way there has been cut
+        """Add one step of all environments, as ``VecEnv.step`` returns it; ``starts``: the first of an episode."""
+        for i, (start, reward, done, info) in enumerate(zip(starts, rewards, dones, infos, strict=True)):
+            if start:  # an episode that has not ended is dropped
                 self._running[i] = []
             self._running.setdefault(i, []).append(float(reward))
             if done:
@@ -122,11 +122,11 @@ class RealReturns:
 
 @dataclass(frozen=True)
 class Trouble:
-    """One thing that goes wrong in world models.
+    """One known problem of world models.
 
-    :param name: for the log.
-    :param found: whether the signs show it. A comparison with NaN is false: what is not known is no trouble.
-    :param message: what it means and what to try; the signs are filled in.
+    :param name: identifies it.
+    :param found: whether the signs show it. Comparisons with NaN are false: an unknown sign is no trouble.
+    :param message: what it means and what to try; a format string for the signs.
     """
 
     name: str
@@ -136,55 +136,55 @@ class Trouble:
 
 TROUBLES = (
     Trouble(
-        "dreams_too_rosy",
+        "dreams_too_optimistic",
         lambda s: s["imagined_return"] - s["real_return"] > max(0.5 * abs(s["real_return"]), s["return_scale"]),
-        "The dreams promise a return of {imagined_return:.3g}, real episodes bring {real_return:.3g}. Early in "
-        "training the critic is not there yet; later the actor makes use of errors of the world model. Try a lower "
+        "The dreams predict a return of {imagined_return:.3g}, real episodes have {real_return:.3g}. Early in "
+        "training the critic has not converged; later the actor exploits errors of the world model. Try a lower "
         "learning_rate, a higher train_ratio or a larger model_size, and look at the reward in the open-loop plot.",
     ),
     Trouble(
         "kl_collapse",
         lambda s: s["kl"] < 0.01,
-        "The latents tell nothing that the model did not expect (KL {kl:.2g} nats): it ignores the observations. "
+        "The latents contain nothing that the model did not predict (KL {kl:.2g} nats): it ignores the observations. "
         "Look at their scale (VecNormalize helps if they are below 0.01), and whether they change at all.",
     ),
     Trouble(
         "kl_explosion",
         lambda s: s["kl"] > s["kl_capacity"],
-        "Each step surprises the model by {kl:.3g} nats, more than if it guessed ({kl_capacity:.3g}): it has not "
-        "learned what comes next. Early in training this passes; later try a lower learning_rate, and look for "
-        "observations that jump.",
+        "Each step surprises the model by {kl:.3g} nats, more than a uniform guess ({kl_capacity:.3g}): it has not "
+        "learned the dynamics. Early in training this is normal; later try a lower learning_rate, and look for "
+        "discontinuous observations.",
     ),
     Trouble(
         "dead_latents",
         lambda s: s["dead_latents"] > 0.9,
-        "{dead_latents:.0%} of the latents say the same whatever is observed. Early in training this passes; "
+        "{dead_latents:.0%} of the latents hardly depend on the observations. Early in training this is normal; "
         "later look at the scale of the observations, or take a smaller model_size: the task may not need them.",
     ),
     Trouble(
         "no_reward",
         lambda s: s["rewarded"] == 0 and not abs(s["real_return"]) > 0,
-        "No reward in the data: there is nothing to learn to want. Try more learning_starts, demonstrations "
+        "No reward in the data, so the actor has nothing to learn from. Try more learning_starts, demonstrations "
         "through warm_start(teacher), or a denser reward.",
     ),
     Trouble(
-        "worse_than_nothing_changes",
+        "worse_than_persistence",
         lambda s: s["error_ratio"] > 1,
-        'The dreams are worse than "nothing changes" (error {error_ratio:.2f} times as large): the model is not '
-        "yet good enough to learn in. Give it more updates (train_ratio) or a larger model_size.",
+        "The dreams are worse than the forecast that nothing changes (error {error_ratio:.2f} times as large): the "
+        "model is not good enough to learn in yet. Give it more updates (train_ratio) or a larger model_size.",
     ),
     Trouble(
         "rewards_unknown",
         lambda s: s["reward_error_ratio"] > 2,
-        "The dreamed rewards are {reward_error_ratio:.1f} times as far off as if they never changed: what the actor "
-        "learns in dreams means little. Early in training this passes; later give the model more updates "
-        "(train_ratio), and look for rewards that depend on what is not observed.",
+        "The error of dreamed rewards is {reward_error_ratio:.1f} times that of the forecast that they do not change: "
+        "dreams teach the actor little. Early in training this is normal; later give the model more updates "
+        "(train_ratio), and look for rewards that depend on something that is not observed.",
     ),
 )
 
 
 def find_trouble(signs: Mapping[str, float]) -> dict[str, str]:
-    """Name -> readable message of every trouble that the signs show.
+    """Name -> message of every trouble that the signs show.
 
     :param signs: of :func:`signs_of`.
     """

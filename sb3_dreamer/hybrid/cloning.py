@@ -1,4 +1,4 @@
-"""Imitation of a teacher: its answers, by entry of the replay, and how long the actor listens to them."""
+"""Behavior cloning of a teacher: its actions by replay entry, and how their weight decays."""
 
 from __future__ import annotations
 
@@ -9,18 +9,19 @@ import torch as th
 
 from sb3_dreamer.behavior.actor_critic import Actor
 from sb3_dreamer.dreamer import Dreamer
-from sb3_dreamer.hybrid.guide import Guide
+from sb3_dreamer.hybrid.external_policy import ExternalPolicy
 from sb3_dreamer.hybrid.progress import Advance, no_progress
+from sb3_dreamer.imitation import NO_TEACHER
 
-RATE = 1e-3  # learning rate of an actor that does nothing but imitate
-STEPS_PER_REHEARSAL = 4  # for each minibatch of the actor alone: with more of these it learns the answers by heart
-IMITATIONS = 16  # of the actor, for each update of the model in learn(): with one it lags behind the moving features
+LEARNING_RATE = 1e-3  # of an actor that only imitates
+GRADIENT_STEPS = 16  # per update in learn(); fewer lag behind the features, which move while the model learns
+STEPS_PER_FINAL_UPDATE = 4  # environment steps for each final update; more of these updates overfit the labels
+FROZEN_BATCHES = 40  # batches of the replay whose features the final updates use
 MINIBATCH = 512
-LESSONS = 40  # batches of the replay that they are taken from
 
 
-class Asked(NamedTuple):
-    """What ``warm_start`` was asked for: the same once more goes on with a warm start that was interrupted."""
+class WarmStartArguments(NamedTuple):
+    """The arguments of ``warm_start``: the same ones again continue a warm start that was interrupted."""
 
     teacher: Any
     vec_normalize: Any
@@ -32,151 +33,153 @@ class Asked(NamedTuple):
 
 
 class Cloning:
-    """The actor imitates the teacher wherever it was asked; this fades, and its own aims take over::
+    """The actor imitates the teacher; the weight of this decays, and the actor's own objective takes over::
 
-        share    1 |-------------.
+        weight   1 |-------------.
                    |  (only the   `-.
                    |   teacher)      `-.
                  0 |                    `-----------   (only its own)
                       warm_start   learn()             updates
 
-    Imitation has an optimiser and a rate of its own: while the model learns its features move, and an actor that learns
-    slowly enough to improve its policy would lag behind. As long as the share lasts the teacher goes on being asked.
+    Imitation has its own optimizer and learning rate: the features move while the model learns, and an actor that
+    learns slowly enough to improve its policy would lag behind. The teacher is queried until its weight is zero.
 
-    :param guide: the teacher.
-    :param actor: who imitates.
-    :param answers: what the teacher would do.
-    :param fade_from: count of updates at which the share begins to fall.
-    :param fade_updates: updates until it is zero.
-    :param steps_left: environment steps that are yet to be taken.
-    :param rehearsals: updates of the actor alone at the end, see :func:`rehearse`.
-    :param asked: what ``warm_start`` was asked for.
+    :param teacher: the policy that is imitated.
+    :param actor: the network that imitates it.
+    :param labels: the teacher's actions.
+    :param fade_from: number of updates after which the weight begins to decay.
+    :param fade_updates: updates from there until the weight is zero.
+    :param steps_left: environment steps that remain.
+    :param final_updates: updates of the actor alone at the end, see :func:`clone_on_frozen_features`.
+    :param arguments: those of ``warm_start``.
     """
 
     def __init__(
         self,
-        guide: Guide,
+        teacher: ExternalPolicy,
         actor: Actor,
-        answers: Answers,
+        labels: Labels,
         fade_from: int,
         fade_updates: int,
         steps_left: int,
-        rehearsals: int,
-        asked: Asked,
+        final_updates: int,
+        arguments: WarmStartArguments,
     ) -> None:
-        self.guide, self.actor, self.answers = guide, actor, answers
+        self.teacher, self.actor, self.labels = teacher, actor, labels
         self.fade_from, self.fade_updates = fade_from, fade_updates
-        self.steps_left, self.rehearsals, self.asked = steps_left, rehearsals, asked
-        self.rehearsed = 0
+        self.steps_left, self.final_updates, self.arguments = steps_left, final_updates, arguments
+        self.final_updates_done = 0
         self.optimizer = th.optim.Adam(actor.parameters())
 
-    def left(self, n_updates: int) -> int:
-        """Steps, updates and rehearsals of the warm start that are left to do, after some updates."""
-        return max(self.steps_left, 0) + max(self.fade_from - n_updates, 0) + self.rehearsals - self.rehearsed
+    def remaining(self, n_updates: int) -> int:
+        """Steps, updates and final updates of the warm start that remain after ``n_updates`` updates in total."""
+        final = self.final_updates - self.final_updates_done
+        return max(self.steps_left, 0) + max(self.fade_from - n_updates, 0) + final
 
-    def share(self, n_updates: int) -> float:
-        """Of the teacher in what the actor learns, after some updates."""
+    def weight(self, n_updates: int) -> float:
+        """Weight of the teacher in the actor's updates, from 1 to 0."""
         if n_updates < self.fade_from:
             return 1.0
         left = self.fade_from + self.fade_updates - n_updates
         return left / self.fade_updates if left > 0 else 0.0
 
-    def ask(self, model: Dreamer) -> np.ndarray:
-        """What the teacher would do now, in each environment: noted for the entries to come."""
-        actions = self.guide.answer(model)
-        self.answers.note(model.replay_buffer.heads(), model.policy.encode_action(actions))
+    def label(self, model: Dreamer) -> np.ndarray:
+        """The teacher's actions at the present observations (n_envs, *shape), recorded for the next entries."""
+        actions = self.teacher.act(model)
+        self.labels.add(model.replay_buffer.heads(), model.policy.encode_action(actions))
         return actions
 
-    def go_on_asking(self, model: Dreamer, taken: np.ndarray) -> None:
-        """As :meth:`ask`, in ``learn()``: a teacher that fails is forgotten, and the next ``learn()`` goes on.
+    def query(self, model: Dreamer, taken: np.ndarray) -> None:
+        """As :meth:`label`, during ``learn()``: a teacher that fails is forgotten, and the next ``learn()`` continues.
 
-        :param taken: (n_envs, *shape) actions that the model takes meanwhile.
-        :raises RuntimeError: that it has failed.
+        :param taken: (n_envs, *shape) actions that the model takes.
+        :raises RuntimeError: if the teacher fails.
         """
         try:
-            self.ask(model)
-            self.guide.memory = self.guide.with_action(self.guide.memory, taken)
+            self.label(model)
+            self.teacher.observe_action(taken)
         except Exception as error:
-            model._cloning = None
+            model.imitation = NO_TEACHER
             raise RuntimeError(
                 f"the teacher of warm_start() failed at environment step {model.num_timesteps}: {error!r}. It is "
-                "forgotten: learn(reset_num_timesteps=False) goes on without it"
+                "forgotten: learn(reset_num_timesteps=False) continues without it"
             ) from error
 
-    def imitate(self, model: Dreamer, intensity: float) -> None:
-        """Updates of the actor alone, on the features of a batch, at a share of the full rate.
+    def imitate(self, model: Dreamer, weight: float) -> None:
+        """Update the actor alone, on the features of a batch, at ``weight`` times the full learning rate.
 
-        One while the warm start goes on, which ends with a rehearsal: more would learn its few answers by heart.
+        One gradient step while the warm start runs: more would overfit its few labels, and the final updates follow.
         """
-        if model.replay_buffer.can_sample(self.answers.first):
-            features, answers = self.lessons(model, 1)
-            for _ in range(1 if self.left(model._n_updates) else IMITATIONS):
-                self.step(features, answers, intensity)
+        if model.replay_buffer.can_sample(self.labels.since):
+            features, labels = self.labeled_features(model, 1)
+            warm_start_running = self.remaining(model._n_updates) > 0
+            for _ in range(1 if warm_start_running else GRADIENT_STEPS):
+                self.gradient_step(features, labels, weight)
 
-    def step(self, features: th.Tensor, answers: th.Tensor, intensity: float) -> None:
-        """One update of the actor on some of n lessons.
+    def gradient_step(self, features: th.Tensor, labels: th.Tensor, weight: float) -> None:
+        """One update of the actor on a random minibatch.
 
         :param features: (n, F).
-        :param answers: (n, A) what the teacher would do there.
-        :param intensity: share of the full rate.
+        :param labels: (n, A) the teacher's encoded actions there.
+        :param weight: of the full learning rate.
         """
         if len(features) == 0:
             return
         index = th.randperm(len(features), device=features.device)[:MINIBATCH]
-        loss = -self.actor(features[index]).log_prob(answers[index]).mean()
-        self.optimizer.param_groups[0]["lr"] = RATE * intensity
+        loss = -self.actor(features[index]).log_prob(labels[index]).mean()
+        self.optimizer.param_groups[0]["lr"] = LEARNING_RATE * weight
         self.optimizer.zero_grad()
         loss.backward()
         self.optimizer.step()
 
     @th.no_grad()
-    def lessons(self, model: Dreamer, batches: int) -> tuple[th.Tensor, th.Tensor]:
-        """Replayed entries at which the teacher was asked: features of the model as it is (n, F), answers (n, A)."""
+    def labeled_features(self, model: Dreamer, batches: int) -> tuple[th.Tensor, th.Tensor]:
+        """Replayed entries that have a label: features of the present model (n, F), labels (n, A)."""
         parts = []
         for _ in range(batches):
-            batch = model.replay_buffer.sample(model.batch_size, model.get_vec_normalize_env(), self.answers.first)
+            batch = model.replay_buffer.sample(model.batch_size, model.get_vec_normalize_env(), self.labels.since)
             states, _ = model.policy.world_model.observe(batch)
             number = batch.index[:, 1:] + np.arange(batch.reward.shape[1])
-            answer = th.as_tensor(self.answers.at(batch.index[:, :1], number), device=model.device)
-            asked = ~answer[..., 0].isnan()
-            parts.append((states.features[asked], answer[asked]))
-        return th.cat([features for features, _ in parts]), th.cat([answers for _, answers in parts])
+            label = th.as_tensor(self.labels.lookup(batch.index[:, :1], number), device=model.device)
+            labeled = ~label.isnan().any(-1)
+            parts.append((states.features[labeled], label[labeled]))
+        return th.cat([features for features, _ in parts]), th.cat([labels for _, labels in parts])
 
 
-class Answers:
-    """Encoded actions of the teacher, by environment and number of the entry; NaN where it was not asked.
+class Labels:
+    """Encoded actions of the teacher, by environment and entry number; NaN where it was not queried.
 
-    :param first: (n_envs,) numbers of the entries to come.
+    :param since: (n_envs,) numbers of the first entries that can have a label.
     :param width: A.
     """
 
-    def __init__(self, first: np.ndarray, width: int) -> None:
-        self.first = first
-        self.table = np.full((len(first), 1024, width), np.nan, np.float32)
+    def __init__(self, since: np.ndarray, width: int) -> None:
+        self.since = since
+        self.table = np.full((len(since), 1024, width), np.nan, np.float32)
 
-    def note(self, number: np.ndarray, answer: np.ndarray) -> None:
-        """At an entry of each environment (n_envs,): the answers (n_envs, A)."""
-        column = number - self.first
+    def add(self, number: np.ndarray, action: np.ndarray) -> None:
+        """Record one action of each environment (n_envs, A), at entries (n_envs,)."""
+        column = number - self.since
         while column.max() >= self.table.shape[1]:
             self.table = np.concatenate([self.table, np.full_like(self.table, np.nan)], 1)
-        self.table[np.arange(len(column)), column] = answer
+        self.table[np.arange(len(column)), column] = action
 
-    def at(self, env: np.ndarray, number: np.ndarray) -> np.ndarray:
-        """Environments (B, 1), entries (B, T) -> answers (B, T, A)."""
-        column, known = number - self.first[env], self.table.shape[1]
+    def lookup(self, env: np.ndarray, number: np.ndarray) -> np.ndarray:
+        """Environments (B, 1), entries (B, T) -> actions (B, T, A)."""
+        column, known = number - self.since[env], self.table.shape[1]
         inside = (column >= 0) & (column < known)
         return np.where(inside[..., None], self.table[env, column.clip(0, known - 1)], np.float32(np.nan))
 
 
-def rehearse(model: Dreamer, cloning: Cloning, advance: Advance = no_progress) -> None:
-    """Let the actor imitate alone, on a world model that stands still, at a rate that falls to zero.
+def clone_on_frozen_features(model: Dreamer, cloning: Cloning, advance: Advance = no_progress) -> None:
+    """The final updates: the actor imitates on a world model that does not change, at a rate that falls to zero.
 
-    What the model makes of the entries is computed once, so that a step takes milliseconds.
+    The features are computed only once, so that an update takes milliseconds.
     """
-    if cloning.rehearsed == cloning.rehearsals:
+    if cloning.final_updates_done == cloning.final_updates:
         return
-    features, answers = cloning.lessons(model, LESSONS)
-    while cloning.rehearsed < cloning.rehearsals:
-        cloning.step(features, answers, 1 - cloning.rehearsed / cloning.rehearsals)
-        cloning.rehearsed += 1
+    features, labels = cloning.labeled_features(model, FROZEN_BATCHES)
+    while cloning.final_updates_done < cloning.final_updates:
+        cloning.gradient_step(features, labels, 1 - cloning.final_updates_done / cloning.final_updates)
+        cloning.final_updates_done += 1
         advance(1)

@@ -1,4 +1,4 @@
-"""The world model as an SB3 environment: any SB3 algorithm can train in it, without a single real step."""
+"""The world model as an SB3 environment: any SB3 algorithm can train in it without a real step."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from stable_baselines3.common.vec_env.base_vec_env import VecEnvIndices, VecEnvO
 
 from sb3_dreamer.acting import require_statistics
 from sb3_dreamer.dreamer import Dreamer
-from sb3_dreamer.hybrid.experience import require_replay
+from sb3_dreamer.hybrid.offline_training import require_replay
 from sb3_dreamer.hybrid.real_states import imagined_observations, real_states, unpacked
 from sb3_dreamer.knobs import as_whole
 from sb3_dreamer.nets.layers import mixed_precision
@@ -20,29 +20,29 @@ from sb3_dreamer.policies import PolicyState
 from sb3_dreamer.spaces import as_observation
 from sb3_dreamer.world_model.rssm import State
 
-STARTS_PER_ENV = 16
-LEAST_CONTEXT = 64  # entries of each real environment that are filtered to get there
+STARTS_PER_DREAM = 16
+MIN_ENTRIES_PER_ENV = 64  # of each real environment, to filter
 
 
 class DreamVecEnv(VecEnv):
-    """Dynamics, reward and termination are the learned model's; episodes start from replayed moments.
+    """Dynamics, reward and termination are the learned model's; episodes start from replayed states.
 
-    A dream ends where the model says so (its predicted probability is drawn), or after ``horizon`` steps as by a time
-    limit, so that the value of what would follow counts. Observations and rewards are what Dreamer's policy is given:
-    normalised, if its environment is a VecNormalize. The model is used as it is at each step; ``reset()`` draws new
-    moments to start from out of what the replay holds by then. Chance is torch's: the ``seed`` of the algorithm that
-    trains here decides it, or SB3's ``set_random_seed``; ``seed()`` does not.
+    A dream terminates with the probability that the model predicts, and is truncated after ``horizon`` steps, so that
+    the value of what would follow counts. Observations and rewards are as Dreamer's policy sees them: normalized if its
+    environment is a VecNormalize. Each step uses the present weights of the model; each ``reset()`` reads new states to
+    start from out of the replay. Random numbers are torch's: the ``seed`` of the algorithm that trains here determines
+    them, or SB3's ``set_random_seed``; ``seed()`` does not.
 
-    With ``start`` they all begin at one moment instead, the present one of a robot: what a policy, or a row of actions,
-    would come to from there can be looked at before the robot tries it.
+    With ``start``, all dreams start from a given state instead, such as the present one of a robot: what a policy, or a
+    sequence of actions, would lead to from there can be seen before the robot tries it.
 
     :param model: a trained Dreamer; with its replay, unless ``start`` is given.
-    :param n_envs: dreams side by side.
+    :param n_envs: number of parallel dreams.
     :param horizon: steps of a dream.
-    :param start: the state that ``model.predict`` returned for the newest observation; of several environments, dreams
-        begin at each of them by chance. Their first observation is what the model decodes.
-    :raises ValueError: for a replay with nothing to start from, a state of another model, and senseless numbers.
-    :raises TypeError: for a model that is no Dreamer.
+    :param start: the state that ``model.predict`` returned for the newest observation; with several environments, each
+        dream starts from one of them at random. The first observation is decoded by the model.
+    :raises ValueError: for a replay with nothing to start from, a state of another model, and invalid values.
+    :raises TypeError: if the model is not a Dreamer.
     """
 
     def __init__(self, model: Dreamer, n_envs: int = 1024, horizon: int = 64, start: PolicyState | None = None) -> None:
@@ -54,49 +54,60 @@ class DreamVecEnv(VecEnv):
             shape, width = np.shape(start[0]), model.policy.world_model.rssm.packed_width
             if len(shape) != 2 or 0 in shape or shape[1] != width:
                 raise ValueError(
-                    f"start is of shape {shape}, not (n, {width}): give what predict() of this model returned"
+                    f"start has shape {shape}, not (n, {width}): give the state that predict() of this model returned"
                 )
             if not np.isfinite(start[0]).all():
-                raise ValueError("start holds a number that is NaN or infinite, and so would all dreams from there")
+                raise ValueError("start contains NaN or infinite values, and so would all dreams from there")
         self.model, self.horizon = model, horizon
-        self._given = None if start is None else th.tensor(np.asarray(start[0], np.float32), device=model.device)
+        self._fixed = None if start is None else th.tensor(np.asarray(start[0], np.float32), device=model.device)
         super().__init__(n_envs, model.observation_space, model.action_space)
         self._age = np.zeros(n_envs, int)
+        self._starts = th.zeros(0)  # packed states (m, P) to start from, filled by reset()
+        self._start_obs: dict[str, np.ndarray] = {}  # their observations (m, *shape)
         self._state: State | None = None
         self._actions = np.zeros(0)
 
     def reset(self) -> VecEnvObs:
-        """Begin all dreams anew."""
-        self._starts, self._start_obs = self._replayed() if self._given is None else self._decoded(self._given)
+        """Start all dreams again."""
+        self._starts, self._start_obs = self._replayed() if self._fixed is None else self._decoded(self._fixed)
         drawn = self._draw(self.num_envs)
         self._state = unpacked(self.model, self._starts[drawn])
         self._age[:] = 0
         return as_observation(self.observation_space, {key: part[drawn] for key, part in self._start_obs.items()})
 
     def _replayed(self) -> tuple[th.Tensor, dict[str, np.ndarray]]:
-        """Moments of the replay: packed states (n, P), observations (n, *shape) by key."""
-        real = real_states(self.model, max(STARTS_PER_ENV * self.num_envs, LEAST_CONTEXT * self.model.n_envs))
+        """States of the replay: packed (m, P), and their observations (m, *shape) by key."""
+        real = real_states(self.model, max(STARTS_PER_DREAM * self.num_envs, MIN_ENTRIES_PER_ENV * self.model.n_envs))
         alive = np.flatnonzero(~real.is_last)
         dreamed = imagined_observations(self.model, unpacked(self.model, real.packed[:1]).features)
         obs = {key: part[alive].astype(dreamed[key].dtype) for key, part in real.obs.items()}
         return real.packed[alive], obs
 
     def _decoded(self, packed: th.Tensor) -> tuple[th.Tensor, dict[str, np.ndarray]]:
-        """The same of given moments."""
+        """The given states, and the observations that the model decodes from them."""
         return packed, imagined_observations(self.model, unpacked(self.model, packed).features)
 
     def step_async(self, actions: np.ndarray) -> None:
-        """Keep the actions, in the units of the action space."""
+        """Store the actions, in the units of the action space.
+
+        :raises ValueError: for actions of another shape, and for NaN or infinite ones.
+        """
+        actions = np.asarray(actions)
+        expected = self.num_envs, *(self.action_space.shape or ())
+        if actions.shape != expected:
+            raise ValueError(f"actions have shape {actions.shape}, {self.num_envs} dreams need {expected}")
+        if not np.isfinite(actions).all():
+            raise ValueError("actions contain NaN or infinite values")
         self._actions = actions
 
     @th.inference_mode()
     def step_wait(self) -> VecEnvStepReturn:
-        """Dream one step on.
+        """Dream one step ahead.
 
         :raises RuntimeError: before the first ``reset()``.
         """
         if self._state is None:
-            raise RuntimeError("these dreams have not begun: call reset() before step()")
+            raise RuntimeError("no dream has started: call reset() before step()")
         model, policy = self.model.policy.world_model, self.model.policy
         device = self.model.device
         actions = th.as_tensor(policy.encode_action(self._actions), device=device)
@@ -104,20 +115,20 @@ class DreamVecEnv(VecEnv):
             self._state = model.rssm.imagine_step(self._state, actions)
             features = self._state.features
             reward = model.predict_reward(features)
-            goes_on = model.predict_continue(features)
+            cont = model.predict_continue(features)
             obs = imagined_observations(self.model, features)
-        terminal = (th.rand_like(goes_on) > goes_on).cpu().numpy()
+        terminal = (th.rand_like(cont) > cont).cpu().numpy()
         self._age += 1
         dones = terminal | (self._age >= self.horizon)
         infos: list[dict[str, Any]] = [{} for _ in range(self.num_envs)]
         if dones.any():
-            self._begin_again(np.flatnonzero(dones), terminal, obs, infos)
+            self._restart(np.flatnonzero(dones), terminal, obs, infos)
         return as_observation(self.observation_space, obs), reward.float().cpu().numpy(), dones, infos
 
-    def _begin_again(
+    def _restart(
         self, ended: np.ndarray, terminal: np.ndarray, obs: dict[str, np.ndarray], infos: list[dict[str, Any]]
     ) -> None:
-        """New moments in place of dreams that have ended, whose last observations go into ``infos``."""
+        """Replace dreams that have ended by new ones; the last observations go into ``infos``."""
         for i in ended:
             last = {key: part[i].copy() for key, part in obs.items()}
             infos[i] = {
@@ -139,15 +150,15 @@ class DreamVecEnv(VecEnv):
     # -- the rest of the interface -------------------------------------------------------------------------------------
 
     def close(self) -> None:
-        """Nothing is open."""
+        """Nothing to close."""
 
     def get_attr(self, attr_name: str, indices: VecEnvIndices = None) -> list[Any]:
-        """The same for all dreams; there is nothing to look at but what the observations hold."""
+        """The same for all dreams; they have no render mode."""
         value = None if attr_name == "render_mode" else getattr(self, attr_name)
         return [value for _ in self._get_indices(indices)]
 
     def set_attr(self, attr_name: str, value: Any, indices: VecEnvIndices = None) -> None:
-        """Set it for all dreams."""
+        """Set an attribute for all dreams."""
         setattr(self, attr_name, value)
 
     def env_method(self, method_name: str, *args: Any, indices: VecEnvIndices = None, **kwargs: Any) -> list[Any]:
@@ -158,7 +169,7 @@ class DreamVecEnv(VecEnv):
         raise AttributeError(f"a dream has no method {method_name}: only the real environment has")
 
     def env_is_wrapped(self, wrapper_class: type, indices: VecEnvIndices = None) -> list[bool]:
-        """No wrapper around any of them."""
+        """Dreams have no wrappers."""
         return [False for _ in self._get_indices(indices)]
 
     def get_images(self) -> Sequence[np.ndarray | None]:

@@ -1,4 +1,4 @@
-"""Experience that others have collected: SB3 replays, Minari data sets, episodes. And learning from it alone."""
+"""Experience from other sources: SB3 replays, Minari data sets, episodes."""
 
 from __future__ import annotations
 
@@ -13,15 +13,10 @@ from gymnasium.wrappers import RepeatAction
 from stable_baselines3.common.atari_wrappers import MaxAndSkipEnv
 from stable_baselines3.common.buffers import DictReplayBuffer, ReplayBuffer
 from stable_baselines3.common.preprocessing import is_image_space, is_image_space_channels_first, maybe_transpose
-from stable_baselines3.common.utils import configure_logger
 from stable_baselines3.common.vec_env import VecNormalize, VecTransposeImage
 
-from sb3_dreamer.acting import require_dreamer, require_statistics
 from sb3_dreamer.dreamer import Dreamer
-from sb3_dreamer.environments import check_statistics
 from sb3_dreamer.files import unpickled
-from sb3_dreamer.hybrid.progress import Advance, progress
-from sb3_dreamer.knobs import as_whole, check_knobs
 from sb3_dreamer.replay import (
     Episode,
     SequenceReplayBuffer,
@@ -32,30 +27,28 @@ from sb3_dreamer.replay import (
 )
 from sb3_dreamer.spaces import by_key, parts_of
 
-CHUNK = 16  # updates between two looks at how far it is
 
+def add_experience(model: Dreamer, source: Any, *, time_limit: int | None = None) -> None:
+    """Add recorded experience to the model's replay; the environments are reset before the next step.
 
-def add_experience(model: Dreamer, source: Any, time_limit: int | None = None) -> None:
-    """Put recorded experience into the model's replay; the environments are reset before they go on.
+    A VecNormalize around them learns from it too, unless its ``training`` is off.
 
-    A VecNormalize around them sees it too, unless its ``training`` is off.
-
-    :param model: whose replay.
+    :param model: the model.
     :param source: a SequenceReplayBuffer, an SB3 ReplayBuffer or DictReplayBuffer, the .pkl that ``save_replay_buffer``
-        made of one, a Minari data set or its id, or :class:`~sb3_dreamer.replay.Episode` objects.
-    :param time_limit: for SB3 replays without time-limit flags, as the memory-saving ones: episodes of this many steps
-        of the agent were cut by the clock. None: the limit of the model's environment, if it has one.
-    :raises ValueError: for other spaces, values that are none of the space, a source without a transition, and where
-        ``time_limit`` has to be given, since the environment repeats actions.
-    :raises TypeError: for a source of no known kind. Nothing is added then either.
+        wrote, a Minari data set or its id, or :class:`~sb3_dreamer.replay.Episode` objects.
+    :param time_limit: for SB3 replays without time-limit flags, such as the memory-saving ones: episodes of this many
+        steps of the agent were cut by a time limit. None: the limit of the model's environment, if it has one.
+    :raises ValueError: for other spaces, values outside of the space, a source without a transition, and if
+        ``time_limit`` is required, since the environment repeats actions. Nothing is added then.
+    :raises TypeError: for an unknown kind of source. Nothing is added then either.
     """
     replay = model.replay_buffer
     if isinstance(source, str | pathlib.Path):
         source = _opened(source)
     if source is replay:
-        raise ValueError("this replay is the model's own: what would be added is there already")
+        raise ValueError("this replay is the model's own: its experience is there already")
     if isinstance(source, Iterator):
-        source = list(source)  # it is walked through twice: checked, then written
+        source = list(source)  # it is read twice: checked, then written
     count = 0
     for count, episode in enumerate(episodes_of(model, source, time_limit), 1):
         try:
@@ -74,70 +67,19 @@ def add_experience(model: Dreamer, source: Any, time_limit: int | None = None) -
 
 
 def update_statistics(normalize: VecNormalize, episode: Episode) -> None:
-    """Let statistics see an episode, as if its steps had been taken behind them."""
-    for key, one in by_key(normalize.obs_rms).items() if normalize.norm_obs else ():
-        one.update(episode.obs[key])
+    """Update the statistics as if the episode had been lived in the environment that they belong to."""
+    if normalize.norm_obs:
+        for key, moments in by_key(normalize.obs_rms).items():
+            moments.update(episode.obs[key])
     returns = accumulate(episode.reward, lambda before, reward: before * normalize.gamma + reward)
     normalize.ret_rms.update(np.array(list(returns)))
 
 
-def pretrain(model: Dreamer, updates: int, progress_bar: bool = False) -> None:
-    """Learn from the replay alone: world model, actor and critic, without a step in an environment.
-
-    :param model: the model.
-    :param updates: how many.
-    :param progress_bar: show how far it is, as in ``learn()``.
-    :raises ValueError: if the replay cannot serve a sequence, or for less than one update.
-    """
-    require_replay(model, "pretrain()")
-    updates = as_whole("updates", updates, least=1)
-    check_knobs(vars(model))
-    prepare_training(model)
-    with progress(updates, "pretrain", progress_bar) as advance:
-        train_until(model, model._n_updates + updates, advance)
-
-
-def require_replay(model: Dreamer, who: str) -> None:
-    """Refuse a replay that has no sequence to serve.
-
-    :raises ValueError: naming what is missing; the environment too, if its VecNormalize made what the model has seen.
-    :raises TypeError: for a model that is no Dreamer.
-    """
-    require_dreamer(model, who)
-    if model.env is None:
-        require_statistics(model, who, rewards=True)
-    replay = model.replay_buffer
-    if not replay.can_sample():
-        raise ValueError(
-            f"{who} needs experience, and the replay holds {replay.size()} entries, too few for a sequence of "
-            f"{replay.sequence_length}: call learn(), warm_start(), add_experience() or load_replay_buffer() first"
-        )
-
-
-def prepare_training(model: Any) -> None:
-    """Training outside of ``learn()`` needs a logger, ``learn()`` will make its own, and a learning rate.
-
-    :param model: any SB3 algorithm.
-    :raises ValueError: where it normalises with statistics that are not finite, as ``learn()`` does.
-    """
-    check_statistics(model, stacklevel=4)
-    if not hasattr(model, "_logger"):
-        model._logger = configure_logger(model.verbose)
-    model._current_progress_remaining = 1.0  # a schedule that has run out would stop all learning
-
-
-def train_until(model: Dreamer, n_updates: int, advance: Advance) -> None:
-    """Update until so many updates have been made in all."""
-    while (left := n_updates - model._n_updates) > 0:
-        model.train(few := min(CHUNK, left), model.batch_size)
-        advance(few)
-
-
 def episodes_of(model: Dreamer, source: Any, time_limit: int | None = None) -> Iterator[Episode]:
-    """Episodes of any kind of source, checked to be of the model's spaces.
+    """Episodes of any kind of source, whose spaces must be the model's.
 
     :raises ValueError: for other spaces.
-    :raises TypeError: for a source of no known kind.
+    :raises TypeError: for an unknown kind of source.
     """
     if isinstance(source, SequenceReplayBuffer):
         check_same_spaces(model, source.observation_space, source.action_space, "the replay")
@@ -154,25 +96,25 @@ def episodes_of(model: Dreamer, source: Any, time_limit: int | None = None) -> I
         return iter(source)
     raise TypeError(
         f"experience of type {type(source).__name__} is not understood: give an SB3 ReplayBuffer, a "
-        "SequenceReplayBuffer, a Minari data set or its id, or sb3_dreamer.replay.Episode objects; what Tianshou has "
-        "collected takes sb3_dreamer.tianshou.add_experience(model, buffer)"
+        "SequenceReplayBuffer, a Minari data set or its id, or sb3_dreamer.replay.Episode objects; for a buffer of "
+        "Tianshou call sb3_dreamer.tianshou.add_experience(model, buffer)"
     )
 
 
 def _opened(path: str | pathlib.Path) -> Any:
-    """What is at a path: a saved replay, or by its id a Minari data set."""
+    """A saved replay by its path, or a Minari data set by its id."""
     files = path, f"{path}.pkl"
     is_replay = str(path).endswith(".pkl") or any(pathlib.Path(file).is_file() for file in files)
     return unpickled(path, "saved replay") if is_replay else _load_minari(str(path))
 
 
 def check_same_spaces(model: Dreamer, observation_space: spaces.Space, action_space: spaces.Space, what: str) -> None:
-    """Refuse experience of other observations or actions; bounds of observations may differ.
+    """Refuse experience with other observations or actions; bounds of observations may differ.
 
     :raises ValueError: naming both.
     """
-    own = _told(model.observation_space), model.action_space
-    theirs = _told(observation_space), action_space
+    own = _comparable(model.observation_space), model.action_space
+    theirs = _comparable(observation_space), action_space
     if own != theirs:
         raise ValueError(
             f"{what} has observations {theirs[0]} and actions {theirs[1]}, this model {own[0]} and {own[1]}: "
@@ -180,10 +122,10 @@ def check_same_spaces(model: Dreamer, observation_space: spaces.Space, action_sp
         )
 
 
-def _told(space: spaces.Space) -> Any:
-    """What has to be the same, in words: of a Box its shape and whether it holds integers."""
+def _comparable(space: spaces.Space) -> Any:
+    """What must be equal, in words: of a Box its shape and whether it holds integers."""
     if isinstance(space, spaces.Dict):
-        return {key: _told(sub) for key, sub in space.spaces.items()}
+        return {key: _comparable(sub) for key, sub in space.spaces.items()}
     if isinstance(space, spaces.Box):
         return f"{space.shape} of {'integers' if np.issubdtype(space.dtype, np.integer) else 'numbers'}"
     return str(space)
@@ -193,9 +135,9 @@ def _told(space: spaces.Space) -> Any:
 
 
 def _time_limit(model: Dreamer) -> int | None:
-    """Steps after which the clock ends an episode of the model's environment, as far as it tells.
+    """The time limit of the model's environment, if it is known.
 
-    :raises ValueError: where actions are repeated: the clock counts the simulator's steps, the replay the agent's.
+    :raises ValueError: if actions are repeated: the limit counts the simulator's steps, the replay the agent's.
     """
     if model.env is None:
         return None
@@ -205,8 +147,8 @@ def _time_limit(model: Dreamer) -> int | None:
         return None
     if limit is not None and any(model.env.env_is_wrapped(repeats, 0)[0] for repeats in (RepeatAction, MaxAndSkipEnv)):
         raise ValueError(
-            f"the clock of this environment ends an episode after {limit} steps of the simulator, its wrapper repeats "
-            "actions, and this replay does not tell time limits from ends: give time_limit= in steps of the agent"
+            f"the time limit of this environment is {limit} steps of the simulator, its wrapper repeats actions, and "
+            "this replay does not distinguish time limits from terminations: give time_limit= in steps of the agent"
         )
     return limit
 
@@ -217,12 +159,12 @@ def _replay_episodes(buffer: ReplayBuffer, time_limit: int | None) -> Iterator[E
     if buffer.full:
         rows = np.roll(np.arange(buffer.buffer_size), -buffer.pos)
     if buffer.optimize_memory_usage:
-        rows = rows[1:] if buffer.full else rows  # the oldest row holds the newest next observation already
+        rows = rows[1:] if buffer.full else rows  # the oldest row holds the newest next observation
     for env in range(buffer.n_envs if len(rows) > 0 else 0):
         obs, next_obs = _observations(buffer, rows, env)
         for part in split_transitions(obs, next_obs, buffer.dones[rows, env] > 0):
-            beheaded = buffer.full and part[0] == 0  # its true length is not known any more
-            yield from _one_episode(buffer, rows[part], env, time_limit, beheaded)
+            start_overwritten = buffer.full and part[0] == 0  # its true length is unknown
+            yield from _one_episode(buffer, rows[part], env, time_limit, start_overwritten)
 
 
 def _observations(buffer: ReplayBuffer, rows: np.ndarray, env: int) -> tuple[dict[str, np.ndarray], ...]:
@@ -237,21 +179,22 @@ def _observations(buffer: ReplayBuffer, rows: np.ndarray, env: int) -> tuple[dic
 
 
 def _one_episode(
-    buffer: ReplayBuffer, rows: np.ndarray, env: int, time_limit: int | None, beheaded: bool
+    buffer: ReplayBuffer, rows: np.ndarray, env: int, time_limit: int | None, start_overwritten: bool
 ) -> Iterator[Episode]:
-    """The transitions of one episode, all of one environment.
+    """One episode of one environment; none if it has no transition left.
 
-    Where the replay has no flags, its length tells whether the clock ended it; if its beginning has been overwritten
-    (``beheaded``) and there is a time limit, it may have.
+    If the replay has no time-limit flags, the length decides whether a time limit cut the episode; if its start has
+    been overwritten and there is a time limit, it counts as cut.
 
-    The memory-saving replay has lost the last observation of an episode, the next reset lies in its place: the one
-    before it stands in where the episode ended for good, since the end matters more; a cut episode ends a step early.
+    The memory-saving replay has lost the last observation of an episode, the next reset is in its place. Where the
+    episode terminated, the observation before is repeated, since the termination matters more; a cut episode ends a
+    step early.
     """
     obs, next_obs = _observations(buffer, rows, env)
     done = bool(buffer.dones[rows[-1], env])
     time_out = bool(buffer.timeouts[rows[-1], env])
     if not buffer.handle_timeout_termination and time_limit is not None:
-        time_out = len(rows) == time_limit or beheaded
+        time_out = len(rows) == time_limit or start_overwritten
     if buffer.optimize_memory_usage and done:
         if time_out:
             rows, obs, next_obs = rows[:-1], {"obs": obs["obs"][:-1]}, obs
@@ -277,13 +220,13 @@ def _load_minari(name: str) -> Any:
         import minari  # type: ignore[import-not-found]
     except ImportError as error:
         raise ImportError(
-            f'there is no file {name} or {name}.pkl, so it is taken for a Minari data set: pip install "minari[hdf5]"'
+            f'there is no file {name} or {name}.pkl, so it must be a Minari data set: pip install "minari[hdf5]"'
         ) from error
     return minari.load_dataset(name)
 
 
 def _as_wrapped(space: spaces.Space) -> spaces.Space:
-    """What SB3 makes of an environment's observations: images have their channels first."""
+    """The space of observations as SB3 wraps it: images have their channels first."""
     if isinstance(space, spaces.Dict):
         return spaces.Dict({key: _as_wrapped(part) for key, part in space.spaces.items()})
     if isinstance(space, spaces.Box) and is_image_space(space) and not is_image_space_channels_first(space):

@@ -1,4 +1,4 @@
-"""From Dreamer to a plain SB3 algorithm that goes on where Dreamer stopped."""
+"""From Dreamer to a plain SB3 algorithm that continues where Dreamer stopped."""
 
 from __future__ import annotations
 
@@ -16,26 +16,27 @@ from stable_baselines3.common.type_aliases import GymEnv
 from stable_baselines3.common.vec_env import VecEnv, unwrap_vec_normalize
 
 from sb3_dreamer.dreamer import Dreamer
-from sb3_dreamer.hybrid.experience import require_replay, update_statistics
+from sb3_dreamer.hybrid.distillation import AnyTargets, action_values, distillation_targets, latent_observations
+from sb3_dreamer.hybrid.experience import update_statistics
 from sb3_dreamer.hybrid.latent_env import LatentVecEnv
-from sb3_dreamer.hybrid.lessons import Moments, latent_observations, lessons_from, verdicts_from
+from sb3_dreamer.hybrid.offline_training import require_replay
 from sb3_dreamer.hybrid.progress import progress
 from sb3_dreamer.hybrid.real_states import RealStates, real_states
-from sb3_dreamer.hybrid.students import NORMED_RELU, start_slowly, student_of, teach, teach_critics
+from sb3_dreamer.hybrid.students import NORMALIZED_RELU, family_of, start_slowly, teach, teach_critics
 from sb3_dreamer.knobs import as_whole
-from sb3_dreamer.replay import Episode, read_episodes
+from sb3_dreamer.replay import Episode, Transition, read_episodes
 from sb3_dreamer.spaces import as_observation, check_actions_of_sb3, check_counted_from_zero, policy_for
 
 Algorithm = TypeVar("Algorithm", bound=BaseAlgorithm)
-Seen = TypeVar("Seen", bound=Moments)
 
-NEWEST = 50_000  # entries of the replay that the policy is learned from; the student's replay is given all
+MAX_ENTRIES = 50_000  # of the replay, the newest, from which the policy is learned
 
 
 def to_model_free(
     model: Dreamer,
     algorithm: type[Algorithm],
     env: GymEnv | str | None = None,
+    *,
     on: Literal["observations", "latents"] = "observations",
     updates: int = 20_000,
     critic_updates: int = 6_000,
@@ -43,63 +44,64 @@ def to_model_free(
     progress_bar: bool = False,
     **kwargs: Any,
 ) -> Algorithm:
-    """A plain SB3 algorithm that acts as Dreamer does, judges as Dreamer does, and remembers what Dreamer has seen.
+    """A plain SB3 algorithm with Dreamer's policy, Dreamer's values, and Dreamer's newest experience.
 
-    What it makes of that is its own affair. PPO stays near the policy that it was given. SAC, TD3, DDPG and TQC follow
-    the slope of their critics: they start slowly, and their networks are layer-normalised, which keeps the errors of
-    critics within bounds; ``policy_kwargs=dict(activation_fn=torch.nn.ReLU)`` is SB3's own.
+    PPO stays near the policy that it was given. SAC, TD3, DDPG and TQC follow the slope of their critics: they start
+    slowly, and their networks have layer normalization, which bounds the errors of the critics;
+    ``policy_kwargs=dict(activation_fn=torch.nn.ReLU)`` is SB3's own.
 
     :param model: a trained Dreamer with its replay.
     :param algorithm: SAC, TD3, DDPG, TQC, CrossQ, PPO, A2C, TRPO, or a class derived from one of them.
-    :param env: environment to go on in or its id; None: Dreamer's own, which Dreamer resets from then on whenever it
-        learns. If both are to learn in turns, give another one here: other algorithms do not reset. A VecNormalize
-        around it takes Dreamer's statistics over; where Dreamer has none it learns from the replay, if it is training.
-    :param on: what the new policy sees. "latents" are the features of Dreamer's model state, for tasks that need
+    :param env: environment to continue in or its id; None: Dreamer's own, which Dreamer resets whenever it learns after
+        that. If both are to learn in turns, give another one here: other algorithms do not reset. A VecNormalize around
+        it receives Dreamer's statistics; if Dreamer has none it learns from the replay, if it is training.
+    :param on: what the new policy observes. "latents" are the features of Dreamer's model state, for tasks that need
         memory: the algorithm's environment then is a :class:`~sb3_dreamer.hybrid.LatentVecEnv`.
     :param updates: minibatches for the policy.
-    :param critic_updates: minibatches for off-policy critics, on what Dreamer thinks of actions.
-    :param transitions: entries of Dreamer's replay, the newest, that an off-policy one is given, as far as it has room.
-        Older ones are of other policies, and critics that learn from them forget what they know of this one.
-    :param progress_bar: show how far it is, as in ``learn()``: minibatches of both together.
-    :param kwargs: constructor arguments of the algorithm; what is given here is not chosen for it.
+    :param critic_updates: minibatches for off-policy critics, on Dreamer's action values.
+    :param transitions: the newest entries of Dreamer's replay that an off-policy algorithm receives, as far as it has
+        room. Older ones are of other policies, and critics that learn from them forget the values of this one.
+    :param progress_bar: show progress, as in ``learn()``: minibatches of both together.
+    :param kwargs: constructor arguments of the algorithm; they override those chosen here.
     :raises ValueError: for other spaces, an algorithm that cannot take over, an empty replay, and a Dreamer that has
         not learned yet; before any work.
-    :raises TypeError: for what is no algorithm.
+    :raises TypeError: if ``algorithm`` is not an algorithm class.
     """
     require_replay(model, "to_model_free()")
     if model._n_updates == 0:
         raise ValueError("this Dreamer has not learned anything to hand over yet: call learn() or pretrain() first")
     updates, critic_updates = as_whole("updates", updates, least=0), as_whole("critic_updates", critic_updates, least=0)
-    target: Any = _new_student(model, algorithm, env, on, kwargs)
-    wanted_entropy = getattr(target, "target_entropy", None)
-    off_policy = isinstance(target, OffPolicyAlgorithm)
+    student: Any = _new_student(model, algorithm, env, on, kwargs)
+    target_entropy = getattr(student, "target_entropy", None)
+    off_policy = isinstance(student, OffPolicyAlgorithm)
     if off_policy:  # two entries of each environment
-        transitions = as_whole("transitions", transitions, least=2 * max(model.n_envs, target.n_envs))
-    with progress(updates + critic_updates * off_policy, algorithm.__name__, progress_bar) as advance:
-        real = real_states(model, NEWEST)
-        lessons = lessons_from(model, real, target.gamma, on == "latents")
-        teach(target, _as_shown(model, target, lessons), updates, advance)
+        transitions = as_whole("transitions", transitions, least=2 * max(model.n_envs, student.n_envs))
+    total = updates + (critic_updates if off_policy else 0)
+    with progress(total, algorithm.__name__, progress_bar) as advance:
+        real = real_states(model, MAX_ENTRIES)
+        policy_targets = distillation_targets(model, real, student.gamma, on == "latents")
+        teach(student, _as_seen(model, student, policy_targets), updates, advance)
         if "target_entropy" in kwargs:
-            target.target_entropy = wanted_entropy
+            student.target_entropy = target_entropy
         if off_policy:
-            buffer = target.replay_buffer
-            given = min(transitions, buffer.buffer_size * buffer.n_envs)
-            newest = list(read_episodes(model.replay_buffer, given))
+            buffer = student.replay_buffer
+            entries = min(transitions, buffer.buffer_size * buffer.n_envs)
+            newest = list(read_episodes(model.replay_buffer, entries))
             if on == "latents" and newest:
-                newest = list(_latent_episodes(model, real_states(model, given)))
+                newest = list(_latent_episodes(model, real_states(model, entries)))
             fill_replay(buffer, newest)
-            verdicts = verdicts_from(model, real, target.gamma, on == "latents")
-            teach_critics(target, _as_shown(model, target, verdicts), critic_updates, advance)
+            values = action_values(model, real, student.gamma, on == "latents")
+            teach_critics(student, _as_seen(model, student, values), critic_updates, advance)
             if buffer.size() > 0:
-                start_slowly(target)
-    target.num_timesteps = model.num_timesteps
+                start_slowly(student)
+    student.num_timesteps = model.num_timesteps
     if env is None or _shared(env, model.env):
         model.lent_env = model.env
-    return target
+    return student
 
 
 def _shared(one: GymEnv | str, other: VecEnv | None) -> bool:
-    """Whether both step an environment of the same, whatever is wrapped around it."""
+    """Whether both contain the same environment, whatever is wrapped around it."""
     vectors = [getattr(env, "unwrapped", env) for env in (one, other)]
     mine, theirs = ({id(env), *(id(sub.unwrapped) for sub in getattr(env, "envs", ()))} for env in vectors)
     return not mine.isdisjoint(theirs)
@@ -108,12 +110,12 @@ def _shared(one: GymEnv | str, other: VecEnv | None) -> bool:
 def _new_student(
     model: Dreamer, algorithm: type[Algorithm], env: GymEnv | str | None, on: str, kwargs: dict[str, Any]
 ) -> Algorithm:
-    """An untrained algorithm with settings that suit one that can act already.
+    """An untrained algorithm with settings that suit one that receives a trained policy.
 
-    :raises ValueError: where it cannot take over from this model.
+    :raises ValueError: if it cannot take over from this model.
     """
     if not (isinstance(algorithm, type) and issubclass(algorithm, BaseAlgorithm)):
-        raise TypeError(f"{algorithm!r} is no algorithm of SB3: give its class")
+        raise TypeError(f"algorithm must be an algorithm class of SB3, not {algorithm!r}")
     if on not in ("observations", "latents"):
         raise ValueError(f'on="{on}" is unknown; use "observations" or "latents"')
     if env is None and model.env is None:
@@ -121,35 +123,35 @@ def _new_student(
     known = _arguments(algorithm)
     settings: dict[str, Any] = {"device": model.device}
     if "learning_starts" in known:
-        settings["learning_starts"] = 0  # otherwise it would begin with random actions
+        settings["learning_starts"] = 0  # otherwise it would start with random actions
     if "target_entropy" in known:
         settings["ent_coef"] = f"auto_{max(model.ent_coef * model.policy.return_scale.scale.item(), 1e-6):.6g}"
     settings.update(copy.deepcopy(kwargs))
-    if "tau" in known:  # CrossQ has neither target networks nor need of this: it has norms of its own
-        settings["policy_kwargs"] = {"activation_fn": NORMED_RELU, **(settings.get("policy_kwargs") or {})}
+    if "tau" in known:  # not CrossQ, which has norms of its own
+        settings["policy_kwargs"] = {"activation_fn": NORMALIZED_RELU, **(settings.get("policy_kwargs") or {})}
     if settings.get("use_sde") or settings.get("optimize_memory_usage"):
-        raise ValueError("use_sde and optimize_memory_usage cannot be handed over to: leave them False")
+        raise ValueError("to_model_free() supports neither use_sde nor optimize_memory_usage: leave them False")
     wrapped = model._wrap_env(env, model.verbose) if env is not None else model.env
     assert wrapped is not None
     _check_env(model, wrapped, on)
-    seen = LatentVecEnv(model, wrapped) if on == "latents" else wrapped
-    policy = settings.pop("policy", policy_for(seen.observation_space))
+    student_env = LatentVecEnv(model, wrapped) if on == "latents" else wrapped
+    policy = settings.pop("policy", policy_for(student_env.observation_space))
     if isinstance(policy, str) and policy not in algorithm.policy_aliases:
         raise ValueError(
             f"{algorithm.__name__} has no {policy}, only {', '.join(algorithm.policy_aliases)}: use another algorithm, "
             'or on="latents", which needs MlpPolicy'
         )
     try:
-        target = algorithm(policy, seen, **settings)
+        student = algorithm(policy, student_env, **settings)
     except (AssertionError, RuntimeError) as error:  # such as images too small for SB3's own network
         raise ValueError(f"{algorithm.__name__} cannot take over here: {error}") from error
-    student_of(target)
+    family_of(student)
     _share_statistics(model, wrapped)
-    return target
+    return student
 
 
 def _arguments(algorithm: type[BaseAlgorithm]) -> set[str]:
-    """Names of its constructor's arguments, and of those that it hands on to the classes that it is derived from."""
+    """Names of its constructor's arguments, including those that it passes on to its base classes."""
     known: set[str] = set()
     for base in algorithm.__mro__:
         if "__init__" in vars(base):
@@ -174,55 +176,57 @@ def _check_env(model: Dreamer, env: Any, on: str) -> None:
         return
     if own is None or other is None:
         raise ValueError(
-            "VecNormalize is around one of env and Dreamer's environment only: wrap env as Dreamer's is. Around env "
-            'alone it may change what on="observations" sees, but not the rewards: norm_reward=False'
+            "only one of env and Dreamer's environment has a VecNormalize: wrap env as Dreamer's is. Around env "
+            'alone it may normalize what on="observations" sees, but not the rewards: norm_reward=False'
         )
     for name in ("norm_obs", "norm_obs_keys", "norm_reward", "clip_obs", "clip_reward", "epsilon", "gamma"):
         if (here := getattr(own, name, None)) != (there := getattr(other, name, None)):
             raise ValueError(
                 f"VecNormalize has {name}={there} around env and {here} around Dreamer's environment: what the new "
-                "model learns from is normalised as for Dreamer, so give both the same settings"
+                "algorithm learns from is normalized as for Dreamer, so give both the same settings"
             )
 
 
 def _share_statistics(model: Dreamer, env: VecEnv) -> None:
-    """What the student learns from is normalised as for Dreamer, so what it will see has to be too."""
+    """Give env Dreamer's statistics: what the student learns from is normalized with them, so its input must be too."""
     own, other = model.get_vec_normalize_env(), unwrap_vec_normalize(env)
     if own is None and other is not None and other.norm_obs and other.training:
-        for episode in read_episodes(model.replay_buffer, NEWEST):
+        for episode in read_episodes(model.replay_buffer, MAX_ENTRIES):
             update_statistics(other, episode)
     for name in ("obs_rms", "ret_rms"):
         if other is not own and hasattr(own, name):
             setattr(other, name, copy.deepcopy(getattr(own, name)))
 
 
-def _as_shown(model: Dreamer, target: Any, moments: Seen) -> Seen:
-    """Moments as the student will see them, where its environment alone normalises."""
-    normalize = unwrap_vec_normalize(target.env)
+def _as_seen(model: Dreamer, student: Any, targets: AnyTargets) -> AnyTargets:
+    """Targets on the student's device, with observations as it sees them: normalized if only its environment does."""
+    normalize = unwrap_vec_normalize(student.env)
     if normalize is not None and model.get_vec_normalize_env() is None:
-        moments.obs = model.replay_buffer.normalize_obs(moments.obs, normalize)
-    return moments
+        targets.obs = model.replay_buffer.normalize_obs(targets.obs, normalize)
+    return targets.to(student.device)
 
 
 # -- real transitions --------------------------------------------------------------------------------------------------
 
 
 def fill_replay(buffer: ReplayBuffer, episodes: list[Episode]) -> None:
-    """Put episodes into an SB3 replay, into the column of one environment after the other, in the order of time.
+    """Write episodes to an SB3 replay in the order of time, to the column of one environment after the other.
 
-    What is not the end of a task is a time limit, so that no transition follows what it does not belong to. Columns
-    are equally long: an episode that does not fit into one goes on in the next, and less than a row is left out.
+    An episode that is not terminal ends with a time limit, so that the next transition does not appear to follow it.
+    Columns are equally long: an episode that does not fit into one continues in the next, and less than a row is left
+    out.
     """
     rows = zip(*map(_transitions, _columns(episodes, buffer.n_envs)), strict=True)
     space = buffer.observation_space
     for row in rows:
-        obs, next_obs, action, reward, done, infos = zip(*row, strict=True)
+        transitions, infos = zip(*row, strict=True)
+        obs, next_obs, action, reward, done = zip(*transitions, strict=True)
         arrays = np.stack(action), np.array(reward), np.array(done)
-        buffer.add(_together(space, obs), _together(space, next_obs), *arrays, list(infos))
+        buffer.add(_stacked(space, obs), _stacked(space, next_obs), *arrays, list(infos))
 
 
 def _columns(episodes: list[Episode], number: int) -> list[list[Episode]]:
-    """Episodes, cut where a column is full."""
+    """Episodes by column, cut where a column is full."""
     length = sum(map(len, episodes)) // number
     columns: list[list[Episode]] = [[] for _ in range(number)]
     step = 0
@@ -235,19 +239,19 @@ def _columns(episodes: list[Episode], number: int) -> list[list[Episode]]:
     return columns
 
 
-def _transitions(episodes: list[Episode]) -> Iterator[tuple[Any, ...]]:
-    """Of one column: (obs, next obs, action, reward, done, info)."""
+def _transitions(episodes: list[Episode]) -> Iterator[tuple[Transition, dict[str, Any]]]:
+    """The transitions of one column, with their infos."""
     for episode in episodes:
-        for *transition, done in episode.transitions():
-            yield *transition, done, {"TimeLimit.truncated": done and not episode.terminal}
+        for transition in episode.transitions():
+            yield transition, {"TimeLimit.truncated": transition.done and not episode.terminal}
 
 
-def _together(space: spaces.Space, rows: tuple[dict[str, np.ndarray], ...]) -> Any:
+def _stacked(space: spaces.Space, rows: tuple[dict[str, np.ndarray], ...]) -> Any:
     return as_observation(space, {key: np.stack([row[key] for row in rows]) for key in rows[0]})
 
 
 def _latent_episodes(model: Dreamer, real: RealStates) -> Iterator[Episode]:
-    """The filtered episodes as an algorithm on features sees them."""
+    """The filtered episodes, with features as observations."""
     reward, action = real.reward.cpu().numpy(), real.action.cpu().numpy()
     for rows in np.split(np.arange(len(real)), np.flatnonzero(real.is_last)[:-1] + 1):
         obs = latent_observations(model, real.packed[rows])

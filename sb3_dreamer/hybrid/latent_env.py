@@ -1,4 +1,4 @@
-"""An environment seen through the world model: its features instead of observations, for tasks that need memory."""
+"""An environment whose observations are the features of the world model, for tasks that need memory."""
 
 from __future__ import annotations
 
@@ -16,34 +16,34 @@ from sb3_dreamer.dreamer import Dreamer
 
 
 class LatentVecEnv(VecEnv):
-    """Observations are the features of Dreamer's model state, its expected latents, as ``predict`` would have them.
+    """Observations are the features of Dreamer's model state, with expected latents as in ``predict``.
 
-    It is no VecEnvWrapper: a VecNormalize inside belongs to Dreamer, and an algorithm outside must not find it.
+    It is not a VecEnvWrapper: a VecNormalize inside belongs to Dreamer, and an algorithm outside must not find it.
 
-    :param model: a trained Dreamer; it filters, and does not learn here.
-    :param env: environments of its spaces, for example ``model.get_env()``.
-    :raises ValueError: for other spaces, and where it is normalised and the model has learned without, or the reverse.
-    :raises TypeError: for a model that is no Dreamer, and an environment that is no VecEnv.
+    :param model: a trained Dreamer; it filters the observations, and does not learn here.
+    :param env: environments with its spaces, for example ``model.get_env()``.
+    :raises ValueError: for other spaces, and if env is normalized and the model has learned without, or the reverse.
+    :raises TypeError: if the model is not a Dreamer, or env is not a VecEnv.
     """
 
     def __init__(self, model: Dreamer, env: VecEnv) -> None:
         require_dreamer(model, "LatentVecEnv")
         if not isinstance(env, VecEnv):
-            raise TypeError(f"LatentVecEnv goes around a VecEnv, not {type(env).__name__}: make_vec_env() makes one")
+            raise TypeError(f"LatentVecEnv wraps a VecEnv, not {type(env).__name__}: make_vec_env() makes one")
         for name in ("observation_space", "action_space"):
             if (given := getattr(env, name)) != (own := getattr(model, name)):
                 raise ValueError(f"env has the {name} {given}, the model {own}: wrap it as the model's environment")
         require_same_units(model, env)
         self.model, self.env = model, env
-        self._packed: th.Tensor | None = None
+        self._memory: tuple[th.Tensor, th.Tensor] | None = None  # packed states (n, P), previous actions (n, A)
         width = model.policy.world_model.feature_width
         super().__init__(env.num_envs, spaces.Box(-np.inf, np.inf, (width,), np.float32), env.action_space)
 
     def reset(self) -> VecEnvObs:
         """Reset the environments and the memory."""
-        nothing = self.model.policy.initial_state(self.num_envs)
-        self._packed, self._action = (th.as_tensor(part, device=self.model.device) for part in nothing)
-        self._packed, features = self._see(self.env.reset(), np.ones(self.num_envs, bool))
+        packed, action = self.model.policy.initial_state(self.num_envs)
+        self._memory = self._on_device(packed), self._on_device(action)
+        features = self._remember(self.env.reset(), np.ones(self.num_envs, bool))
         self.reset_infos = self.env.reset_infos
         return features
 
@@ -52,38 +52,46 @@ class LatentVecEnv(VecEnv):
 
         :raises RuntimeError: before the first ``reset()``.
         """
-        if self._packed is None:
-            raise RuntimeError("no episode has begun: call reset() before step()")
-        self._action = th.as_tensor(self.model.policy.encode_action(actions), device=self.model.device)
+        if self._memory is None:
+            raise RuntimeError("no episode has started: call reset() before step()")
+        self._memory = self._memory[0], self._on_device(self.model.policy.encode_action(actions))
         self.env.step_async(actions)
 
     def step_wait(self) -> VecEnvStepReturn:
-        """Receive observations and filter them; the last one of an episode goes through the filter as well."""
+        """Receive observations and filter them, including the last one of an episode."""
         obs, rewards, dones, infos = self.env.step_wait()
-        self.reset_infos = self.env.reset_infos  # SubprocVecEnv makes new ones
-        infos = list(infos)  # and these are a tuple there
+        self.reset_infos = self.env.reset_infos  # SubprocVecEnv makes a new list
+        infos = list(infos)  # a tuple in SubprocVecEnv
         ended = np.flatnonzero(dones)
         if ended.size:
             last = self._with_last(obs, ended, infos)
-            _, final = self._see(last, np.zeros(self.num_envs, bool))
+            _, final = self._filter(last, np.zeros(self.num_envs, bool))
             for i in ended:
                 infos[i] = {**infos[i], "terminal_observation": final[i]}
-        self._packed, features = self._see(obs, dones)
-        return features, rewards, dones, infos
+        return self._remember(obs, dones), rewards, dones, infos
+
+    def _remember(self, obs: Any, is_first: np.ndarray) -> np.ndarray:
+        """Filter the observations and keep the states; features (n, F)."""
+        assert self._memory is not None
+        packed, features = self._filter(obs, is_first)
+        self._memory = packed, self._memory[1]
+        return features
 
     @th.inference_mode()
-    def _see(self, obs: Any, is_first: np.ndarray) -> tuple[th.Tensor, np.ndarray]:
+    def _filter(self, obs: Any, is_first: np.ndarray) -> tuple[th.Tensor, np.ndarray]:
         """The next states (n, P) and their features (n, F)."""
-        assert self._packed is not None
+        assert self._memory is not None
         policy = self.model.policy
-        tensors, _ = policy.finite_obs(obs, "LatentVecEnv")
-        first = th.as_tensor(is_first, device=self.model.device)
-        state = policy.observe(tensors, self._packed, self._action, first, sample=False)
+        tensors, _ = policy.checked_obs(obs, "LatentVecEnv")
+        state = policy.observe(tensors, *self._memory, self._on_device(is_first), sample=False)
         return policy.world_model.rssm.pack(state), state.features.cpu().numpy()
+
+    def _on_device(self, values: np.ndarray) -> th.Tensor:
+        return th.as_tensor(values, device=self.model.device)
 
     @staticmethod
     def _with_last(obs: Any, ended: np.ndarray, infos: list[dict[str, Any]]) -> Any:
-        """The observations (n, *shape), those of the next episode replaced by the last ones."""
+        """The observations (n, *shape), where an episode has ended its last one."""
         if isinstance(obs, dict):
             last = {key: part.copy() for key, part in obs.items()}
             for i in ended:
@@ -94,7 +102,7 @@ class LatentVecEnv(VecEnv):
         replaced[ended] = np.stack([infos[i]["terminal_observation"] for i in ended])
         return replaced
 
-    # -- the rest goes to the environments -----------------------------------------------------------------------------
+    # -- passed on to the environments ---------------------------------------------------------------------------------
 
     def seed(self, seed: int | None = None) -> Sequence[int | None]:
         """Seeds for the next reset."""

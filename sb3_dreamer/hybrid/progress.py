@@ -1,4 +1,4 @@
-"""A progress bar like that of ``learn()``, for what takes minutes outside of it."""
+"""A progress bar like that of ``learn()``, for long computations outside of it."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ Advance = Callable[[int], object]
 
 
 def no_progress(steps: int) -> None:
-    """Progress that nobody looks at."""
+    """Shows nothing."""
 
 
 @contextmanager
 def progress(total: int, what: str, shown: bool) -> Iterator[Advance]:
-    """Gives a function to be called with the number of steps that were done.
+    """A function to call with the number of steps that were done.
 
-    :param total: how many there are to do.
-    :param what: they are for.
+    :param total: number of steps.
+    :param what: label of the bar.
     :param shown: whether to show a bar at all.
-    :raises ImportError: if the libraries that draw it are missing.
+    :raises ImportError: if the libraries that draw the bar are missing.
     """
     if not shown:
         yield no_progress

@@ -1,4 +1,4 @@
-"""What the model thinks of what really happened: filtered states of the replay, and what they are worth."""
+"""Model states of real episodes, filtered from the replay, and their returns in dreams."""
 
 from __future__ import annotations
 
@@ -11,29 +11,30 @@ from gymnasium import spaces
 
 from sb3_dreamer.behavior.imagination import imagine, lambda_returns
 from sb3_dreamer.dreamer import Dreamer
+from sb3_dreamer.environments import normalizes_obs
 from sb3_dreamer.replay import Episode, read_episodes
-from sb3_dreamer.spaces import observations, parts_of
+from sb3_dreamer.spaces import decoded_observations, parts_of
 from sb3_dreamer.types import Dream
 from sb3_dreamer.world_model.rssm import State
 
-SIDE_BY_SIDE = 64  # episodes filtered at once
-CHUNK = 2048  # states dreamt from at once
-DECODED = 512  # states decoded at once; they may be images
-MOST_BYTES = 2**31  # of states and observations: the transformer's carry 64 entries of context, others are images
-COPIES = 5  # of each observation, while episodes are put together and turned into lessons
-LEAST = 1_000  # entries, however large they are
+EPISODES_PER_BATCH = 64  # filtered together
+STATES_PER_CHUNK = 2048  # dreamed from together
+STATES_PER_DECODING = 512  # decoded together; they may be images
+MAX_BYTES = 2**31  # of states and observations: a transformer's state holds 64 entries of context, images are large too
+COPIES = 5  # of each observation, while episodes are concatenated and made into targets
+MIN_ENTRIES = 1_000  # however large they are
 
 
 @dataclass
 class RealStates:
     """M entries of real episodes, one episode after the other; arrangement in time as in ``sb3_dreamer.types``.
 
-    :param obs: key -> (M, *shape) what the policy was given: normalised where the environment normalises.
+    :param obs: key -> (M, *shape) the policy's input: normalized where the environment normalizes.
     :param action: (M, A) encoded, taken after seeing the entry; zero at the last entry of an episode.
-    :param reward: (M,) that came with the entry, normalised where the environment normalises.
-    :param is_last: (M,) bool, the entry that ends the episode, or what is known of it.
+    :param reward: (M,) that came with the entry, normalized where the environment normalizes.
+    :param is_last: (M,) bool, the last known entry of an episode.
     :param is_terminal: (M,) bool.
-    :param packed: (M, P) packed model state after seeing the entry, its expected latents.
+    :param packed: (M, P) packed model state after seeing the entry, with its expected latents.
     """
 
     obs: dict[str, np.ndarray]
@@ -48,19 +49,19 @@ class RealStates:
 
 
 def real_states(model: Dreamer, newest: int) -> RealStates:
-    """Filter the newest part of the replay with the model as it is now, as ``predict(deterministic=True)`` does.
+    """Filter the newest part of the replay with the present model, as ``predict(deterministic=True)`` does.
 
     :param model: the model.
-    :param newest: number of entries, at most; fewer, if states and observations would take more than 2 GiB.
+    :param newest: maximum number of entries; fewer if states and observations would take more than 2 GiB.
     """
     width, parts = model.policy.world_model.rssm.packed_width, parts_of(model.observation_space).values()
     observed = sum(math.prod(part.shape or ()) * np.dtype(part.dtype).itemsize for part in parts)
-    newest = min(newest, max(MOST_BYTES // (4 * width + COPIES * observed), LEAST))
+    newest = min(newest, max(MAX_BYTES // (4 * width + COPIES * observed), MIN_ENTRIES))
     episodes = sorted(read_episodes(model.replay_buffer, newest), key=len, reverse=True)
     begins = np.cumsum([0, *(len(e) + 1 for e in episodes)])
     packed = th.zeros(int(begins[-1]), width, device=model.device)
-    for i in range(0, len(episodes), SIDE_BY_SIDE):
-        _filter(model, episodes[i : i + SIDE_BY_SIDE], packed, begins[i:])
+    for i in range(0, len(episodes), EPISODES_PER_BATCH):
+        _filter(model, episodes[i : i + EPISODES_PER_BATCH], packed, begins[i:])
     last = np.concatenate([np.arange(len(e) + 1) == len(e) for e in episodes])
     normalize = model.get_vec_normalize_env()
     reward = np.concatenate([np.append(np.float32(0.0), e.reward) for e in episodes])
@@ -69,7 +70,7 @@ def real_states(model: Dreamer, newest: int) -> RealStates:
         reward = np.where(is_first, 0.0, normalize.normalize_reward(reward)).astype(np.float32)
     actions = [th.cat([_encoded(model, e), th.zeros(1, model.policy.action_spec.width)]) for e in episodes]
     return RealStates(
-        obs={key: np.concatenate([_seen(model, e)[key] for e in episodes]) for key in episodes[0].obs},
+        obs={key: np.concatenate([_as_policy_input(model, e)[key] for e in episodes]) for key in episodes[0].obs},
         action=th.cat(actions).to(model.device),
         reward=th.as_tensor(reward, device=model.device),
         is_last=last,
@@ -82,7 +83,7 @@ def real_states(model: Dreamer, newest: int) -> RealStates:
 def _filter(model: Dreamer, episodes: list[Episode], packed: th.Tensor, begins: np.ndarray) -> None:
     """Write the states of some episodes, the longest first, to the rows of ``packed`` from ``begins`` on."""
     world_model, rssm = model.policy.world_model, model.policy.world_model.rssm
-    obs, actions = [_seen(model, e) for e in episodes], [_encoded(model, e) for e in episodes]
+    obs, actions = [_as_policy_input(model, e) for e in episodes], [_encoded(model, e) for e in episodes]
     lengths = np.array([len(e) + 1 for e in episodes])
     state = rssm.initial(len(episodes))
     for t in range(lengths[0]):
@@ -93,14 +94,14 @@ def _filter(model: Dreamer, episodes: list[Episode], packed: th.Tensor, begins: 
         packed[th.as_tensor(begins[:n] + t, device=model.device)] = rssm.pack(state)
 
 
-def _seen(model: Dreamer, episode: Episode) -> dict[str, np.ndarray]:
-    """The observations as the policy is given them."""
+def _as_policy_input(model: Dreamer, episode: Episode) -> dict[str, np.ndarray]:
+    """The observations as the policy sees them."""
     normalize = model.get_vec_normalize_env()
     return episode.obs if normalize is None else model.replay_buffer.normalize_obs(episode.obs, normalize)
 
 
 def _encoded(model: Dreamer, episode: Episode) -> th.Tensor:
-    """The actions (L, A) as the model is given them."""
+    """The actions (L, A) as the model sees them."""
     if isinstance(model.action_space, spaces.Box):  # scaled already
         return th.as_tensor(episode.action.reshape(len(episode), -1), dtype=th.float32)
     return th.as_tensor(model.policy.encode_action(episode.action))
@@ -113,18 +114,18 @@ def unpacked(model: Dreamer, packed: th.Tensor) -> State:
 
 @th.no_grad()
 def imagined_observations(model: Dreamer, features: th.Tensor) -> dict[str, np.ndarray]:
-    """Features (n, F) -> what the policy would be given there, (n, *shape) by key.
+    """Features (n, F) -> what the policy would see there, (n, *shape) by key.
 
-    Where the environment normalises, VecNormalize's own limits hold: those of the space are of the original numbers.
+    Where the environment normalizes, values are clipped as VecNormalize does: the space bounds the original values.
     """
-    parts = [_imagined_observations(model, part) for part in features.split(DECODED)]
+    parts = [_imagined_observations(model, part) for part in features.split(STATES_PER_DECODING)]
     return {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
 
 
 def _imagined_observations(model: Dreamer, features: th.Tensor) -> dict[str, np.ndarray]:
     decoded = model.policy.world_model.predict_obs(features)
-    obs, normalize = observations(model.observation_space, decoded), model.get_vec_normalize_env()
-    if normalize is not None and normalize.norm_obs:
+    obs, normalize = decoded_observations(model.observation_space, decoded), model.get_vec_normalize_env()
+    if normalizes_obs(normalize):
         for key in normalize.norm_obs_keys or obs:
             obs[key] = decoded[key].float().clamp(-normalize.clip_obs, normalize.clip_obs).cpu().numpy()
     return obs
@@ -132,22 +133,23 @@ def _imagined_observations(model: Dreamer, features: th.Tensor) -> dict[str, np.
 
 @th.no_grad()
 def dream_returns(
-    model: Dreamer, start: State, gamma: float, first: th.Tensor | None = None, sample: bool = True
+    model: Dreamer, start: State, gamma: float, first_action: th.Tensor | None = None, sample: bool = True
 ) -> tuple[Dream, th.Tensor]:
-    """Let Dreamer act in its dream, and see what each of its actions is worth under another discount.
+    """Let Dreamer act in its dream, and compute the return of each of its actions under another discount.
 
-    Behind the horizon Dreamer's own critic judges, its values scaled from its discount to ``gamma``.
+    At the horizon the values of Dreamer's critic are used, scaled from its discount to ``gamma``.
 
     :param model: the model.
     :param start: N states.
     :param gamma: discount of the algorithm that takes over.
-    :param first: (N, A) actions to take at the start instead of Dreamer's.
-    :param sample: sample latents and actions, else a dream without chance.
+    :param first_action: (N, A) actions to take at the start instead of Dreamer's.
+    :param sample: sample latents and actions; otherwise the dream is deterministic.
     :return: the dream; returns (N, H).
     """
     policy = model.policy
-    dream = imagine(policy.world_model, policy.actor, start, model.imagination_horizon, first, sample)
-    scale = (1 - model.gamma) / (1 - gamma) if max(gamma, model.gamma) < 1 else 1.0
+    dream = imagine(policy.world_model, policy.actor, start, model.imagination_horizon, first_action, sample)
+    own_gamma = policy.world_model.gamma  # of the last update; model.gamma is that of the next one
+    scale = (1 - own_gamma) / (1 - gamma) if max(gamma, own_gamma) < 1 else 1.0
     values = policy.critic.value(dream.features) * scale
-    discount = dream.discount / policy.world_model.gamma * gamma
+    discount = dream.discount / own_gamma * gamma
     return dream, lambda_returns(dream.reward, discount, values, model.gae_lambda)

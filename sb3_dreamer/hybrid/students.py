@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import functools
-import re
 from collections.abc import Callable, Iterable
 from typing import Any, Protocol
 
@@ -17,227 +16,255 @@ from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 from stable_baselines3.common.policies import ActorCriticPolicy
 
-from sb3_dreamer.hybrid.experience import prepare_training
-from sb3_dreamer.hybrid.lessons import Lessons, Verdicts
+from sb3_dreamer.hybrid.distillation import ActionValues, DistillationTargets
+from sb3_dreamer.hybrid.offline_training import prepare_training
 from sb3_dreamer.hybrid.progress import Advance, no_progress
 
-BATCH = 256
-LEARNING_RATE = 1e-3  # at the beginning of what is taught
-LAST_RATE = 0.02  # the share of it at the end
-MOST_SATURATED = 0.99  # a mean action nearer to the bounds than this would need a tanh of very large numbers
+BATCH_SIZE = 256
+LEARNING_RATE = 1e-3  # at the start
+FINAL_RATE = 0.02  # at the end, as a fraction of LEARNING_RATE
+MAX_ABS_MEAN = 0.99  # a mean action nearer to the bounds than this would need a tanh of very large numbers
 LOG_STD_RANGE = (-3.0, 0.0)
-DIFFERENCES = 10.0  # weight of the differences between actions in what critics are taught
+DIFFERENCE_WEIGHT = 10.0  # of the differences between actions in the loss of the critics
 SLOW_START = 1e3  # by how much an off-policy actor's first steps are smaller than later ones
-GRADIENTS_NOTED = 50  # minibatches that tell how large they are
-ENDLESS = 1e6  # updates after which Adam corrects its moments no more
+CALIBRATION_MINIBATCHES = 50  # from which the size of the gradients is estimated
+ADAM_STEP = 1e6  # updates after which Adam does not correct the bias of its moments
+UNSUPPORTED_POLICIES = {"RecurrentActorCriticPolicy", "MaskableActorCriticPolicy"}  # of sb3-contrib
 
-# Layer normalisation without weights, then ReLU, for any width: all features are one group. It bounds what critics make
-# of actions that they have not seen (Ball et al. 2023, RLPD); without it the actor follows their errors out of a gait.
-# Made of torch's own parts, so that SB3 alone can load what has it.
-NORMED_RELU = functools.partial(th.nn.Sequential, th.nn.GroupNorm(1, 1, affine=False), th.nn.ReLU())
+# Layer normalization without weights, then ReLU, for any width: all features are one group. It bounds the values of
+# actions that critics have not seen (Ball et al. 2023, RLPD); without it the actor follows their errors out of a gait.
+# Made of torch's own modules, so that SB3 alone can load a student.
+NORMALIZED_RELU = functools.partial(th.nn.Sequential, th.nn.GroupNorm(1, 1, affine=False), th.nn.ReLU())
 
 
-class Student(Protocol):
-    """One family of algorithms."""
+class Family(Protocol):
+    """How the policies of one family of algorithms are trained."""
 
     def parameters(self) -> list[th.nn.Parameter]:
-        """What learns to act."""
+        """The parameters to train."""
 
-    def loss(self, obs: Any, lessons: Lessons, index: np.ndarray) -> th.Tensor:
-        """How far its actions are from Dreamer's, ()."""
+    def loss(self, obs: Any, targets: DistillationTargets, index: np.ndarray) -> th.Tensor:
+        """Distance of its actions from Dreamer's, ()."""
 
-    def finish(self, lessons: Lessons) -> None:
-        """What is left to do once it acts alike."""
+    def finish(self, targets: DistillationTargets) -> None:
+        """What remains to be done once it acts like Dreamer."""
 
 
-def student_of(target: BaseAlgorithm) -> Student:
+def family_of(student: BaseAlgorithm) -> Family:
     """The family that an algorithm belongs to.
 
-    :raises ValueError: for an algorithm whose policy has none of the known forms.
+    :raises ValueError: for an algorithm of no known form.
     """
-    if isinstance(target, OnPolicyAlgorithm) and not re.search("Recurrent|Maskable", type(target.policy).__name__):
-        return StochasticActorCritic(target)
-    actor = getattr(target.policy, "actor", None)
-    if not isinstance(target, OffPolicyAlgorithm) or actor is None:
-        continuous = "SAC, TD3, DDPG, TQC, CrossQ, " * isinstance(target.action_space, spaces.Box)
+    ancestors = {base.__name__ for base in type(student.policy).__mro__}
+    if isinstance(student, OnPolicyAlgorithm) and ancestors.isdisjoint(UNSUPPORTED_POLICIES):
+        return StochasticActorCritic(student)
+    actor = getattr(student, "actor", None)
+    if not isinstance(student, OffPolicyAlgorithm) or actor is None:
+        off_policy = "SAC, TD3, DDPG, TQC, CrossQ, " if isinstance(student.action_space, spaces.Box) else ""
         raise ValueError(
-            f"{type(target).__name__} is of no family that Dreamer can be handed over to: use {continuous}PPO, A2C or "
-            'TRPO; for a task that needs memory, one of them with on="latents"'
+            f"{type(student).__name__} cannot take over from Dreamer: use {off_policy}PPO, A2C or TRPO; for a task "
+            'that needs memory, one of them with on="latents"'
         )
-    return SquashedActor(target) if hasattr(actor, "action_log_prob") else DeterministicActor(target)
+    return SquashedActor(student) if hasattr(actor, "action_log_prob") else DeterministicActor(student)
 
 
 class DeterministicActor:
-    """TD3, DDPG: actions (n, A) in [-1, 1]; they explore by noise as wide as Dreamer's, if no other was asked for."""
+    """TD3, DDPG: actions (n, A) in [-1, 1]; unless it has action noise already, it gets noise as wide as Dreamer's."""
 
-    def __init__(self, target: Any) -> None:
-        self.target = target
+    def __init__(self, student: Any) -> None:
+        self.student = student
 
     def parameters(self) -> list[th.nn.Parameter]:
-        return list(self.target.actor.parameters())
+        return list(self.student.actor.parameters())
 
-    def loss(self, obs: Any, lessons: Lessons, index: np.ndarray) -> th.Tensor:
-        mean = lessons.mean[index].clamp(-MOST_SATURATED, MOST_SATURATED)
-        return (self.target.actor(obs) - mean).square().sum(-1).mean()
+    def loss(self, obs: Any, targets: DistillationTargets, index: np.ndarray) -> th.Tensor:
+        mean = targets.mean[index].clamp(-MAX_ABS_MEAN, MAX_ABS_MEAN)
+        return (self.student.actor(obs) - mean).square().sum(-1).mean()
 
-    def finish(self, lessons: Lessons) -> None:
-        self.target.actor_target.load_state_dict(self.target.actor.state_dict())
-        if self.target.action_noise is None:
-            width = lessons.std.mean(0).cpu().numpy().reshape(self.target.action_space.shape)
-            self.target.action_noise = NormalActionNoise(np.zeros_like(width), width)
+    def finish(self, targets: DistillationTargets) -> None:
+        self.student.actor_target.load_state_dict(self.student.actor.state_dict())
+        if self.student.action_noise is None:
+            std = targets.std.mean(0).cpu().numpy().reshape(self.student.action_space.shape)
+            self.student.action_noise = NormalActionNoise(np.zeros_like(std), std)
 
 
 class SquashedActor:
     """SAC, TQC, CrossQ: actions tanh(N(mu, std)), in [-1, 1].
 
     Dreamer's standard deviation is that of the action, the student's that of its argument: they differ by the slope
-    of tanh, 1 - a^2. The temperature is what Dreamer's own weight of the entropy means for unscaled returns, and the
-    entropy to be kept is the one that was handed over: neither pulls the policy anywhere.
+    of tanh, 1 - a^2. The temperature is Dreamer's weight of the entropy in units of unscaled returns, and the target
+    entropy is that of the distilled policy: neither pulls the policy anywhere.
     """
 
-    def __init__(self, target: Any) -> None:
-        self.target = target
+    def __init__(self, student: Any) -> None:
+        self.student = student
 
     def parameters(self) -> list[th.nn.Parameter]:
-        return list(self.target.actor.parameters())
+        return list(self.student.actor.parameters())
 
-    def loss(self, obs: Any, lessons: Lessons, index: np.ndarray) -> th.Tensor:
-        mu, log_std, _ = self.target.actor.get_action_dist_params(obs)
-        mean = lessons.mean[index].clamp(-MOST_SATURATED, MOST_SATURATED)
-        wanted = (lessons.std[index] / (1 - mean.square())).log().clamp(*LOG_STD_RANGE)
-        return ((th.tanh(mu) - mean).square() + 0.1 * (log_std - wanted).square()).sum(-1).mean()
+    def loss(self, obs: Any, targets: DistillationTargets, index: np.ndarray) -> th.Tensor:
+        mu, log_std, _ = self.student.actor.get_action_dist_params(obs)
+        mean = targets.mean[index].clamp(-MAX_ABS_MEAN, MAX_ABS_MEAN)
+        target_log_std = (targets.std[index] / (1 - mean.square())).log().clamp(*LOG_STD_RANGE)
+        return ((th.tanh(mu) - mean).square() + 0.1 * (log_std - target_log_std).square()).sum(-1).mean()
 
-    def finish(self, lessons: Lessons) -> None:
-        obs = lessons.seen_by(self.target.policy, next(lessons.batches(1, 4096)))
+    def finish(self, targets: DistillationTargets) -> None:
+        obs = targets.obs_for(self.student.policy, next(targets.minibatches(1, 4096)))
         with th.no_grad():
-            self.target.target_entropy = -self.target.actor.action_log_prob(obs)[1].mean().item()
+            self.student.target_entropy = -self.student.actor.action_log_prob(obs)[1].mean().item()
 
 
 class StochasticActorCritic:
-    """PPO, A2C, TRPO: a Gaussian in the units of the action space, or choices; value function beside it.
+    """PPO, A2C, TRPO: a Gaussian in the units of the action space, or choices; and a value function.
 
-    Actions of a Box are learned in [-1, 1], whatever its bounds; the last layer then takes over their scale.
+    Actions of a Box are learned in [-1, 1], whatever its bounds; the last layer is rescaled to them afterwards.
     """
 
-    def __init__(self, target: Any) -> None:
-        self.policy: ActorCriticPolicy = target.policy
-        self.space = target.action_space
-        self.std_given = "log_std_init" in target.policy_kwargs
+    def __init__(self, student: Any) -> None:
+        self.policy: ActorCriticPolicy = student.policy
+        self.space = student.action_space
+        self.std_given = "log_std_init" in student.policy_kwargs
 
     def parameters(self) -> list[th.nn.Parameter]:
         return list(self.policy.parameters())
 
-    def loss(self, obs: Any, lessons: Lessons, index: np.ndarray) -> th.Tensor:
-        chosen: Any = self.policy.get_distribution(obs).distribution
-        wanted = lessons.mean[index]
-        scale = lessons.value.std().clamp(min=1e-3)
+    def loss(self, obs: Any, targets: DistillationTargets, index: np.ndarray) -> th.Tensor:
+        distribution: Any = self.policy.get_distribution(obs).distribution
+        mean = targets.mean[index]
         value = self.policy.predict_values(obs).squeeze(-1)
-        loss = ((value - lessons.value[index]) / scale).square().mean()
+        loss = (value - standardized(targets.value)[index]).square().mean()
         if isinstance(self.space, spaces.Box):
-            return loss + (chosen.mean - wanted).square().sum(-1).mean()
+            return loss + (distribution.mean - mean).square().sum(-1).mean()
         if isinstance(self.space, spaces.MultiBinary):
-            return loss - (wanted * chosen.logits - th.nn.functional.softplus(chosen.logits)).sum(-1).mean()
-        logits = th.cat([part.logits for part in (chosen if isinstance(chosen, list) else [chosen])], -1)
-        return loss - (wanted * logits).sum(-1).mean()
+            logits = distribution.logits
+            return loss - (mean * logits - th.nn.functional.softplus(logits)).sum(-1).mean()
+        categoricals = distribution if isinstance(distribution, list) else [distribution]
+        logits = th.cat([categorical.logits for categorical in categoricals], -1)
+        return loss - (mean * logits).sum(-1).mean()
 
-    def finish(self, lessons: Lessons) -> None:
+    def finish(self, targets: DistillationTargets) -> None:
+        unstandardize(self.policy.value_net, targets.value)
         if isinstance(self.space, spaces.Box):
             bounds = self.space.low.flatten(), self.space.high.flatten()
-            low, high = (th.as_tensor(bound, device=lessons.std.device) for bound in bounds)
-            last: Any = self.policy.action_net
+            low, high = (th.as_tensor(bound, device=targets.std.device) for bound in bounds)
             half_range = (high - low) / 2
-            with th.no_grad():
-                last.weight.mul_(half_range.unsqueeze(-1))
-                last.bias.mul_(half_range).add_((low + high) / 2)
-                if not self.std_given:
-                    self.policy.log_std.copy_((lessons.std.mean(0) * half_range).clamp(min=1e-3).log())
+            rescale(self.policy.action_net, half_range, (low + high) / 2)
+            if not self.std_given:
+                with th.no_grad():
+                    self.policy.log_std.copy_((targets.std.mean(0) * half_range).clamp(min=1e-3).log())
 
 
-def teach(target: BaseAlgorithm, lessons: Lessons, updates: int, advance: Advance = no_progress) -> None:
-    """Make the student act (and, on policy, judge) as Dreamer does; its own optimisers stay as new.
+def teach(student: BaseAlgorithm, targets: DistillationTargets, updates: int, advance: Advance = no_progress) -> None:
+    """Train the student to act (and on policy, to value states) as Dreamer does; its own optimizers stay untouched.
 
-    :param target: the student.
-    :param lessons: what to learn.
+    :param student: the algorithm.
+    :param targets: what to learn.
     :param updates: minibatches of 256.
-    :param advance: is told of each.
+    :param advance: called after each.
     """
-    student = student_of(target)
+    family = family_of(student)
 
     def loss(index: np.ndarray) -> th.Tensor:
-        return student.loss(lessons.seen_by(target.policy, index), lessons, index)
+        return family.loss(targets.obs_for(student.policy, index), targets, index)
 
-    target.policy.set_training_mode(True)
-    fit(student.parameters(), loss, lessons.batches(updates, BATCH), updates, advance)
-    target.policy.set_training_mode(False)
-    student.finish(lessons)
+    student.policy.set_training_mode(True)
+    fit(family.parameters(), loss, targets.minibatches(updates, BATCH_SIZE), updates, advance)
+    student.policy.set_training_mode(False)
+    family.finish(targets)
 
 
-def teach_critics(target: Any, verdicts: Verdicts, updates: int, advance: Advance = no_progress) -> None:
-    """Off-policy critics learn what Dreamer thinks of actions, and foremost how they differ at one moment.
+def teach_critics(student: Any, targets: ActionValues, updates: int, advance: Advance = no_progress) -> None:
+    """Off-policy critics learn Dreamer's action values, above all the differences between actions in one state.
 
-    The actor follows their slope over actions from its first step on, and replayed actions hardly tell them apart.
+    The actor follows their slope over actions from its first step on, and replayed actions hardly reveal it.
     They learn at a rate of their own, whatever the student's is, and it falls to almost nothing: at a constant rate the
-    noise of the last minibatches alone leads the actor astray.
+    noise of the last minibatches alone leads the actor astray. The values are standardized, and the last layers then
+    take over their mean and deviation: on the way from zero to values of hundreds a critic learns nothing else.
 
-    :param target: the student.
-    :param verdicts: what actions are worth.
-    :param updates: minibatches of 256 moments.
-    :param advance: is told of each.
+    :param student: the algorithm.
+    :param targets: what to learn.
+    :param updates: minibatches of 256 states.
+    :param advance: called after each.
     """
+    values = standardized(targets.value)
 
     def loss(index: np.ndarray) -> th.Tensor:
-        value = verdicts.value[index]
-        obs = verdicts.seen_by(target.policy, index.repeat(value.shape[1]))
-        predicted = target.critic(obs, verdicts.action[index].flatten(0, 1))
+        value = values[index]
+        obs = targets.obs_for(student.policy, index.repeat(value.shape[1]))
+        predicted = student.critic(obs, targets.action[index].flatten(0, 1))
         stacked = th.stack(predicted, 1) if isinstance(predicted, tuple) else predicted  # (., critics, 1 or quantiles)
         error = stacked.flatten(1).unflatten(0, value.shape) - value.unsqueeze(-1)
-        return error.square().mean() + DIFFERENCES * (error - error[:, :1]).square().mean()
+        return error.square().mean() + DIFFERENCE_WEIGHT * (error - error[:, :1]).square().mean()
 
-    target.policy.set_training_mode(True)
-    fit(target.critic.parameters(), loss, verdicts.batches(updates, BATCH), updates, advance)
-    target.policy.set_training_mode(False)
-    if hasattr(target, "critic_target"):
-        target.critic_target.load_state_dict(target.critic.state_dict())
+    student.policy.set_training_mode(True)
+    fit(student.critic.parameters(), loss, targets.minibatches(updates, BATCH_SIZE), updates, advance)
+    student.policy.set_training_mode(False)
+    for network in student.critic.q_networks:
+        unstandardize(network[-1], targets.value)
+    if hasattr(student, "critic_target"):
+        student.critic_target.load_state_dict(student.critic.state_dict())
 
 
-def start_slowly(target: Any) -> None:
-    """Let the actor's first steps be small, so that the critics can follow what it becomes.
+def standardized(value: th.Tensor) -> th.Tensor:
+    """Values of any shape with mean 0 and deviation 1; constant values become 0."""
+    return (value - value.mean()) / deviation(value)
 
-    Its optimiser is left as if gradients had been ``SLOW_START`` times as large as they are. Adam forgets that at the
+
+def unstandardize(layer: Any, value: th.Tensor) -> None:
+    """Make a last layer that has learned :func:`standardized` values predict the values themselves."""
+    rescale(layer, deviation(value), value.mean())
+
+
+def deviation(value: th.Tensor) -> th.Tensor:
+    """Standard deviation (), bounded from below so that noise is not amplified."""
+    return value.std().clamp(min=1e-3)
+
+
+@th.no_grad()
+def rescale(layer: Any, scale: th.Tensor, shift: th.Tensor) -> None:
+    """Multiply the outputs of a linear layer by ``scale`` and add ``shift``, () or (out,) each."""
+    layer.weight.mul_(scale.unsqueeze(-1))
+    layer.bias.mul_(scale).add_(shift)
+
+
+def start_slowly(student: Any) -> None:
+    """Make the actor's first steps small, so that the critics can follow its changes.
+
+    Its optimizer is left as if gradients had been ``SLOW_START`` times as large as they are. Adam forgets that at the
     rate of its second moments: with 1,000 and 0.999 steps are a hundredth of their size after 4,600 updates, and whole
-    after 13,800. Another kind of optimiser stays as it is, and so does AMSGrad, which never forgets.
+    after 13,800. Another kind of optimizer stays as it is, and so does AMSGrad, which never forgets.
 
-    :param target: the student, its critics taught and its replay filled.
+    :param student: the algorithm, its critics trained and its replay filled.
     """
-    updates, schedule, actor = target._n_updates, target.lr_schedule, copy.deepcopy(target.actor.state_dict())
-    target.lr_schedule = lambda _: 0.0  # nothing moves, but the optimisers take note of the gradients
-    prepare_training(target)
+    updates, schedule, actor = student._n_updates, student.lr_schedule, copy.deepcopy(student.actor.state_dict())
+    student.lr_schedule = lambda _: 0.0  # nothing moves, but the optimizers record the gradients
+    prepare_training(student)
     try:
-        target.train(GRADIENTS_NOTED, target.batch_size)
+        student.train(CALIBRATION_MINIBATCHES, student.batch_size)
     finally:
-        target._n_updates, target.lr_schedule = updates, schedule
-        target.actor.load_state_dict(actor)  # CrossQ's batch norms take note of every batch
-        del target._logger
-    optimizer = target.actor.optimizer
+        student._n_updates, student.lr_schedule = updates, schedule
+        student.actor.load_state_dict(actor)  # the batch norms of CrossQ change with every batch
+        del student._logger
+    optimizer = student.actor.optimizer
     decay = optimizer.defaults.get("betas", (None, None))[1]
     for state in optimizer.state.values():
         if decay is not None and "exp_avg_sq" in state and "max_exp_avg_sq" not in state:
             square = state["exp_avg_sq"] / (1 - decay ** state["step"].item())
-            state["exp_avg_sq"].copy_(SLOW_START**2 * square.clamp(min=square.mean()))  # some have seen no gradient yet
-            state["step"].fill_(ENDLESS)
+            state["exp_avg_sq"].copy_(SLOW_START**2 * square.clamp(min=square.mean()))  # some have no gradient yet
+            state["step"].fill_(ADAM_STEP)
 
 
 def fit(
     parameters: Iterable[th.nn.Parameter],
     loss_of: Callable[[np.ndarray], th.Tensor],
-    batches: Iterable[np.ndarray],
+    minibatches: Iterable[np.ndarray],
     updates: int,
     advance: Advance,
 ) -> None:
-    """Minimise the loss of each batch in turn, at a rate that falls to almost nothing."""
+    """Minimize the loss of each minibatch in turn, at a rate that falls to almost nothing."""
     optimizer = th.optim.Adam(parameters, lr=LEARNING_RATE)
-    schedule = th.optim.lr_scheduler.LinearLR(optimizer, 1.0, LAST_RATE, total_iters=max(updates, 1))
-    for index in batches:
+    schedule = th.optim.lr_scheduler.LinearLR(optimizer, 1.0, FINAL_RATE, total_iters=max(updates, 1))
+    for index in minibatches:
         loss = loss_of(index)
         optimizer.zero_grad()
         loss.backward()

@@ -39,7 +39,7 @@ def twohot_mean(logits: th.Tensor, bins: th.Tensor) -> th.Tensor:
 
 
 def twohot_loss(logits: th.Tensor, target: th.Tensor, bins: th.Tensor) -> th.Tensor:
-    """Cross-entropy to the two-hot codes of one or more targets, summed over them (paper, Eq. 9-10).
+    """Cross-entropy to the two-hot codes of one or more targets, summed over them (paper, "Robust predictions").
 
     :param logits: (..., bins).
     :param target: (..., n) targets of the same prediction.
@@ -86,6 +86,11 @@ def straight_through(onehot: th.Tensor, probs: th.Tensor) -> th.Tensor:
     return onehot + (probs - probs.detach())
 
 
+def categorical_entropy(p: th.Tensor) -> th.Tensor:
+    """Entropy in nats of S categoricals each: probabilities (..., K, S) -> (..., S)."""
+    return -(p * p.log()).sum(-2)
+
+
 def categorical_kl(p: th.Tensor, q: th.Tensor) -> th.Tensor:
     """KL(p || q) of S categoricals, summed: probabilities (..., K, S) -> (...)."""
     return (p * (p.log() - q.log())).sum((-2, -1))
@@ -125,8 +130,8 @@ class BoundedNormal:
 
     @property
     def std(self) -> th.Tensor:
-        """Computed when it is first asked for: acting without chance does not. (No cached_property: its lock of Python
-        before 3.12 cannot be compiled.)"""
+        """Computed on first use: deterministic actions never need it. (``functools.cached_property`` takes a lock
+        before Python 3.12, which torch.compile cannot trace.)"""
         if self._std is None:
             self._std = (self.max_std - self.min_std) * th.sigmoid(self.raw_std + 2.0) + self.min_std
         return self._std
@@ -144,7 +149,7 @@ class BoundedNormal:
         return (0.5 + LOG_SQRT_2PI + self.std.log()).sum(-1)
 
 
-class OneHots:
+class OneHotCategoricals:
     """One or more categorical choices, each mixed with 1% uniform, encoded as concatenated one-hot vectors.
 
     :param out: (..., sum of classes) logits.
@@ -169,7 +174,7 @@ class OneHots:
         return sum((-(p * p.log()).sum(-1) for p in self.probs), start=th.zeros(()))
 
 
-class Bits:
+class Bernoulli:
     """Independent yes-or-no choices, each mixed with 1% uniform, encoded as zeros and ones.
 
     :param out: (..., A) logits of a one.

@@ -6,6 +6,7 @@ import math
 import warnings
 from collections.abc import Callable
 from functools import cache, partial
+from itertools import pairwise
 from typing import Any, TypeVar
 
 import torch as th
@@ -70,7 +71,7 @@ def floored_length(x: th.Tensor, floor: th.Tensor) -> th.Tensor:
 
 @cache
 def norm_constants(n: int, dtype: th.dtype, device: th.device) -> tuple[th.Tensor, th.Tensor]:
-    """sqrt(n eps) and sqrt(n), () each: torch takes longer over a plain number than over a tensor."""
+    """sqrt(n eps) and sqrt(n), () each: dividing by a Python number is slower than by a tensor."""
     floor, root = th.tensor([(n * RMSNorm.eps) ** 0.5, n**0.5], dtype=dtype, device=device)
     return floor, root
 
@@ -101,7 +102,7 @@ class NormSilu(th.autograd.Function):
 
 
 def norm_silu_to(a: th.Tensor, gain: th.Tensor, floor: th.Tensor, unit: th.Tensor, length: th.Tensor) -> th.Tensor:
-    """:class:`NormSilu` by hand, into arrays that are there already: what :func:`norm_silu_backward` needs.
+    """Forward pass of :class:`NormSilu` that writes what :func:`norm_silu_backward` needs into given arrays.
 
     :param a: (B, ..., n).
     :param gain: g sqrt(n).
@@ -148,7 +149,7 @@ class MLP(nn.Sequential):
 
     def __init__(self, in_features: int, units: int, layers: int) -> None:
         widths = [in_features] + [units] * layers
-        super().__init__(*(Dense(i, o) for i, o in zip(widths, widths[1:], strict=False)))
+        super().__init__(*(Dense(i, o) for i, o in pairwise(widths)))
 
 
 class BlockLinear(nn.Module):
@@ -182,19 +183,19 @@ class BlockLinear(nn.Module):
 def fast_bfloat16(device: th.device) -> bool:
     """Whether the device multiplies bfloat16 matrices faster than float32 ones."""
     if device.type == "cpu":
-        # not every version of torch tells
+        # not every version of torch has these
         names = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
         return any(getattr(th.cpu, name, bool)() for name in names)
     return device.type == "cuda" and th.cuda.is_bf16_supported(including_emulation=False)
 
 
 def mixed_precision(device: th.device) -> th.autocast:
-    """A context in which products are of bfloat16, where the device is faster with it."""
+    """Autocast to bfloat16 on devices that multiply it faster than float32."""
     return th.autocast(device.type, th.bfloat16, enabled=fast_bfloat16(device))
 
 
 def to_autocast_dtype(x: th.Tensor) -> th.Tensor:
-    """``x`` in the type that autocast would turn it into for every product; the same ``x`` outside of autocast."""
+    """``x`` in the type that autocast casts it to before every product; ``x`` itself outside of autocast."""
     kind = x.device.type
     return x.to(th.get_autocast_dtype(kind)) if th.is_autocast_enabled(kind) else x
 
@@ -208,7 +209,7 @@ def fast_tanh(x: th.Tensor) -> th.Tensor:
 def can_compile() -> bool:
     """Whether torch.compile works for the GPU of this machine: tried once, on a single number.
 
-    Older versions than 2.8 compile what writes into rows that are not aligned to 16 bytes wrongly.
+    Before torch 2.8, writes to rows that are not aligned to 16 bytes are compiled wrongly.
     """
     if th.__version__ < "2.8":
         return False

@@ -49,10 +49,10 @@ class LaProp(th.optim.Optimizer):
     def step(self, loss: th.Tensor | None = None) -> th.Tensor:  # type: ignore[override]
         """One update of every parameter that has a gradient.
 
-        :param loss: what the gradients are of; where it is not finite, nothing changes either.
+        :param loss: the loss that was differentiated; if it is not finite, nothing changes either.
         :return: () bool, whether anything was learned.
         """
-        if not recording():
+        if not is_capturing():
             self.put_rates_on_device()
         groups = [(group, [p for p in group["params"] if p.grad is not None]) for group in self.param_groups]
         clipped = [clip_gradients(params, group["clip"]) for group, params in groups if params]
@@ -87,23 +87,23 @@ class LaProp(th.optim.Optimizer):
             grad.masked_fill_(bad, 0.0)
         th._foreach_mul_(nu, th.where(finite, beta2, 1.0))
         th._foreach_addcmul_(nu, grads, grads, 1 - beta2)
-        scale = th._foreach_div(nu, bias(beta2, step))
+        scale = th._foreach_div(nu, bias_correction(beta2, step))
         th._foreach_sqrt_(scale)
         th._foreach_add_(scale, group["eps"])
         th._foreach_mul_(mu, th.where(finite, beta1, 1.0))
         th._foreach_addcdiv_(mu, grads, scale, 1 - beta1)
         warmup = group["warmup_steps"]
         rate = group["rate"] * (((step - 1) / warmup).clamp(0.0, 1.0) if warmup else 1.0)
-        th._foreach_sub_(params, th._foreach_mul(mu, finite * rate / bias(beta1, step)))
+        th._foreach_sub_(params, th._foreach_mul(mu, finite * rate / bias_correction(beta1, step)))
 
 
-def recording() -> bool:
+def is_capturing() -> bool:
     """Whether what is launched now goes into a CUDA graph instead of being run."""
     return th.cuda.is_available() and th.cuda.is_current_stream_capturing()
 
 
-def bias(beta: float, step: th.Tensor) -> th.Tensor:
-    """1 - beta^step, what is missing in a moving average from zero; without cancellation, and never 0."""
+def bias_correction(beta: float, step: th.Tensor) -> th.Tensor:
+    """Bias correction 1 - beta^step of a moving average that starts at zero, without cancellation; never 0."""
     return -th.expm1(step.clamp(min=1.0) * math.log(beta))
 
 

@@ -46,14 +46,14 @@ def symlog_flat(x: th.Tensor, spec: Spec) -> th.Tensor:
 def one_hot(x: th.Tensor, spec: Spec) -> th.Tensor:
     """Concatenated one-hot vectors of integers: (..., *shape) -> (..., sum of classes)."""
     columns = x.long().reshape(*x.shape[: x.ndim - len(spec.shape)], len(spec.classes)).unbind(-1)
-    numbers = zip(columns, spec.first, spec.classes, strict=True)
-    return th.cat([c[..., None] - first == th.arange(k, device=x.device) for c, first, k in numbers], -1).float()
+    numbers = zip(columns, spec.start, spec.classes, strict=True)
+    return th.cat([c[..., None] - start == th.arange(k, device=x.device) for c, start, k in numbers], -1).float()
 
 
 def are_choices(x: th.Tensor, spec: Spec) -> bool:
     """Whether all integers (..., *shape) are among those that have a code."""
-    first, classes = (th.tensor(numbers, device=x.device) for numbers in (spec.first, spec.classes))
-    chosen = x.reshape(-1, len(spec.classes)) - first
+    start, classes = (th.tensor(numbers, device=x.device) for numbers in (spec.start, spec.classes))
+    chosen = x.reshape(-1, len(spec.classes)) - start
     return bool(((chosen >= 0) & (chosen < classes)).all())
 
 
@@ -87,7 +87,7 @@ def vector(out: th.Tensor, spec: Spec) -> th.Tensor:
 def integers(out: th.Tensor, spec: Spec) -> th.Tensor:
     """The most likely integers: (..., sum of classes) -> (..., *shape)."""
     logits = out.split(list(spec.classes), -1)
-    best = th.stack([x.argmax(-1) + first for x, first in zip(logits, spec.first, strict=True)], -1)
+    best = th.stack([x.argmax(-1) + start for x, start in zip(logits, spec.start, strict=True)], -1)
     return best.reshape(*out.shape[:-1], *spec.shape)
 
 

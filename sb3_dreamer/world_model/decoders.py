@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from itertools import pairwise
 
 import torch as th
 import torch.nn.functional as F
@@ -30,8 +31,7 @@ class ImageDecoder(nn.Module):
         self.from_stoch = nn.Sequential(Dense(size.stoch * size.classes, 2 * size.units), Linear(2 * size.units, cells))
         self.norm = ChannelNorm(channels[0])
         self.stages = nn.ModuleList(
-            nn.Sequential(SameConv(c_in, c_out), ChannelNorm(c_out), nn.SiLU())
-            for c_in, c_out in zip(channels, channels[1:], strict=False)
+            nn.Sequential(SameConv(c_in, c_out), ChannelNorm(c_out), nn.SiLU()) for c_in, c_out in pairwise(channels)
         )
         self.out = SameConv(channels[-1], spec.shape[0])
 

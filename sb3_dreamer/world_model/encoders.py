@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from itertools import pairwise
 
 import torch as th
 from torch import nn
@@ -40,7 +41,7 @@ class ImageEncoder(nn.Module):
         super().__init__()
         channels = [spec.shape[0], *(depth * m for m in IMAGE_MULTIPLIERS)]
         self.stages = nn.ModuleList()
-        for c_in, c_out in zip(channels, channels[1:], strict=False):
+        for c_in, c_out in pairwise(channels):
             pool = nn.MaxPool2d(2, ceil_mode=True)
             self.stages.append(nn.Sequential(SameConv(c_in, c_out), pool, ChannelNorm(c_out), nn.SiLU()))
         height, width = (halved(n, len(IMAGE_MULTIPLIERS)) for n in spec.shape[1:])

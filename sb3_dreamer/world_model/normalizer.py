@@ -10,8 +10,8 @@ from sb3_dreamer.nets.running import RunningStatistics
 from sb3_dreamer.types import Spec
 from sb3_dreamer.world_model.codes import flat
 
-FLOOR = 1e-6  # of the variance: what never moves is not blown up
-LIMIT = 1e15  # of the observations that the moments take note of: the square of more would overflow
+FLOOR = 1e-6  # of the variance, so that constant dimensions are not amplified
+LIMIT = 1e15  # clip before squaring: larger observations would overflow the variance
 
 
 class ObsNormalizer(RunningStatistics):
@@ -21,7 +21,7 @@ class ObsNormalizer(RunningStatistics):
     model then spends itself on them. Until the first :meth:`update` nothing is changed.
 
     :param specs: key -> spec of the observations.
-    :param rate: the least share of a new batch in the moments; before 1 / rate updates they are plain averages.
+    :param rate: smallest weight of a new batch; before update 1 / rate the moments are plain averages.
     """
 
     mean: th.Tensor
@@ -39,7 +39,7 @@ class ObsNormalizer(RunningStatistics):
 
     @th.no_grad()
     def update(self, obs: Mapping[str, th.Tensor]) -> None:
-        """Take note of raw observations, key -> (..., *shape)."""
+        """Update the moments with raw observations, key -> (..., *shape)."""
         if not self.specs:
             return
         x = th.cat([flat(obs[key], spec).flatten(0, -2) for key, spec in self.specs.items()], -1)

@@ -8,7 +8,7 @@ import torch as th
 import torch.nn.functional as F
 from torch import nn
 
-from sb3_dreamer.nets.distributions import categorical_kl, sample_onehot, unimix_probs
+from sb3_dreamer.nets.distributions import categorical_entropy, categorical_kl, sample_onehot, unimix_probs
 from sb3_dreamer.nets.layers import Dense, Linear, to_autocast_dtype
 from sb3_dreamer.types import Size
 from sb3_dreamer.world_model.context import Context
@@ -19,52 +19,52 @@ FREE_NATS = 1.0
 
 @dataclass
 class State:
-    """What the model remembers of a moment. Opaque outside this file: flatten, detach, index, ask for features.
+    """The model's state at one step. Opaque outside this file: flatten, detach, index, read ``features``.
 
     :param features: (..., F) what the heads read: the deterministic state h, then the latents z, one-hot or as
         probabilities, class by class (the S latents lie side by side for each class: a softmax over few classes is fast
         across latents and slow within one).
-    :param width: D, how many of the features are h.
-    :param context: what the sequence model remembers beside them.
+    :param deter_width: D, how many of the features are h.
+    :param context: what the sequence model remembers besides h and z.
     """
 
     features: th.Tensor
-    width: int
+    deter_width: int
     context: Context = field(default_factory=Context)
 
     @classmethod
-    def of(cls, deter: th.Tensor, stoch: th.Tensor, context: Context | None = None) -> State:
+    def from_parts(cls, deter: th.Tensor, stoch: th.Tensor, context: Context | None = None) -> State:
         """h (..., D) and z (..., K * S)."""
         return cls(th.cat([deter, stoch], -1), deter.shape[-1], context or Context())
 
     @property
     def deter(self) -> th.Tensor:
         """(..., D) deterministic state h."""
-        return self.features[..., : self.width]
+        return self.features[..., : self.deter_width]
 
     @property
     def stoch(self) -> th.Tensor:
         """(..., K * S) latents z."""
-        return self.features[..., self.width :]
+        return self.features[..., self.deter_width :]
 
     def __getitem__(self, index: th.Tensor | slice | tuple) -> State:
-        return State(self.features[index], self.width, self.context[index])
+        return State(self.features[index], self.deter_width, self.context[index])
 
     def flatten(self) -> State:
         """(B, T, .) -> (B * T, .)."""
-        return State(self.features.flatten(0, 1), self.width, self.context.flatten())
+        return State(self.features.flatten(0, 1), self.deter_width, self.context.flatten())
 
     def to_autocast_dtype(self) -> State:
         """Cast once to the type of autocast, so that imagination does not cast at every step."""
-        return State(to_autocast_dtype(self.features), self.width, self.context)
+        return State(to_autocast_dtype(self.features), self.deter_width, self.context)
 
     def detach(self) -> State:
         """The same values without gradient."""
-        return State(self.features.detach(), self.width, self.context.detach())
+        return State(self.features.detach(), self.deter_width, self.context.detach())
 
 
 class RSSM(nn.Module):
-    """Sequence model, posterior and prior over S categorical latents (paper, Eq. 3 and Methods).
+    """Sequence model, posterior and prior over S categorical latents (paper, "World model learning").
 
     :param embed_width: width of the encoder's output.
     :param action_width: A.
@@ -104,11 +104,12 @@ class RSSM(nn.Module):
         return th.cat([(onehot * self.class_numbers).sum(-2), state.deter[..., : self.carried]], -1)
 
     def restore(self, latents: th.Tensor) -> State:
-        """Inverse of :meth:`latents`, (n, latent_width); what they lack starts afresh."""
+        """Inverse of :meth:`latents`, (n, latent_width); what they do not contain starts from zero: the context, and h
+        of a parallel model."""
         number, deter = latents.tensor_split([self.stoch], -1)
         onehot = number.unsqueeze(-2) == self.class_numbers  # (n, K, S)
         deter = F.pad(deter, (0, self.deter - self.carried))
-        return State.of(deter, onehot.flatten(-2).to(deter.dtype), self.sequence.unpack(latents[..., :0]))
+        return State.from_parts(deter, onehot.flatten(-2).to(deter.dtype), self.sequence.unpack(latents[..., :0]))
 
     def pack(self, state: State) -> th.Tensor:
         """One float vector for each of n states, for ``predict``: (n, packed_width). Zeros are the initial state."""
@@ -124,8 +125,8 @@ class RSSM(nn.Module):
     def observe_step(self, state: State, embed: th.Tensor, prev_action: th.Tensor, sample: bool = True) -> State:
         """The next state, having seen an observation.
 
-        Without sampling the latents are their expectation; their most likely values together are no typical sample, and
-        an agent that is fed with them acts worse (``benchmarks/STUDIES.md``, "Acting without chance").
+        Without sampling, z is the class probabilities: the most likely classes taken together are not a typical sample,
+        and an agent that is fed with them acts worse (``benchmarks/STUDIES.md``, "Acting deterministically").
 
         :param state: n states.
         :param embed: (n, E).
@@ -134,7 +135,7 @@ class RSSM(nn.Module):
         """
         deter, context = self.sequence(state.deter, state.stoch, prev_action, state.context)
         logits = self.posterior_logits(self.posterior(th.cat([deter[:, : self.carried], embed], -1)))
-        return State.of(deter, _latents(self._probs(logits), sample), context)
+        return State.from_parts(deter, _latents(self._probs(logits), sample), context)
 
     def imagine_step(self, state: State, action: th.Tensor, sample: bool = True) -> State:
         """The next state by the prior, as the model expects it: n states, actions (n, A) -> n states.
@@ -144,7 +145,7 @@ class RSSM(nn.Module):
         deter, context = self.sequence(state.deter, state.stoch, action, state.context)
         stoch = _latents(self.prior_probs(deter), sample)
         kind = state.features.dtype
-        return State.of(deter.to(kind), stoch.to(kind), context)
+        return State.from_parts(deter.to(kind), stoch.to(kind), context)
 
     # -- a whole sequence ----------------------------------------------------------------------------------------------
 
@@ -168,7 +169,7 @@ class RSSM(nn.Module):
         return self._probs(self.prior_logits(self.prior(deter)))
 
     def kl_loss(self, states: State, post: th.Tensor) -> tuple[dict[str, th.Tensor], dict[str, th.Tensor]]:
-        """KL balancing with free nats (paper, Eq. 5): the prior learns fast, the posterior gives way slowly.
+        """KL balancing with free nats (paper, "World model learning"): the prior follows fast, the posterior slowly.
 
         :param states: (B, T) states.
         :param post: (B, T, K, S) posterior probabilities.
@@ -178,8 +179,9 @@ class RSSM(nn.Module):
         dyn = categorical_kl(post.detach(), prior)
         rep = categorical_kl(post, prior.detach())
         losses = {"dyn": dyn.clamp(min=FREE_NATS), "rep": rep.clamp(min=FREE_NATS)}
-        info = {"kl": dyn.detach().mean(), "prior_entropy": entropy(prior), "posterior_entropy": entropy(post)}
-        return losses, info
+        entropies = {"prior_entropy": prior, "posterior_entropy": post}
+        info = {name: categorical_entropy(probs.detach()).sum(-1).mean() for name, probs in entropies.items()}
+        return losses, {"kl": dyn.detach().mean(), **info}
 
     def _probs(self, logits: th.Tensor) -> th.Tensor:
         return unimix_probs(logits.to(self.class_numbers.dtype).unflatten(-1, (self.classes, self.stoch)), -2)
@@ -188,9 +190,3 @@ class RSSM(nn.Module):
 def _latents(probs: th.Tensor, sample: bool) -> th.Tensor:
     """Probabilities (n, K, S) -> z (n, K * S), a sample or the expectation."""
     return (sample_onehot(probs, -2) if sample else probs).flatten(-2)
-
-
-def entropy(probs: th.Tensor) -> th.Tensor:
-    """Mean entropy in nats of the S latents together: (..., K, S) -> ()."""
-    probs = probs.detach()
-    return -(probs * probs.log()).sum((-2, -1)).mean()

@@ -20,7 +20,7 @@ from sb3_dreamer.nets.layers import (
     trunc_normal_,
 )
 from sb3_dreamer.types import Size
-from sb3_dreamer.world_model.context import Cache, Context, Tape
+from sb3_dreamer.world_model.context import Cache, Context, KeyValues
 from sb3_dreamer.world_model.scan import FilterScan, Weights, by_block
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 
 class SequenceModel(Protocol):
-    """The seam. All that the rest knows of a sequence model.
+    """The interface of sequence models: all that the rest of the package relies on.
 
     :param parallel: whether a sequence is filtered all at once. Then z_t is drawn before h_t is there: the posterior
         must not read h, and z and the context are all that the next step needs.
@@ -64,7 +64,7 @@ class SequenceModel(Protocol):
         """
 
     def pack(self, context: Context, like: th.Tensor) -> th.Tensor:
-        """n contexts -> (n, context_width), in the dtype of ``like`` (n, .); zeros if nothing has happened yet."""
+        """n contexts -> (n, context_width), in the dtype of ``like`` (n, .); zeros for the initial state."""
 
     def unpack(self, packed: th.Tensor) -> Context:
         """Inverse of :meth:`pack`; (n, 0) is unpacked to n fresh contexts."""
@@ -101,7 +101,7 @@ class BlockGRU(nn.Module):
 
     def drive(self, action: th.Tensor) -> th.Tensor:
         """The part of the hidden layer that depends on the action alone: (..., A) -> (..., D)."""
-        return self.hidden_action(self.from_action(action / action.abs().clamp(min=1.0).detach()))
+        return self.hidden_action(self.from_action(clip_to_unit(action)))
 
     def step(self, deter: th.Tensor, stoch: th.Tensor, drive: th.Tensor) -> th.Tensor:
         """h_{t-1} (n, D), z_{t-1} (n, K * S), :meth:`drive` of a_{t-1} (n, D) -> h_t (n, D)."""
@@ -165,6 +165,11 @@ class BlockGRU(nn.Module):
         return Context()
 
 
+def clip_to_unit(action: th.Tensor) -> th.Tensor:
+    """Actions beyond [-1, 1] scaled onto it, with the gradient of the scaled action (paper's code): (..., A)."""
+    return action / action.abs().clamp(min=1.0).detach()
+
+
 class AttentionLayer(nn.Module):
     """Self-attention and a two-layer MLP, each on the normed input and added to it.
 
@@ -185,19 +190,19 @@ class AttentionLayer(nn.Module):
         self.bias = nn.Parameter(-slopes[:, None] * th.arange(window))
         self.mlp = nn.Sequential(Linear(width, 2 * width), nn.SiLU(), Linear(2 * width, width))
 
-    def forward(self, x: th.Tensor, tape: Tape, distance: th.Tensor, seen: th.Tensor) -> th.Tensor:
+    def forward(self, x: th.Tensor, memory: KeyValues, distance: th.Tensor, seen: th.Tensor) -> th.Tensor:
         """One layer for T new entries that follow P old ones: (n, T, M) -> (n, T, M).
 
-        Attention is computed in the dtype of the tape: on a CPU, bfloat16 is several times slower for single queries.
+        Attention is computed in the dtype of the memory: on a CPU, bfloat16 is several times slower for single queries.
 
-        :param tape: the old entries; the new ones are added.
+        :param memory: the old entries; the new ones are added.
         :param distance: (T, P + T) how far back from each new entry, within the window.
         :param seen: (n, 1, T, P + T) bool, what may be attended to.
         """
         query, *new = (
             y.unflatten(-1, (self.heads, -1)).transpose(1, 2) for y in self.query_key_value(self.norm(x)).chunk(3, -1)
         )
-        key, value = tape.append(th.stack(new))[:, :, :, -distance.shape[1] :]
+        key, value = memory.append(th.stack(new))[:, :, :, -distance.shape[1] :]
         bias = self.bias[:, distance].masked_fill(~seen, -th.inf)
         with th.autocast(x.device.type, enabled=False):
             attended = F.scaled_dot_product_attention(query.to(key.dtype), key, value, attn_mask=bias)
@@ -241,9 +246,9 @@ class Transformer(nn.Module):
     ) -> tuple[th.Tensor, Context]:
         assert isinstance(context, Cache)
         age = context.age + 1
-        h, tapes, places = self.attend(stoch[:, None], action[:, None], age[:, None], context)
+        h, memories, places = self.attend(stoch[:, None], action[:, None], age[:, None], context)
         row = th.arange(len(age), device=age.device)
-        return h[:, 0], Cache(tapes, row, places.expand_as(row), age, tip=tapes[0].used)
+        return h[:, 0], Cache(memories, row, places.expand_as(row), age, tip=memories[0].used)
 
     def filter(
         self,
@@ -263,38 +268,38 @@ class Transformer(nn.Module):
         number = th.arange(embed.shape[1], device=embed.device)
         began = th.where(is_first, number, -start.context.age[:, None]).cummax(1).values
         age = number - began + 1
-        h, tapes, places = self.attend(before, prev_action, age, start.context)
+        h, memories, places = self.attend(before, prev_action, age, start.context)
         row = th.arange(len(age), device=age.device)[:, None].expand_as(age)
-        return th.cat([h, stoch], -1), logits, Cache(tapes, row, places.expand_as(age), age)
+        return th.cat([h, stoch], -1), logits, Cache(memories, row, places.expand_as(age), age)
 
     def attend(
         self, stoch: th.Tensor, action: th.Tensor, age: th.Tensor, before: Cache
-    ) -> tuple[th.Tensor, tuple[Tape, ...], th.Tensor]:
+    ) -> tuple[th.Tensor, tuple[KeyValues, ...], th.Tensor]:
         """T new entries after what n caches hold.
 
         :param stoch: (n, T, K * S) z_{t-1}.
         :param action: (n, T, A) a_{t-1}.
         :param age: (n, T) entries of the episode so far, the new one included.
         :param before: n caches.
-        :return: h (n, T, D); tapes with the new entries; the places (T,) after each of them.
+        :return: h (n, T, D); memories with the new entries; the places (T,) after each of them.
         """
         length = age.shape[1]
-        tapes = before.extendable(self.window - 1, length)
-        used = tapes[0].used
+        memories = before.extendable(self.window - 1, length)
+        used = memories[0].used
         past = min(used, self.window - 1)
         place = th.arange(-past, length, device=age.device)
         distance = place[past:, None] - place
         seen = (distance >= 0) & (distance < age.clamp(max=self.window)[:, None, :, None])
         distance = distance.clamp(0, self.window - 1)
-        x = self.token(th.cat([stoch, action / action.abs().clamp(min=1.0).detach()], -1)).to(self.norm.weight.dtype)
-        for layer, tape in zip(self.stack, tapes, strict=True):
-            x = layer(x, tape, distance, seen)
-        return self.out(self.norm(x)), tapes, place[past:] + used + 1
+        x = self.token(th.cat([stoch, clip_to_unit(action)], -1)).to(self.norm.weight.dtype)
+        for layer, memory in zip(self.stack, memories, strict=True):
+            x = layer(x, memory, distance, seen)
+        return self.out(self.norm(x)), memories, place[past:] + used + 1
 
     def pack(self, context: Context, like: th.Tensor) -> th.Tensor:
         """[age, the last keys and values of all layers], zeros where there are none."""
         assert isinstance(context, Cache)
-        kept = th.stack([tape.data for tape in context.last(self.window - 1, room=0)])
+        kept = th.stack([memory.data for memory in context.last(self.window - 1, room=0)])
         kept = F.pad(kept, (0, 0, self.window - 1 - kept.shape[4], 0)).movedim(2, 0)  # (n, layers, 2, H, window - 1, .)
         age = context.age.clamp(max=self.window)
         older = th.arange(self.window - 1, 0, -1, device=age.device) > age[:, None]
@@ -308,8 +313,8 @@ class Transformer(nn.Module):
         length = kept.shape[1] * (self.window - 1) // (self.context_width - 1)
         kept = kept.reshape(n, self.layers, 2, self.heads, length, self.width // self.heads).movedim(0, 2)
         row = th.arange(n, device=packed.device)
-        tapes = tuple(Tape(layer, length) for layer in kept)
-        return Cache(tapes, row, th.full_like(row, length), age.sum(-1).long())
+        memories = tuple(KeyValues(layer, length) for layer in kept)
+        return Cache(memories, row, th.full_like(row, length), age.sum(-1).long())
 
 
 SEQUENCE_MODELS: dict[str, type[BlockGRU] | type[Transformer]] = {"gru": BlockGRU, "transformer": Transformer}

@@ -1,4 +1,4 @@
-"""The world model: what happens next, how much reward it brings, and whether the episode goes on."""
+"""The world model: what happens next, how much reward it brings, and whether the episode continues."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ class WorldModel(nn.Module):
         return self.rssm.observe(self.embed(batch.obs), batch.prev_action, batch.is_first, start)
 
     def loss(self, batch: Batch) -> tuple[Losses, State, dict[str, th.Tensor]]:
-        """Everything the world model learns from (paper, Eq. 4-5).
+        """Everything the world model learns from (paper, "World model learning").
 
         :return: losses "reconstruction", "reward", "continue", "dyn", "rep", each (B, T); states (B, T); info.
         """
@@ -121,10 +121,10 @@ class WorldModel(nn.Module):
         return self.reward_head.mean(self.reward_head(features))
 
     def predict_discount(self, features: th.Tensor) -> th.Tensor:
-        """Probability that the episode goes on after a state, times gamma: (..., F) -> (...)."""
+        """Probability that the episode continues after a state, times gamma: (..., F) -> (...)."""
         logits = self.continue_head(features).squeeze(-1)
         return th.sigmoid(logits.to(self.reward_head.bins.dtype))
 
     def predict_continue(self, features: th.Tensor) -> th.Tensor:
-        """Probability that the episode goes on after a state: (..., F) -> (...)."""
-        return (self.predict_discount(features) / self.gamma).clamp(max=1.0)  # the head may be surer than gamma
+        """Probability that the episode continues after a state: (..., F) -> (...)."""
+        return (self.predict_discount(features) / self.gamma).clamp(max=1.0)  # the head may predict more than gamma

@@ -1,4 +1,4 @@
-"""rl_zoo3's experiment with what only Dreamer needs. Imports rl_zoo3: import it after ``register()`` only."""
+"""Experiment manager of rl_zoo3 with additions for Dreamer. Imports rl_zoo3: call ``register()`` before."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from rl_zoo3.exp_manager import ExperimentManager
 from sb3_dreamer.dreamer import Dreamer
 from sb3_dreamer.zoo.registration import ALGO, hyperparams_file
 
-# what the Zoo takes out of a block of hyperparameters for itself
+# hyperparameters that the Zoo uses itself
 ZOO_KEYS = {
     "n_timesteps", "n_envs", "policy", "normalize", "frame_stack", "callback",
     "env_wrapper", "vec_env_wrapper", "env_kwargs", "monitor_kwargs",
@@ -25,9 +25,9 @@ PASSED_BY_ZOO = {"self", "env", "tensorboard_log", "verbose", "seed", "device", 
 
 
 def experiment_manager(args: argparse.Namespace, algo: str, *rest: Any, **kwargs: Any) -> ExperimentManager:
-    """What ``rl_zoo3.train.train`` calls instead of its own class; other algorithms get that class unchanged."""
-    chosen = DreamerExperiment if algo == ALGO else ExperimentManager
-    return chosen(args, algo, *rest, **kwargs)
+    """Replaces rl_zoo3's class in ``rl_zoo3.train.train``; other algorithms get that class unchanged."""
+    manager = DreamerExperiment if algo == ALGO else ExperimentManager
+    return manager(args, algo, *rest, **kwargs)
 
 
 class DreamerExperiment(ExperimentManager):
@@ -43,9 +43,9 @@ class DreamerExperiment(ExperimentManager):
     def read_hyperparameters(self) -> tuple[dict[str, Any], dict[str, Any]]:
         """As in rl_zoo3, then checked.
 
-        :raises ValueError: for a name or a number that would only fail later, or never.
+        :raises ValueError: for a name or a number that would fail later, or be ignored.
         """
-        if self.storage and self.study_name and self.trial_id == 0:  # which rl_zoo3 takes for no trial
+        if self.storage and self.study_name and self.trial_id == 0:  # rl_zoo3 takes 0 for "no trial"
             first = self.load_trial(self.storage, self.study_name, 0)
             self.custom_hyperparams = {**first, **(self.custom_hyperparams or {})}
         hyperparams, saved = super().read_hyperparameters()
@@ -65,7 +65,7 @@ class DreamerExperiment(ExperimentManager):
             ) from error
 
     def hyperparameters_optimization(self) -> None:
-        """As in rl_zoo3, but its two plots become pictures beside the report: a server has no browser to show them."""
+        """As in rl_zoo3, but its two plots are written next to the report: a server has no browser to show them."""
         draw, self.no_optim_plots = not self.no_optim_plots, True
         super().hyperparameters_optimization()
         if draw:
@@ -74,25 +74,27 @@ class DreamerExperiment(ExperimentManager):
 
 
 def check_hyperparameters(hyperparams: dict[str, Any], source: str) -> None:
-    """Refuse names that nothing reads, and numbers that YAML takes for text.
+    """Refuse unknown names, and numbers that YAML parses as text.
 
     :param hyperparams: one block.
-    :param source: where it is from, for the message.
-    :raises ValueError: naming the nearest known name, if one is near, or how to write the number.
+    :param source: the file it comes from, for the message.
+    :raises ValueError: with the nearest known name, if there is one, or how to write the number.
     """
     known = sorted(ZOO_KEYS | inspect.signature(Dreamer.__init__).parameters.keys() - PASSED_BY_ZOO)
     for name, value in hyperparams.items():
         if name not in known:
             nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.4)
             guess = f'; did you mean "{nearest[0]}"?' if nearest else "."
-            there_are = f"There are: {', '.join(known)}"
-            raise ValueError(f'"{name}" (from {source} or -params) is no hyperparameter of Dreamer{guess} {there_are}')
+            available = f"Available: {', '.join(known)}"
+            raise ValueError(
+                f'"{name}" (from {source} or -params) is not a hyperparameter of Dreamer{guess} {available}'
+            )
         if isinstance(value, str) and _is_number(value):
             raise ValueError(f"{name}: {value} is text to YAML; write {name}: !!float {value}")
 
 
 def draw_study(report: Path) -> None:
-    """``<report>_optimization_history.png`` and, if the trials tell so much, ``<report>_param_importances.png``.
+    """Draw ``<report>_optimization_history.png`` and, if there are enough trials, ``<report>_param_importances.png``.
 
     :param report: the pickled study.
     """
@@ -106,7 +108,7 @@ def draw_study(report: Path) -> None:
     for name in ("optimization_history", "param_importances"):
         try:
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore", ExperimentalWarning)  # optuna's word for plots by matplotlib
+                warnings.simplefilter("ignore", ExperimentalWarning)  # optuna calls its matplotlib plots so
                 figure = getattr(plots, f"plot_{name}")(study).figure
         except (ValueError, RuntimeError, ImportError) as error:  # too few trials; scikit-learn, for optuna below 5
             msg.warn(f"No plot of {name}: {error}")

@@ -1,7 +1,7 @@
-"""Publishing: the Zoo's ``push_to_hub``, with a model card that tells the truth about Dreamer.
+"""Publishing: the Zoo's ``push_to_hub``, with a model card that is correct for Dreamer.
 
-With ``HF_HUB_OFFLINE=1`` everything happens but the network: the folder ``hub/<name>`` is written, to be looked at.
-``load_from_hub`` brings files that will be unpickled; the hub's library does that only with ``TRUST_REMOTE_CODE=True``.
+With ``HF_HUB_OFFLINE=1`` nothing is uploaded: the folder ``hub/<name>`` is written, for inspection.
+``load_from_hub`` downloads pickles; the hub's library allows that only with ``TRUST_REMOTE_CODE=True``.
 """
 
 from __future__ import annotations
@@ -13,12 +13,11 @@ from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
 from typing import Any
-
-from sb3_dreamer.zoo.bridges import replaced
+from unittest.mock import patch
 
 CURVE = "learning_curve.png"
-# what rl_zoo3 writes into a card, and what is so
-TRUTH = {
+# text that rl_zoo3 writes into a card -> the correct text
+CARD_REPLACEMENTS = {
     "using the [stable": "using sb3_dreamer, the [stable",
     "python -m rl_zoo3.load_from_hub": "TRUST_REMOTE_CODE=True python -m sb3_dreamer.zoo load_from_hub",
     "python -m rl_zoo3.": "python -m sb3_dreamer.zoo ",
@@ -28,7 +27,7 @@ TRUTH = {
 
 @contextmanager
 def hub_knows_dreamer() -> Iterator[None]:
-    """Complete the card of a Dreamer before the upload, and bridge gaps between versions of the hub's libraries."""
+    """Complete the card of a Dreamer before the upload, and work with all versions of the hub's libraries."""
     import huggingface_hub
     import requests.exceptions
     from huggingface_hub.errors import HfHubHTTPError
@@ -37,14 +36,14 @@ def hub_knows_dreamer() -> Iterator[None]:
     if not hasattr(integration, "generate_metadata"):  # rl_zoo3 2.9 calls it; sb3-team-hf-integration 3.2 renamed it
         metadata_of = integration._generate_metadata
         integration.generate_metadata = lambda *args: metadata_of(*args).to_dict()  # type: ignore[attr-defined]
-    # rl_zoo3 2.9 waits for the error of requests where a file is absent; huggingface_hub 1.0 has another one.
-    absent = replaced(requests.exceptions, "HTTPError", HfHubHTTPError)
-    with absent, replaced(huggingface_hub, "HfApi", Publisher):
+    # If a file is missing, rl_zoo3 2.9 expects the exception of requests; huggingface_hub 1.0 raises its own.
+    same_exception = patch.object(requests.exceptions, "HTTPError", HfHubHTTPError)
+    with same_exception, patch.object(huggingface_hub, "HfApi", Publisher):
         yield
 
 
 class Publisher:
-    """The three calls of the hub's client that ``push_to_hub`` makes, with a look at the folder before it goes up."""
+    """The three methods of the hub's client that ``push_to_hub`` calls; completes the card before the upload."""
 
     def __init__(self) -> None:
         from huggingface_hub import constants
@@ -68,13 +67,13 @@ class Publisher:
         if self.offline:
             from wasabi import msg
 
-            msg.warn(f"HF_HUB_OFFLINE is set: nothing will be uploaded, look at {folder_path.resolve()}")
+            msg.warn(f"HF_HUB_OFFLINE is set: nothing is uploaded, see {folder_path.resolve()}")
         else:
             self.api.upload_folder(repo_id=repo_id, folder_path=folder_path, commit_message=commit_message)
 
 
 def complete_card(folder: Path) -> None:
-    """Put the learning curve and commands that work into the card of a Dreamer; others are left alone.
+    """Put the learning curve and working commands into the card of a Dreamer; other cards remain unchanged.
 
     :param folder: what ``push_to_hub`` is about to upload.
     """
@@ -82,15 +81,15 @@ def complete_card(folder: Path) -> None:
     text = card.read_text("utf-8")
     if "**Dreamer** Agent" not in text:
         return
-    for theirs, ours in TRUTH.items():
-        text = text.replace(theirs, ours)
+    for written, correct in CARD_REPLACEMENTS.items():
+        text = text.replace(written, correct)
     if draw_learning_curve(folder):
         text = text.replace("\n## Usage", f"\n![Learning curve]({CURVE})\n\n## Usage", 1)
     card.write_text(text, "utf-8")
 
 
 def draw_learning_curve(folder: Path) -> bool:
-    """``learning_curve.png`` from the evaluations of the run, or from its training episodes if it had none.
+    """Draw ``learning_curve.png`` from the evaluations of the run, or from its training episodes if it had none.
 
     :param folder: holds ``train_eval_metrics.zip``.
     :return: whether there was anything to draw.

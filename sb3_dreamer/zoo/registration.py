@@ -1,4 +1,4 @@
-"""Make the Zoo know the name "dreamer"."""
+"""Registers the name "dreamer" in the Zoo."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ ALGO = "dreamer"
 
 
 def register() -> None:
-    """Put Dreamer, its search space and its converter into rl_zoo3's tables. Calling it again changes nothing.
+    """Add Dreamer, its search space and its converter to rl_zoo3's tables. Calling it again changes nothing.
 
-    It must come before rl_zoo3 parses the command line. Importing rl_zoo3 replaces gymnasium's TimeLimit for the
-    whole process: a termination at the very last step is no truncation then.
+    Call it before rl_zoo3 parses the command line. Importing rl_zoo3 replaces gymnasium's TimeLimit in the whole
+    process: a termination at the last possible step is not a truncation then.
 
     :raises ModuleNotFoundError: naming the pip command, if rl_zoo3 is not installed.
     """
@@ -23,14 +23,14 @@ def register() -> None:
     from rl_zoo3.hyperparams_opt import HYPERPARAMS_CONVERTER, HYPERPARAMS_SAMPLER
     from rl_zoo3.utils import ALGOS
 
-    # In place: other modules of rl_zoo3 hold references to these very dicts.
+    # In place: other modules of rl_zoo3 hold references to these dicts.
     ALGOS[ALGO] = Dreamer
     HYPERPARAMS_SAMPLER[ALGO] = sample_dreamer_params
     HYPERPARAMS_CONVERTER[ALGO] = convert_dreamer_params
 
 
 def hyperparams_file() -> Path:
-    """The packaged ``dreamer.yml``: beside this file in a wheel, at the top level in a checkout.
+    """The packaged ``dreamer.yml``: next to this file in a wheel, in ``zoo_hyperparams`` in a checkout.
 
     :raises FileNotFoundError: if the installation has neither.
     """
@@ -40,13 +40,13 @@ def hyperparams_file() -> Path:
         if place.is_file():
             return place
     raise FileNotFoundError(
-        f"dreamer.yml was found at none of {[str(place) for place in places]}; install sb3-dreamer again, "
-        "or pass a file of your own with -conf"
+        f"dreamer.yml is missing, looked at {[str(place) for place in places]}; install sb3-dreamer again, "
+        "or pass your own file with -conf"
     )
 
 
 def require(*modules: str) -> None:
-    """Check that modules of the extra ``zoo`` are there.
+    """Check that modules of the extra ``zoo`` are installed.
 
     :param modules: top-level names.
     :raises ModuleNotFoundError: naming the pip command.
@@ -54,5 +54,6 @@ def require(*modules: str) -> None:
     missing = [name for name in modules if find_spec(name) is None]
     if missing:
         raise ModuleNotFoundError(
-            f'{", ".join(missing)} not found, which the Zoo needs here: pip install "sb3-dreamer[zoo]"', name=missing[0]
+            f'{", ".join(missing)} not found, but the Zoo needs it here: pip install "sb3-dreamer[zoo]"',
+            name=missing[0],
         )

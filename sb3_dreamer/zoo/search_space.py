@@ -1,9 +1,8 @@
-"""Which settings of Dreamer a study tries.
+"""The hyperparameters of Dreamer that a study searches.
 
-What sets the price of a trial is not among them but the user's: ``model_size``, ``train_ratio`` and the shape of a
-batch (``-params "model_size:'size12m'" train_ratio:512``). In the few steps of a trial more of it is nearly always
-better, so a study would only find the most expensive one. The space is static, because the Zoo's TPE sampler is
-multivariate.
+Those that determine the cost of a trial are left to the user: ``model_size``, ``train_ratio`` and the shape of a batch
+(``-params "model_size:'size12m'" train_ratio:512``). In the few steps of a trial, larger ones are nearly always better,
+so a study would only find the most expensive ones. The space is static, because the Zoo's TPE sampler is multivariate.
 """
 
 from __future__ import annotations
@@ -19,33 +18,33 @@ def sample_dreamer_params(
 ) -> dict[str, Any]:
     """Draw arguments of Dreamer's constructor; rl_zoo3 calls it once for each trial.
 
-    :param trial: where the numbers come from.
-    :param n_actions: not used; nothing here depends on it, nor on the next two.
+    :param trial: the trial to draw for.
+    :param n_actions: not used.
     :param n_envs: not used.
-    :param additional_args: not used, they are about HER.
+    :param additional_args: not used, for HER.
     """
     sampled = {
-        # The paper's 4e-5 is for 100 times more updates than a laptop affords.
+        # The paper's 4e-5 is for 100 times more updates than a laptop can run.
         "learning_rate": trial.suggest_float("learning_rate", 3e-5, 1e-3, log=True),
-        # A slow actor keeps trying things out, a fast critic follows it; the paper has 1 and 1.
+        # A slow actor keeps exploring, a fast critic keeps up with it; the paper uses 1 and 1.
         "actor_lr_scale": trial.suggest_float("actor_lr_scale", 0.05, 1.0, log=True),
         "critic_lr_scale": trial.suggest_float("critic_lr_scale", 1.0, 8.0, log=True),
         # Horizons of 30 to 1000 steps.
         "one_minus_gamma": trial.suggest_float("one_minus_gamma", 1e-3, 0.03, log=True),
-        # 0.5 looks 2 steps ahead before it trusts the critic, 0.99 the whole dream.
+        # 0.5 relies on the critic after 2 steps, 0.99 only at the end of the dream.
         "one_minus_gae_lambda": trial.suggest_float("one_minus_gae_lambda", 0.01, 0.5, log=True),
-        # Returns are divided by their range first, so the paper has one value for all tasks; around it.
+        # Returns are divided by their range, so the paper uses one value for all tasks; this range is around it.
         "ent_coef": trial.suggest_float("ent_coef", 3e-5, 1e-2, log=True),
         "imagination_horizon": trial.suggest_int("imagination_horizon", 5, 25, step=5),
     }
     params = convert_dreamer_params(sampled)
-    for name in ("gamma", "gae_lambda"):  # the values themselves, for the report
+    for name in ("gamma", "gae_lambda"):  # for the report
         trial.set_user_attr(name, params[name])
     return params
 
 
 def convert_dreamer_params(sampled_params: dict[str, Any]) -> dict[str, Any]:
-    """From the numbers of a study to arguments of the constructor; also used by ``--trial-id``.
+    """Convert the parameters of a study to arguments of the constructor; also used by ``--trial-id``.
 
     :param sampled_params: ``one_minus_<name>`` stands for ``1 - <name>``.
     """

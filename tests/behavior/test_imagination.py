@@ -8,7 +8,7 @@ import pytest
 import torch as th
 
 from sb3_dreamer.behavior import imagination
-from sb3_dreamer.behavior.actor_critic import Actor, weights
+from sb3_dreamer.behavior.actor_critic import Actor, discount_weights
 from sb3_dreamer.behavior.imagination import ReturnScale, draw_starts, imagine, imagine_actions, lambda_returns
 from sb3_dreamer.types import SIZES, Dream, Spec
 from sb3_dreamer.world_model import WorldModel
@@ -56,7 +56,7 @@ def test_the_return_scale_is_a_moving_percentile_range_and_never_below_one() -> 
 
 def test_the_last_state_of_a_dream_has_no_weight_and_a_likely_end_lowers_those_after_it() -> None:
     dream = Dream(th.zeros(1, 4, 2), th.zeros(1, 3, 1), row(0, 0, 0, 0), row(1.0, 0.5, 0.5, 1.0))
-    assert weights(dream).tolist() == [[1.0, 0.5, 0.25, 0.0]]
+    assert discount_weights(dream).tolist() == [[1.0, 0.5, 0.25, 0.0]]
 
 
 def test_starts_are_drawn_from_all_states_and_none_twice() -> None:

@@ -9,18 +9,17 @@ import torch as th
 from stable_baselines3 import SAC
 from stable_baselines3.common.vec_env import VecNormalize
 
-from benchmarks.learn import (
+from benchmarks.envs import make_env
+from benchmarks.learn import COLUMNS, Trainer, follow_schedule
+from benchmarks.rows import append_row
+from benchmarks.runs import (
     Progress,
-    Results,
     Run,
-    follow_schedule,
     load_checkpoint,
-    make_env,
     make_vec_env,
     new_model,
     parse_overrides,
     save_checkpoint,
-    train,
     trained,
 )
 
@@ -30,6 +29,10 @@ RUN = Run("Pendulum-v1", "sac", 0, SETTINGS)
 
 def pendulum():
     return make_vec_env(lambda: make_env("Pendulum-v1"), seed=0)
+
+
+def train(run: Run, out: Path, args: argparse.Namespace) -> None:
+    Trainer(run, out, args).train()
 
 
 def options(steps: int, eval_every: int, eval_env: str | None = None) -> argparse.Namespace:
@@ -50,7 +53,7 @@ def test_a_run_is_read_back_with_its_last_row(tmp_path: Path):
 
 def test_of_a_run_that_was_killed_the_last_row_is_that_of_its_checkpoint(tmp_path: Path):
     train(RUN, tmp_path, options(steps=40, eval_every=40))
-    Results(tmp_path / "results.csv", {"env": "Pendulum-v1"}, 40).append(step=60)
+    append_row(tmp_path / "results.csv", COLUMNS, {"env": "Pendulum-v1", "step": 60})
     assert trained(tmp_path)[1]["step"] == "40"
 
 
@@ -189,7 +192,7 @@ def test_a_run_may_begin_with_what_another_has_learned(tmp_path: Path):
     first_agent, second_agent = (SAC.load(tmp_path / name / "checkpoint" / "model.zip") for name in ("first", "second"))
     for own, of_first in zip(second_agent.actor.parameters(), first_agent.actor.parameters(), strict=True):
         assert th.equal(own, of_first)
-    with pytest.raises(SystemExit, match="as there"):
+    with pytest.raises(SystemExit, match="the same --normalize"):
         train(RUN._replace(init=str(tmp_path / "first")), tmp_path, options(steps=20, eval_every=20))
     with pytest.raises(SystemExit, match="holds no checkpoint"):
         train(RUN._replace(init=str(tmp_path)), tmp_path, options(steps=20, eval_every=20))
@@ -209,11 +212,3 @@ def test_an_environment_to_evaluate_in_that_does_not_fit_is_refused_before_a_ste
     with pytest.raises(SystemExit, match="--eval-env CartPole-v1 has observations of another shape"):
         train(RUN, tmp_path, options(steps=20, eval_every=20, eval_env="CartPole-v1"))
     assert list(tmp_path.iterdir()) == []
-
-
-def test_rows_behind_the_checkpoint_are_dropped(tmp_path: Path):
-    results = Results(tmp_path / "results.csv", {"env": "Pendulum-v1"}, last_step=0)
-    results.append(step=10)
-    results.append(step=20)
-    Results(tmp_path / "results.csv", {}, last_step=10)
-    assert [row["step"] for row in rows_of(tmp_path)] == ["10"]

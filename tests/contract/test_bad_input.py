@@ -14,6 +14,7 @@ from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sb3_dreamer import Dreamer
+from sb3_dreamer.imitation import NO_TEACHER
 from sb3_dreamer.metrics import MAX_SKIPPED
 
 DEBUG = dict(model_size="debug", learning_starts=12, batch_size=2, batch_length=8, buffer_size=500, train_ratio=4,
@@ -126,7 +127,7 @@ def test_statistics_that_took_a_bad_number_in_are_refused_until_there_are_others
     ):
         with pytest.raises(ValueError, match=rf"statistics of VecNormalize \({name}\) are not finite"):
             goes_on()
-    assert model._cloning is None
+    assert model.imitation is NO_TEACHER
     model.set_env(VecNormalize(DummyVecEnv([Broken])))
     before = model.num_timesteps
     assert model.learn(10, reset_num_timesteps=False).num_timesteps == before + 10
@@ -429,8 +430,8 @@ BOX = gym.spaces.Box(-1, 1, (3,), np.float32)
         (gym.spaces.Dict(a=gym.spaces.Dict(b=BOX)), BOX, "FlattenObservation"),
         (gym.spaces.Dict(a=gym.spaces.Tuple([BOX])), BOX, "FlattenObservation"),
         (gym.spaces.Dict(a=gym.spaces.Text(3)), BOX, "FlattenObservation"),
-        (gym.spaces.Dict({}), BOX, "a Dict without a key cannot be observed"),
-        (gym.spaces.Box(-1, 1, (0,)), BOX, "has no numbers"),
+        (gym.spaces.Dict({}), BOX, "an empty Dict cannot be observed"),
+        (gym.spaces.Box(-1, 1, (0,)), BOX, "has a dimension of size 0"),
         (BOX, gym.spaces.Tuple([BOX]), "TransformAction"),
         (BOX, gym.spaces.Dict(a=BOX), "TransformAction"),
         (BOX, gym.spaces.MultiDiscrete([[2, 2], [3, 3]]), "TransformAction"),

@@ -227,7 +227,7 @@ def test_the_policy_alone_survives_its_file(model, tmp_path):
 
 def test_episode_starts_of_other_environments_are_refused():
     model = Dreamer("MlpPolicy", "Pendulum-v1", **DEBUG)
-    with pytest.raises(ValueError, match="episode_start is of 3 environments, the observation of 2"):
+    with pytest.raises(ValueError, match="episode_start has 3 entries for 2 observations"):
         model.predict(np.zeros((2, 3), np.float32), episode_start=np.ones(3, bool))
 
 
@@ -241,5 +241,5 @@ def test_the_policy_can_be_called_as_those_of_sb3(model):
 def test_choices_that_there_are_not_are_refused(wrong: int):
     model = Dreamer("MlpPolicy", Spaces(LINE, spaces.Discrete(3, start=2)), **DEBUG)
     np.testing.assert_array_equal(model.policy.encode_action(np.array([2, 4])), [[1, 0, 0], [0, 0, 1]])
-    with pytest.raises(ValueError, match=r"are not all actions of Discrete\(3, start=2\)"):
+    with pytest.raises(ValueError, match=r"not all of them are in Discrete\(3, start=2\)"):
         model.policy.encode_action(np.array([2, wrong]))

@@ -41,7 +41,7 @@ def test_where_the_future_follows_from_the_actions_the_dream_is_right_at_every_s
     error = horizon_error(part(dreams, slice(0, 2)), Spec("vector", (2,)), dreams)
     assert len(error.dream) == 18
     assert error.dream.max() < 0.4
-    assert error.unchanged.min() > 0.7
+    assert error.persistence.min() > 0.7
     assert error.ratio() < 1 / 3
 
 
@@ -49,18 +49,18 @@ def test_of_what_a_coin_decides_no_more_is_dreamed_than_can_be_known(dreams: Ope
     error = horizon_error(part(dreams, slice(2, 3)), Spec("vector", (1,)), dreams)
     possible = np.sqrt(1 - 0.64 ** np.arange(1, 19))  # spread of the spring after k kicks, as a share of its last one
     np.testing.assert_allclose(error.dream, possible, atol=0.3)
-    assert error.unchanged[-1] > 1.2
+    assert error.persistence[-1] > 1.2
 
 
 def test_the_band_covers_what_a_coin_decides_about_as_often_as_it_claims(dreams: OpenLoop):
     error = horizon_error(part(dreams, slice(2, 3)), Spec("vector", (1,)), dreams)
     np.testing.assert_allclose(error.coverage.mean(), 0.8, atol=0.1)
-    assert 1 < error.too_sure < 3
+    assert 1 < error.overconfidence < 3
 
 
 def test_the_dream_knows_reward_and_that_nothing_ends(dreams: OpenLoop):
     assert horizon_errors(dreams)["reward"].dream[:10].mean() < 0.6
-    np.testing.assert_allclose(dreams.goes_on.dream[:, dreams.valid], 1.0, atol=0.02)
+    np.testing.assert_allclose(dreams.cont.dream[:, dreams.valid], 1.0, atol=0.02)
 
 
 def test_context_is_seen_and_what_follows_is_not(dreams: OpenLoop):
@@ -89,7 +89,7 @@ def test_a_dream_does_not_depend_on_what_comes_after_the_context():
 def test_context_has_to_leave_something_to_dream(context: int):
     model = Dreamer("MlpPolicy", Dial(), model_size="debug", seed=0)
     replay, _ = collect(model, DummyVecEnv([Dial]), 60, sequence_length=12)
-    with pytest.raises(ValueError, match=f"context={context} .* sequences have 12 entries"):
+    with pytest.raises(ValueError, match=f"context={context} must be between 1 and 11: sequences have 12 entries"):
         open_loop(model.policy, replay.peek(4), context=context)
 
 
@@ -107,7 +107,7 @@ def test_errors_of_a_hand_made_dream():
     loop = loop_of(truth, dream, np.ones((2, 4), bool), context=2)
     error = horizon_error(loop.obs["obs"], loop.specs["obs"], loop)
     np.testing.assert_allclose(error.dream, np.array([2, 2]) / np.sqrt(5))
-    np.testing.assert_allclose(error.unchanged, np.array([2, 4]) / np.sqrt(5))
+    np.testing.assert_allclose(error.persistence, np.array([2, 4]) / np.sqrt(5))
     np.testing.assert_allclose(error.mean, np.array([1, 3]) / np.sqrt(5))
     assert error.steps == [1]
     np.testing.assert_allclose(error.ratio(), 2 / 3)
@@ -120,7 +120,7 @@ def test_steps_behind_an_episode_start_do_not_count():
     loop = loop_of(truth, dream, valid, context=2)
     error = horizon_error(loop.obs["obs"], loop.specs["obs"], loop)
     np.testing.assert_allclose(error.dream[0], np.sqrt(0.5) / truth.std())
-    assert np.isnan([error.dream[1], error.unchanged[1], error.mean[1], error.coverage[1]]).all()
+    assert np.isnan([error.dream[1], error.persistence[1], error.mean[1], error.coverage[1]]).all()
 
 
 @pytest.mark.parametrize("spread", [0.5, 1.0, 4.0])
@@ -131,7 +131,7 @@ def test_the_band_keeps_its_word_however_sure_the_dreams_are(spread: float):
     loop = loop_of(truth, dream, np.ones((400, 12), bool), context=2)
     error = horizon_error(loop.obs["obs"], loop.specs["obs"], loop)
     np.testing.assert_allclose(error.coverage.mean(), 0.8, atol=0.03)
-    np.testing.assert_allclose(error.too_sure, 1 / spread, rtol=0.05)
+    np.testing.assert_allclose(error.overconfidence, 1 / spread, rtol=0.05)
 
 
 def test_numbers_of_images_and_integers():

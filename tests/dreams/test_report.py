@@ -54,12 +54,12 @@ def test_the_page_stands_alone(tmp_path: Path):
 
 def test_the_page_tells_numbers_and_settings(tmp_path: Path):
     page = page_of(Dreamer("MlpPolicy", Dial(), **TINY), DummyVecEnv([Dial]), tmp_path, dims=["obs[2]"])
-    for text in ("nothing changes", "train ratio</td><td>2<", "model size</td><td>debug<", "steps ahead the dream"):
+    for text in ("persistence", "train ratio</td><td>2<", "model size</td><td>debug<", "steps ahead the dream"):
         assert text in page
 
 
 def test_unknown_dimensions_are_refused_with_those_that_there_are(tmp_path: Path):
-    with pytest.raises(ValueError, match=r"\['obs\[9\]'\] are unknown; there are obs\[0\], obs\[1\], obs\[2\]"):
+    with pytest.raises(ValueError, match=r"unknown dims \['obs\[9\]'\]; available: obs\[0\], obs\[1\], obs\[2\]"):
         page_of(Dreamer("MlpPolicy", Dial(), **TINY), DummyVecEnv([Dial]), tmp_path, dims=["obs[9]"])
 
 
@@ -101,13 +101,13 @@ def test_the_command_writes_the_page(tmp_path: Path, capsys: pytest.CaptureFixtu
 @pytest.mark.parametrize(
     ("wrong", "says"),
     [
-        (["--sequences", "0"], "--sequences: 0 has to be at least 1"),
-        (["--samples", "-2"], "--samples: -2 has to be at least 1"),
-        (["--horizon", "0"], "--horizon: 0 has to be at least 1"),
+        (["--sequences", "0"], "--sequences: 0 must be at least 1"),
+        (["--samples", "-2"], "--samples: -2 must be at least 1"),
+        (["--horizon", "0"], "--horizon: 0 must be at least 1"),
         (["--steps", "40"], "--steps 40: --context and --horizon together need 65 or more"),
-        (["--vecnormalize", "nowhere.pkl"], "nowhere.pkl does not exist: give the file that VecNormalize.save wrote"),
+        (["--vecnormalize", "nowhere.pkl"], "nowhere.pkl does not exist: pass the file that VecNormalize.save wrote"),
         (["--env", "CartPole-v1"], "model.zip in CartPole-v1: Observation spaces do not match"),
-        (["--dims", "obs[9]"], r"--dims: dims ['obs[9]'] are unknown; there are obs[0], obs[1], obs[2]"),
+        (["--dims", "obs[9]"], r"--dims: unknown dims ['obs[9]']; available: obs[0], obs[1], obs[2]"),
     ],
 )
 def test_the_command_refuses_what_it_cannot_draw_before_a_step_is_made(
@@ -124,7 +124,7 @@ def test_the_command_refuses_statistics_that_the_agent_did_not_learn_with(tmp_pa
     Dreamer("MlpPolicy", "Pendulum-v1", **TINY).learn(100).save(tmp_path / "model.zip")
     VecNormalize(make_vec_env("Pendulum-v1")).save(str(tmp_path / "statistics.pkl"))
     given = [str(tmp_path / "model.zip"), "--env", "Pendulum-v1", "--vecnormalize", str(tmp_path / "statistics.pkl")]
-    with pytest.raises(SystemExit, match="learned from observations as they come: leave --vecnormalize out"):
+    with pytest.raises(SystemExit, match="trained without VecNormalize: leave --vecnormalize out"):
         main(given)
 
 
@@ -180,8 +180,25 @@ def test_the_command_shows_images_of_an_agent_whose_rewards_are_normalised(tmp_p
     page = main([str(tmp_path / "model.zip"), *given, "--steps", "60", "--horizon", "20", "--samples", "3"])
     assert page.exists()
     VecNormalize(DummyVecEnv([Dial])).save(str(tmp_path / "vecnormalize.pkl"))
-    with pytest.raises(SystemExit, match="holds statistics of other observations than Upright-v1's"):
+    with pytest.raises(SystemExit, match="has statistics of other observations than Upright-v1's"):
         main([str(tmp_path / "model.zip"), *given])
+
+
+class Restorable(Dial):
+    """Its state can be set as that of a MuJoCo task."""
+
+    metadata = {"render_modes": ["rgb_array"]}
+
+    def set_state(self, place: int) -> None:
+        self.place = place
+
+
+def test_the_command_needs_no_body_of_an_environment_that_only_has_a_set_state(tmp_path: Path):
+    gym.register("Restorable-v0", Restorable)
+    Dreamer("MlpPolicy", "Restorable-v0", **TINY).save(tmp_path / "model.zip")
+    sizes = ["--steps", "60", "--horizon", "20", "--sequences", "3", "--samples", "3"]
+    page = main([str(tmp_path / "model.zip"), "--env", "Restorable-v0", "--out", str(tmp_path), *sizes])
+    assert "No video of the body: " in page.read_text("utf-8")
 
 
 def learn(callback: DreamCallback | None, folder: Path, formats: list[str]) -> Dreamer:
@@ -198,13 +215,13 @@ def test_callback_logs_numbers_figures_and_each_warning_once(tmp_path: Path):
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         learn(DreamCallback(every=20, sequences=2, samples=3), tmp_path, ["tensorboard", "csv"])
-    told = [str(warning.message).rpartition(" (at ")[0] for warning in said if "said once" in str(warning.message)]
+    told = [str(warning.message).rpartition(" (at ")[0] for warning in said if "shown once" in str(warning.message)]
     assert told
     assert len(told) == len(set(told)), "the same at another step is the same"
     log = EventAccumulator(str(tmp_path))
     log.Reload()
     scalars = {tag for tag in log.Tags()["scalars"] if tag.startswith("dreams/")}
-    assert {"dreams/obs_error_1", "dreams/obs_error_5", "dreams/obs_unchanged_5", "dreams/reward_mean_1"} <= scalars
+    assert {"dreams/obs_error_1", "dreams/obs_error_5", "dreams/obs_persistence_5", "dreams/reward_mean_1"} <= scalars
     assert {"dreams/kl", "dreams/dead_latents", "dreams/imagined_return", "dreams/error_ratio"} <= scalars
     assert {"dreams/open_loop", "dreams/horizon_error"} <= set(log.Tags()["images"])
 
@@ -212,12 +229,12 @@ def test_callback_logs_numbers_figures_and_each_warning_once(tmp_path: Path):
 @pytest.mark.parametrize(
     ("settings", "says"),
     [
-        (dict(context=16), "context=16 has to be below batch_length=16"),
-        (dict(context=0), "context=0 has to be a whole number of at least 1"),
-        (dict(samples=0), "samples=0 has to be a whole number of at least 1"),
-        (dict(sequences=2.5), "sequences=2.5 has to be a whole number of at least 1"),
-        (dict(every=-5), "every=-5 has to be a whole number of at least 1"),
-        (dict(dims=["obs[9]"]), r"\['obs\[9\]'\] are unknown"),
+        (dict(context=16), "context=16 must be below batch_length=16"),
+        (dict(context=0), "context=0 must be a whole number of at least 1"),
+        (dict(samples=0), "samples=0 must be a whole number of at least 1"),
+        (dict(sequences=2.5), "sequences=2.5 must be a whole number of at least 1"),
+        (dict(every=-5), "every=-5 must be a whole number of at least 1"),
+        (dict(dims=["obs[9]"]), r"unknown dims \['obs\[9\]'\]"),
         (dict(body_env="Hopper-v4"), "another observation space"),
     ],
 )
@@ -234,7 +251,7 @@ def test_callback_refuses_what_does_not_fit_before_anything_is_learned(settings:
 def test_callback_looks_at_the_same_steps_however_often_learn_is_called(pieces: int, monkeypatch: pytest.MonkeyPatch):
     looked: list[int] = []
     callback = DreamCallback(every=40)
-    monkeypatch.setattr(callback, "_look", lambda: looked.append(callback.num_timesteps))
+    monkeypatch.setattr(callback, "_evaluate", lambda _: looked.append(callback.num_timesteps))
     model = Dreamer("MlpPolicy", Dial(), **{**TINY, "learning_starts": 16, "batch_length": 12})
     for piece in range(pieces):
         model.learn(120 // pieces, callback=callback, reset_num_timesteps=piece == 0)
@@ -260,7 +277,7 @@ def test_callback_refuses_other_algorithms():
         PPO("MlpPolicy", "CartPole-v1", device="cpu").learn(10, callback=DreamCallback())
 
 
-@pytest.mark.filterwarnings("ignore:.*said once")
+@pytest.mark.filterwarnings("ignore:.*shown once")
 def test_training_goes_on_as_if_nobody_looked(tmp_path: Path):
     alone = learn(None, tmp_path / "alone", [])
     watched = learn(DreamCallback(every=20, sequences=2, samples=3), tmp_path / "watched", ["csv"])

@@ -15,7 +15,7 @@ from tests.dreams.dial import Dial
 
 HEALTHY = dict(
     kl=3.0, kl_capacity=44.0, dead_latents=0.1, rewarded=0.5, imagined_return=11.0, real_return=10.0, return_scale=4.0
-) | dict(too_sure=1.0, error_ratio=0.4, reward_error_ratio=0.5)
+) | dict(overconfidence=1.0, error_ratio=0.4, reward_error_ratio=0.5)
 
 
 def test_a_healthy_model_has_no_trouble():
@@ -25,13 +25,13 @@ def test_a_healthy_model_has_no_trouble():
 @pytest.mark.parametrize(
     ("name", "signs", "says"),
     [
-        ("dreams_too_rosy", {"imagined_return": 30.0}, "promise a return of 30, real episodes bring 10"),
+        ("dreams_too_optimistic", {"imagined_return": 30.0}, "predict a return of 30, real episodes have 10"),
         ("kl_collapse", {"kl": 0.001}, "KL 0.001 nats"),
-        ("kl_explosion", {"kl": 60.0}, "by 60 nats, more than if it guessed (44)"),
+        ("kl_explosion", {"kl": 60.0}, "by 60 nats, more than a uniform guess (44)"),
         ("dead_latents", {"dead_latents": 0.95}, "95% of the latents"),
         ("no_reward", {"rewarded": 0.0, "real_return": 0.0, "imagined_return": 0.0}, "No reward in the data"),
-        ("worse_than_nothing_changes", {"error_ratio": 1.5}, "error 1.50 times as large"),
-        ("rewards_unknown", {"reward_error_ratio": 2.5}, "2.5 times as far off"),
+        ("worse_than_persistence", {"error_ratio": 1.5}, "error 1.50 times as large"),
+        ("rewards_unknown", {"reward_error_ratio": 2.5}, "rewards is 2.5 times that"),
     ],
 )
 def test_every_trouble_is_named_with_its_numbers_and_what_to_try(name: str, signs: dict[str, float], says: str):
@@ -42,11 +42,11 @@ def test_every_trouble_is_named_with_its_numbers_and_what_to_try(name: str, sign
 
 
 @pytest.mark.parametrize(
-    ("imagined", "real", "too_rosy"), [(-20, -1500, True), (-1400, -1500, False), (30, 25, False), (5, -5, True)]
+    ("imagined", "real", "too_optimistic"), [(-20, -1500, True), (-1400, -1500, False), (30, 25, False), (5, -5, True)]
 )
-def test_dreams_are_too_rosy_below_zero_as_well(imagined: float, real: float, too_rosy: bool):
+def test_dreams_are_too_optimistic_below_zero_as_well(imagined: float, real: float, too_optimistic: bool):
     found = find_trouble(HEALTHY | {"imagined_return": imagined, "real_return": real})
-    assert ("dreams_too_rosy" in found) == too_rosy
+    assert ("dreams_too_optimistic" in found) == too_optimistic
 
 
 def test_a_rare_reward_that_was_not_sampled_is_no_trouble():

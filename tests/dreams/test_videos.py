@@ -66,7 +66,7 @@ def test_poses_are_those_of_the_simulator_up_to_the_root(env_id: str, skip: int)
     env.close()
 
 
-@pytest.mark.parametrize(("env_id", "says"), [("Reacher-v4", "pose is not known"), ("Pendulum-v1", "no MuJoCo task")])
+@pytest.mark.parametrize(("env_id", "says"), [("Reacher-v4", "pose is not known"), ("Pendulum-v1", "not a MuJoCo")])
 def test_where_the_observation_does_not_determine_the_pose_there_is_no_body(env_id: str, says: str):
     env = gym.make(env_id)
     with pytest.raises(ValueError, match=says):

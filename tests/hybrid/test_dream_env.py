@@ -9,7 +9,7 @@ from stable_baselines3 import PPO
 
 from sb3_dreamer import Dreamer
 from sb3_dreamer.hybrid import DreamVecEnv, Guard, LatentVecEnv
-from sb3_dreamer.hybrid.dream_env import STARTS_PER_ENV
+from sb3_dreamer.hybrid.dream_env import STARTS_PER_DREAM
 from sb3_dreamer.hybrid.real_states import real_states
 from sb3_dreamer.nets import layers
 from sb3_dreamer.planning import Planner
@@ -20,7 +20,7 @@ def push(env: DreamVecEnv) -> np.ndarray:
     return np.full((env.num_envs, 1), 1.0, np.float32)
 
 
-def test_dreams_begin_at_real_moments(dreamer: Dreamer):
+def test_dreams_start_from_real_states(dreamer: Dreamer):
     obs = DreamVecEnv(dreamer, 8).reset()
     stored = dreamer.replay_buffer._storage.arrays["obs/obs"]
     assert obs.shape == (8, 3)
@@ -28,7 +28,7 @@ def test_dreams_begin_at_real_moments(dreamer: Dreamer):
 
 
 class Anything(gym.Env):
-    """Observations of a space, as chance draws them."""
+    """Random observations of a space."""
 
     def __init__(self, space: spaces.Space) -> None:
         self.observation_space, self.action_space = space, spaces.Discrete(2)
@@ -50,9 +50,9 @@ def test_observations_are_of_the_spaces_own_type_from_the_start(space: spaces.Sp
     assert dreams.reset().dtype == dreams.step(np.zeros(3, int))[0].dtype == real
 
 
-def test_the_state_is_of_the_same_moment_as_the_observation(dreamer: Dreamer):
+def test_the_state_belongs_to_the_observation(dreamer: Dreamer):
     env = DreamVecEnv(dreamer, 16, horizon=1)
-    real = real_states(dreamer, 16 * STARTS_PER_ENV)
+    real = real_states(dreamer, 16 * STARTS_PER_DREAM)
 
     def check(obs: np.ndarray) -> None:
         for packed, one in zip(dreamer.policy.world_model.rssm.pack(env._state), obs, strict=True):
@@ -105,7 +105,7 @@ def test_the_horizon_is_a_time_limit_with_the_last_observation(dreamer: Dreamer)
     assert env._age.tolist() == [0] * 4
 
 
-def test_the_model_ends_dreams_that_it_thinks_are_over(dreamer: Dreamer):
+def test_the_model_terminates_dreams(dreamer: Dreamer):
     env = DreamVecEnv(dreamer, 4)
     env.reset()
     dreamer.policy.world_model.continue_head[-1].bias.data.sub_(50.0)
@@ -117,7 +117,7 @@ def test_the_model_ends_dreams_that_it_thinks_are_over(dreamer: Dreamer):
     assert not any(info["TimeLimit.truncated"] for info in infos)
 
 
-def test_ends_are_drawn_with_their_probability(dreamer: Dreamer, monkeypatch: pytest.MonkeyPatch):
+def test_terminations_are_sampled_with_their_probability(dreamer: Dreamer, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(
         dreamer.policy.world_model, "predict_continue", lambda features: th.full(features.shape[:-1], 0.7)
     )
@@ -135,6 +135,21 @@ def test_a_step_before_the_first_reset_is_refused(dreamer: Dreamer):
         env.step(push(env))
 
 
+@pytest.mark.parametrize(
+    ("actions", "words"),
+    [
+        (np.zeros((1, 1)), r"actions have shape \(1, 1\), 3 dreams need \(3, 1\)"),
+        (np.zeros((3, 2)), r"actions have shape \(3, 2\), 3 dreams need \(3, 1\)"),
+        (np.array([[0.0], [np.nan], [0.0]]), "actions contain NaN or infinite values"),
+    ],
+)
+def test_actions_of_another_shape_or_not_finite_are_refused(dreamer: Dreamer, actions: np.ndarray, words: str):
+    env = DreamVecEnv(dreamer, 3)
+    env.reset()
+    with pytest.raises(ValueError, match=words):
+        env.step(actions)
+
+
 def test_ppo_trains_in_it_unchanged_and_the_model_stays_as_it_is(dreamer: Dreamer):
     before = {name: value.clone() for name, value in dreamer.policy.state_dict().items()}
     steps = dreamer.num_timesteps
@@ -144,8 +159,8 @@ def test_ppo_trains_in_it_unchanged_and_the_model_stays_as_it_is(dreamer: Dreame
 
 
 @pytest.mark.parametrize(("n_envs", "horizon"), [(0, 5), (4, 0)])
-def test_senseless_numbers_are_refused(dreamer: Dreamer, n_envs: int, horizon: int):
-    with pytest.raises(ValueError, match="has to be a whole number of at least 1"):
+def test_invalid_values_are_refused(dreamer: Dreamer, n_envs: int, horizon: int):
+    with pytest.raises(ValueError, match="must be a whole number of at least 1"):
         DreamVecEnv(dreamer, n_envs, horizon)
 
 
@@ -174,8 +189,8 @@ def test_no_real_environment_is_behind_it(dreamer: Dreamer):
         DreamVecEnv(dreamer, 2).env_method("close_door")
 
 
-class TestFromTheRobotsPresentMoment:
-    def test_all_dreams_begin_where_the_robot_is(self, dreamer: Dreamer):
+class TestFromAGivenState:
+    def test_all_dreams_start_there(self, dreamer: Dreamer):
         obs = np.array([[0.6, -0.8, 1.0]], np.float32)
         _, state = dreamer.predict(obs, deterministic=True)
         env = DreamVecEnv(dreamer, 4, start=state)
@@ -185,7 +200,7 @@ class TestFromTheRobotsPresentMoment:
             expected = dreamer.policy.world_model.predict_obs(decoded)["obs"].numpy()
         np.testing.assert_allclose(seen, np.repeat(expected, 4, 0).clip(*pendulum_bounds(env)), atol=1e-5)
 
-    def test_they_begin_there_again_when_they_have_ended(self, dreamer: Dreamer):
+    def test_they_start_there_again_when_they_have_ended(self, dreamer: Dreamer):
         _, state = dreamer.predict(np.array([[0.6, -0.8, 1.0]], np.float32), deterministic=True)
         env = DreamVecEnv(dreamer, 4, horizon=1, start=state)
         first = env.reset()
@@ -200,7 +215,7 @@ class TestFromTheRobotsPresentMoment:
 
     @pytest.mark.parametrize("shape", [(2, 5), (5,)])
     def test_a_state_of_another_model_is_refused(self, dreamer: Dreamer, shape: tuple[int, ...]):
-        with pytest.raises(ValueError, match="give what predict"):
+        with pytest.raises(ValueError, match="give the state that predict"):
             DreamVecEnv(dreamer, 2, start=(np.zeros(shape, np.float32), np.zeros((2, 1), np.float32)))
 
     def test_a_state_that_is_not_finite_is_refused(self, dreamer: Dreamer):
@@ -211,7 +226,7 @@ class TestFromTheRobotsPresentMoment:
 
     def test_an_empty_state_is_refused(self, dreamer: Dreamer):
         packed, action = dreamer.policy.initial_state(0)
-        with pytest.raises(ValueError, match="give what predict"):
+        with pytest.raises(ValueError, match="give the state that predict"):
             DreamVecEnv(dreamer, 2, start=(packed, action))
 
     def test_a_state_that_its_owner_changes_later_changes_no_dream(self, dreamer: Dreamer):
@@ -219,7 +234,7 @@ class TestFromTheRobotsPresentMoment:
         env = DreamVecEnv(dreamer, 4, start=state)
         first = env.reset()
         state[0][:] = 9.0
-        env._begin_again(np.arange(4), np.ones(4, bool), {"obs": first.copy()}, [{} for _ in range(4)])
+        env._restart(np.arange(4), np.ones(4, bool), {"obs": first.copy()}, [{} for _ in range(4)])
         assert env._state.features.abs().max() < 9.0
 
 

@@ -1,4 +1,4 @@
-"""Experience of others: what of it becomes which entry of the replay."""
+"""Experience from other sources: what becomes which entry of the replay."""
 
 from pathlib import Path
 from types import SimpleNamespace
@@ -161,7 +161,7 @@ class TestReplayOfSB3:
             put(buffer, n, n + 1)
         assert told(episodes_of(small(), buffer)) == [([2.0, 3.0, 4.0, 5.0], False)]
 
-    def test_the_memory_saving_variant_keeps_ends_and_its_time_limits_are_told_by_their_length(self):
+    def test_the_memory_saving_variant_keeps_ends_and_time_limits_are_recognized_by_length(self):
         buffer = sb3_replay(optimize_memory_usage=True, handle_timeout_termination=False)
         for obs, next_obs, done in (
             (1, 2, False),
@@ -228,7 +228,7 @@ class TestOtherSources:
         assert e.action.flatten().tolist() == [1.0, -0.5]
         assert e.terminal
 
-    def test_minari_images_are_turned_as_sb3_turns_them(self):
+    def test_minari_images_are_transposed_as_in_sb3(self):
         image, env = np.random.default_rng(0).integers(0, 255, (3, 36, 36, 3), np.uint8), FakeImageEnv(2, 36, 36, 3)
         recorded = SimpleNamespace(
             observations=image, actions=np.array([1, 0]), rewards=np.zeros(2), terminations=np.zeros(2, bool)
@@ -292,7 +292,7 @@ class TestOtherSources:
         with pytest.raises(ValueError, match="the replay has observations"):
             add_experience(small(Own), ReplayBuffer(20, theirs, STICK, "cpu"))
 
-    def test_a_vector_that_does_not_tell_of_its_clock_has_none(self):
+    def test_a_vector_that_does_not_report_its_time_limit_has_none(self):
         model = small().learn(80)
         dreams = DreamVecEnv(model, n_envs=1, horizon=5)
         assert _time_limit(Dreamer("MlpPolicy", dreams, model_size="debug", buffer_size=400, device="cpu")) is None

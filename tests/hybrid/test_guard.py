@@ -1,4 +1,4 @@
-"""The guard: risk as the share of dreams that end badly, and who acts then."""
+"""The guard: risk as the share of dreams that end badly, and which controller acts then."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -37,7 +37,7 @@ class Constant:
 
 @contextmanager
 def continues_with(dreamer: Dreamer, probability: float) -> Iterator[None]:
-    """The model says at every step that the episode goes on with this probability."""
+    """The model predicts this continue probability in every state."""
     out = dreamer.policy.world_model.continue_head[-1]
     before = out.weight.clone(), out.bias.clone()
     goal = th.tensor(probability * dreamer.gamma)
@@ -59,10 +59,10 @@ def observe(n: int = 1) -> np.ndarray:
 def test_the_risk_is_the_share_of_dreams_that_end_within_the_horizon(dreamer: Dreamer, monkeypatch: pytest.MonkeyPatch):
     guard = Guard(dreamer, Constant(dreamer), horizon=7, n_dreams=4)
     packed, _ = dreamer.policy.initial_state(2)
-    goes_on = th.full((8, 8), 0.9)  # what a head says that is never quite sure
-    goes_on[0, 7] = goes_on[1, 1] = goes_on[7, 3] = 0.4  # two of the first four dreams, one of the others
-    goes_on[2, 0] = 0.0  # the present moment is no dream
-    told = goes_on * dreamer.gamma
+    cont = th.full((8, 8), 0.9)  # of a head that is never quite sure
+    cont[0, 7] = cont[1, 1] = cont[7, 3] = 0.4  # two of the first four dreams, one of the others
+    cont[2, 0] = 0.0  # the present state is not part of the dream
+    told = cont * dreamer.gamma
     monkeypatch.setattr(WorldModel, "predict_discount", lambda model, features: told)
     np.testing.assert_allclose(guard.risk(packed), [0.5, 0.25])
 
@@ -79,7 +79,7 @@ def test_dreamer_acts_where_the_risk_is_small(dreamer: Dreamer):
     assert (guard.decisions, guard.taken_over) == (2, 0)
 
 
-def test_the_fallback_acts_where_it_is_not_and_the_model_is_told_what_was_really_done(dreamer: Dreamer):
+def test_the_fallback_acts_where_the_risk_is_large_and_the_model_remembers_its_action(dreamer: Dreamer):
     guard = Guard(dreamer, Constant(dreamer), horizon=5)
     with continues_with(dreamer, 0.0):
         action, state = guard.predict(observe(2))
@@ -88,7 +88,7 @@ def test_the_fallback_acts_where_it_is_not_and_the_model_is_told_what_was_really
     assert (guard.decisions, guard.taken_over) == (2, 2)
 
 
-def test_a_dreamer_that_falls_back_knows_what_was_done_and_not_what_it_would_have_done(dreamer: Dreamer):
+def test_a_dreamer_as_fallback_remembers_what_was_done_and_not_what_it_would_have_done(dreamer: Dreamer):
     other = Dreamer("MlpPolicy", "Pendulum-v1", **SMALL | dict(seed=5))
     guard, starts = Guard(dreamer, other, horizon=2), np.array([False, False])
     with continues_with(dreamer, 1.0):
@@ -121,11 +121,11 @@ def test_dreamer_remembers_under_a_guard(dreamer: Dreamer):
 
 def test_the_state_of_another_is_refused(dreamer: Dreamer):
     _, state = dreamer.predict(observe())
-    with pytest.raises(ValueError, match=r"Guard.predict\(\) got a state of another"):
+    with pytest.raises(ValueError, match=r"Guard.predict\(\) got a state of another policy"):
         Guard(dreamer, Constant(dreamer)).predict(observe(), state)
 
 
-def test_a_model_that_learned_normalised_is_not_used_without_its_statistics(tmp_path):
+def test_a_model_that_learned_normalized_is_not_used_without_its_statistics(tmp_path):
     env = VecNormalize(pendulum())
     Dreamer("MlpPolicy", env, **SMALL).learn(60).save(tmp_path / "model")
     with pytest.warns(UserWarning, match="its environment has none"):
@@ -141,13 +141,15 @@ def test_a_model_that_learned_normalised_is_not_used_without_its_statistics(tmp_
         LatentVecEnv(alone, pendulum())
     other = Dreamer("MlpPolicy", pendulum(), **SMALL)
     for teacher in (alone, Planner(alone)):
-        with pytest.raises(ValueError, match="the fallback was trained with VecNormalize and cannot act without"):
+        with pytest.raises(
+            ValueError, match="the fallback seems to be trained with VecNormalize and cannot act without"
+        ):
             Guard(other, teacher)
     with pytest.raises(SystemExit, match="learned from what a VecNormalize made of observations or rewards"):
         dreams([str(tmp_path / "model.zip"), "--env", "Pendulum-v1", "--out", str(tmp_path / "page")])
 
 
-def test_a_model_whose_rewards_alone_were_normalised_acts_without_statistics(tmp_path):
+def test_a_model_whose_rewards_alone_were_normalized_acts_without_statistics(tmp_path):
     env = VecNormalize(pendulum(), norm_obs=False)
     Dreamer("MlpPolicy", env, **SMALL).learn(60).save(tmp_path / "model")
     raw = Dreamer.load(tmp_path / "model", env=pendulum())  # without a warning
@@ -209,9 +211,9 @@ def test_what_must_not_happen_is_risky_though_no_episode_ends_with_it(dreamer: D
     assert np.abs(asked[0][:, :2]).max() <= 1.0  # in the bounds of the space
 
 
-def test_a_predicate_that_gives_no_bool_for_each_observation_is_refused(dreamer: Dreamer):
+def test_a_predicate_that_returns_no_bool_for_each_observation_is_refused(dreamer: Dreamer):
     guard = Guard(dreamer, Constant(dreamer), horizon=2, n_dreams=4, unsafe=lambda obs: obs[:, 2])
-    with pytest.raises(ValueError, match=r"unsafe\(\) gave float32 of shape \(8,\) for 8 observations"):
+    with pytest.raises(ValueError, match=r"unsafe\(\) returned float32 of shape \(8,\) for 8 observations"):
         guard.predict(observe())
 
 
@@ -254,7 +256,7 @@ def test_a_controller_of_ones_own_needs_no_more_than_predict(dreamer: Dreamer):
     with continues_with(dreamer, 0.0):
         guard = Guard(dreamer, Still(), horizon=2)
         assert guard.predict(observe(2))[0].tolist() == [[0.0], [0.0]]
-        assert guard.predict(observe()[0])[0].tolist() == [0.0]  # it is always asked about a batch
+        assert guard.predict(observe()[0])[0].tolist() == [0.0]  # it always sees a batch
 
 
 def test_actions_of_a_controller_of_ones_own_are_clipped_to_their_bounds_and_take_their_shape(dreamer: Dreamer):
@@ -268,7 +270,7 @@ def test_actions_of_a_controller_of_ones_own_are_clipped_to_their_bounds_and_tak
 
 
 @pytest.mark.parametrize("given", [np.zeros((2, 1)), (np.zeros((2, 3)), None)], ids=["no pair", "too many"])
-def test_a_controller_whose_actions_are_none_is_named(dreamer: Dreamer, given: Any):
+def test_a_controller_that_returns_invalid_actions_is_named(dreamer: Dreamer, given: Any):
     class Wrong:
         def predict(self, obs, state=None, episode_start=None, deterministic=False):
             return given
@@ -276,10 +278,15 @@ def test_a_controller_whose_actions_are_none_is_named(dreamer: Dreamer, given: A
     with (
         continues_with(dreamer, 0.0),
         pytest.raises(
-            ValueError, match=r"(?s)the fallback's predict\(\) gave .* for 2 observations: as SB3's it has to give"
+            ValueError, match=r"(?s)the fallback's predict\(\) returned .* for 2 observations: it must return a pair"
         ),
     ):
         Guard(dreamer, Wrong(), horizon=2).predict(observe(2))
+
+
+def test_a_controller_that_returns_nan_is_named(dreamer: Dreamer):
+    with pytest.raises(ValueError, match=r"the fallback's predict\(\) returned NaN"):
+        Guard(dreamer, Constant(dreamer, np.nan), horizon=2).predict(observe(2))
 
 
 def test_a_controller_that_cannot_be_called_as_sb3s_is_refused(dreamer: Dreamer):
@@ -287,12 +294,12 @@ def test_a_controller_that_cannot_be_called_as_sb3s_is_refused(dreamer: Dreamer)
         def predict(self, obs):
             return np.zeros((len(obs), 1), np.float32)
 
-    with pytest.raises(TypeError, match=r"the fallback has predict\(obs\): it is called as SB3's is"):
+    with pytest.raises(TypeError, match=r"the fallback has predict\(obs\): it is called as in SB3"):
         Guard(dreamer, Simple())
 
 
 class FromTwo(gym.Env[np.ndarray, np.int64]):
-    """Choices that are counted from 2."""
+    """Choices with a start of 2."""
 
     observation_space = spaces.Box(-1, 1, (3,), np.float32)
     action_space = spaces.Discrete(2, start=2)
@@ -330,9 +337,9 @@ def test_it_can_be_evaluated_as_any_policy(dreamer: Dreamer):
 def test_what_cannot_work_is_refused(dreamer: Dreamer, tmp_path):
     fallback = Constant(dreamer)
     for wrong in (dict(horizon=0), dict(n_dreams=0), dict(every=0)):
-        with pytest.raises(ValueError, match="has to be a whole number of at least 1"):
+        with pytest.raises(ValueError, match="must be a whole number of at least 1"):
             Guard(dreamer, fallback, **wrong)
-    with pytest.raises(ValueError, match=r"max_risk=1.5 has to be from 0 to 1"):
+    with pytest.raises(ValueError, match=r"max_risk=1.5 must be from 0 to 1"):
         Guard(dreamer, fallback, max_risk=1.5)
     with pytest.raises(ValueError, match="the fallback's observations are"):
         Guard(dreamer, SAC("MlpPolicy", "MountainCarContinuous-v0", buffer_size=10, device="cpu"))
@@ -341,7 +348,7 @@ def test_what_cannot_work_is_refused(dreamer: Dreamer, tmp_path):
         Guard(Dreamer.load(tmp_path / "alone", device="cpu"), fallback)
 
 
-def test_a_fallback_with_a_memory_is_told_what_was_done_in_its_place(dreamer: Dreamer):
+def test_a_fallback_with_a_memory_observes_what_was_done_in_its_place(dreamer: Dreamer):
     guard = Guard(dreamer, dreamer)
     _, state = guard.predict(observe(2), deterministic=True)
     taken = np.array([[0.5], [-1.5]], np.float32)

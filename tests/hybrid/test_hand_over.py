@@ -1,4 +1,4 @@
-"""From Dreamer to SB3: what the model-free algorithm is given, and that SB3 alone can go on with it."""
+"""From Dreamer to SB3: what the model-free algorithm receives, and that SB3 alone can continue with it."""
 
 import copy
 import subprocess
@@ -16,15 +16,16 @@ from stable_baselines3 import DDPG, DQN, PPO, SAC, TD3
 from stable_baselines3.common.buffers import NStepReplayBuffer, ReplayBuffer
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.envs import FakeImageEnv
+from stable_baselines3.common.noise import NormalActionNoise
 from stable_baselines3.common.vec_env import SubprocVecEnv, VecNormalize
 
 from sb3_dreamer import Dreamer
 from sb3_dreamer.hybrid import LatentVecEnv, hand_over
 from sb3_dreamer.hybrid import real_states as module_of_states
+from sb3_dreamer.hybrid.distillation import ActionValues, DistillationTargets, action_values, distillation_targets
 from sb3_dreamer.hybrid.hand_over import fill_replay
-from sb3_dreamer.hybrid.lessons import Lessons, Verdicts, lessons_from, verdicts_from
 from sb3_dreamer.hybrid.real_states import dream_returns, imagined_observations, real_states, unpacked
-from sb3_dreamer.hybrid.students import LAST_RATE, LEARNING_RATE, SLOW_START, fit, start_slowly, teach, teach_critics
+from sb3_dreamer.hybrid.students import FINAL_RATE, LEARNING_RATE, SLOW_START, fit, start_slowly, teach, teach_critics
 from sb3_dreamer.replay import Episode, read_episodes
 from tests.hybrid.conftest import SMALL, pendulum
 
@@ -33,7 +34,7 @@ QUICK: dict[str, Any] = dict(updates=5, critic_updates=2, buffer_size=1000, batc
 
 
 class Short(gym.Wrapper):
-    """Pendulum of a single step that tells of the options of its reset."""
+    """Pendulum of a single step that reports the options of its reset."""
 
     def __init__(self) -> None:
         super().__init__(gym.make("Pendulum-v1", max_episode_steps=1))
@@ -52,77 +53,88 @@ def line_buffer(n_envs: int, kind: type[ReplayBuffer] = ReplayBuffer, **kwargs: 
     return kind(20 * n_envs, line, stick, "cpu", n_envs=n_envs, **kwargs)
 
 
-def smooth_lessons(n: int) -> Lessons:
+def smooth_targets(n: int) -> DistillationTargets:
     """Observations like Pendulum's, actions that depend on them, a standard deviation of 0.2."""
     rng = np.random.default_rng(n)
     obs = rng.uniform(-1, 1, (n, 3)).astype(np.float32)
     mean = th.tanh(th.as_tensor(obs @ np.array([[1.0], [-1.0], [0.5]], np.float32)))
     nothing = th.zeros(n)
-    return Lessons({"obs": obs}, mean, th.full((n, 1), 0.2), nothing)
+    return DistillationTargets({"obs": obs}, mean, th.full((n, 1), 0.2), nothing)
 
 
-def verdicts(n: int, spread: float) -> Verdicts:
-    """At n moments four actions, one worth 3 more than another that is smaller by 1; what all are worth is random."""
+def random_values(n: int, spread: float, mean: float = -5) -> ActionValues:
+    """In n states four actions, one worth 3 more than another that is smaller by 1; the mean of all is random."""
     action = th.rand(n, 4, 1) * 2 - 1
     obs = np.random.default_rng(n).uniform(-1, 1, (n, 3)).astype(np.float32)
-    return Verdicts({"obs": obs}, action, 3 * action[..., 0] - 5 + spread * th.randn(n, 1))
+    return ActionValues({"obs": obs}, action, 3 * action[..., 0] + mean + spread * th.randn(n, 1))
 
 
 class TestCritics:
     @pytest.mark.parametrize("algorithm", [SAC, TD3, TQC, CrossQ])
-    def test_they_learn_what_actions_are_worth_whatever_the_rate_of_the_student(self, dreamer: Dreamer, algorithm: Any):
+    def test_they_learn_the_values_of_actions_whatever_the_rate_of_the_student(self, dreamer: Dreamer, algorithm: Any):
         student = dreamer.to_model_free(algorithm, **QUICK, learning_rate=1e-9)
-        judged = verdicts(2000, spread=0.0)
-        teach_critics(student, judged, 2000)
-        obs = judged.seen_by(student.policy, slice(None))
+        targets = random_values(2000, spread=0.0)
+        teach_critics(student, targets, 2000)
+        obs = targets.obs_for(student.policy, slice(None))
         with th.no_grad():
-            predicted = student.critic(obs, judged.action[:, 0])
+            predicted = student.critic(obs, targets.action[:, 0])
         for values in predicted.unbind(1) if algorithm is TQC else predicted:  # (n, 1), TQC's quantiles (n, .)
-            assert float((values.mean(1) - judged.value[:, 0]).square().mean()) < 0.05 * 3.0
+            assert float((values.mean(1) - targets.value[:, 0]).square().mean()) < 0.05 * 3.0
 
     def test_their_rate_falls_to_almost_nothing_so_that_the_last_minibatches_do_not_decide(self):
         weight = th.nn.Parameter(th.zeros(()))
         path: list[float] = []
-        fit([weight], lambda _: weight, verdicts(100, 0.0).batches(200, 10), 200, lambda _: path.append(weight.item()))
+        fit(
+            [weight],
+            lambda _: weight,
+            random_values(100, 0.0).minibatches(200, 10),
+            200,
+            lambda _: path.append(weight.item()),
+        )
         rates = -np.diff(path, prepend=0.0)  # Adam's steps under a constant gradient
         np.testing.assert_allclose(rates[0], LEARNING_RATE, rtol=1e-3)
-        np.testing.assert_allclose(rates[-1], LEARNING_RATE * LAST_RATE, rtol=0.5)
+        np.testing.assert_allclose(rates[-1], LEARNING_RATE * FINAL_RATE, rtol=0.5)
         assert (np.diff(rates) < 0).all()
 
-    def test_how_actions_differ_is_learned_even_where_moments_cannot_be_told_apart(self, dreamer: Dreamer):
+    @pytest.mark.parametrize("mean", [-5, 1000], ids="mean {}".format)
+    def test_differences_between_actions_are_learned_even_if_states_cannot_be_distinguished(
+        self, dreamer: Dreamer, mean: float
+    ):
         sac = dreamer.to_model_free(SAC, **QUICK)
-        judged = verdicts(2000, spread=5.0)
-        teach_critics(sac, judged, 1000)
-        obs = judged.seen_by(sac.policy, slice(None))
+        targets = random_values(2000, spread=5.0, mean=mean)
+        teach_critics(sac, targets, 1000)
+        obs = targets.obs_for(sac.policy, slice(None))
         with th.no_grad():
             low, high = (sac.critic(obs, th.full((2000, 1), a))[0].mean() for a in (-0.5, 0.5))
         assert abs(high - low - 3.0) < 0.3
+        assert abs(high + low - 2 * mean) < 1.0
+
+    def test_values_on_policy_may_be_large_too(self, dreamer: Dreamer):
+        ppo, n = dreamer.to_model_free(PPO, updates=0), 2000
+        obs = np.random.default_rng(0).uniform(-1, 1, (n, 3)).astype(np.float32)
+        value = 1000 + 20 * th.as_tensor(obs[:, 0])
+        targets = DistillationTargets({"obs": obs}, th.zeros(n, 1), th.ones(n, 1), value)
+        teach(ppo, targets, 1000)
+        with th.no_grad():
+            error = ppo.policy.predict_values(targets.obs_for(ppo.policy, slice(None))).squeeze(1) - value
+        assert float(error.abs().mean()) < 1.5
 
     def test_targets_are_what_was_taught(self, dreamer: Dreamer):
         sac = dreamer.to_model_free(SAC, **QUICK)
         for name, value in sac.critic.state_dict().items():
             assert th.allclose(value, sac.critic_target.state_dict()[name], atol=1e-6)
 
-    def test_no_more_entries_than_there_is_memory_for(self, dreamer: Dreamer, monkeypatch: pytest.MonkeyPatch):
-        every, width = real_states(dreamer, 10_000), dreamer.policy.world_model.rssm.packed_width
-        assert every.packed.shape == (len(every), width)
-        monkeypatch.setattr("sb3_dreamer.hybrid.real_states.LEAST", 60)
-        monkeypatch.setattr("sb3_dreamer.hybrid.real_states.MOST_BYTES", 100 * 4 * width)
-        assert 60 < len(real_states(dreamer, 10_000)) <= 100 < len(every)
-        monkeypatch.setattr("sb3_dreamer.hybrid.real_states.MOST_BYTES", 0)
-        assert 40 < len(real_states(dreamer, 10_000)) <= 60
-
-    def test_dreamers_own_action_comes_first_and_the_verdict_knows_no_chance(self, dreamer: Dreamer):
+    def test_dreamers_own_action_comes_first_and_values_are_deterministic(self, dreamer: Dreamer):
         real = real_states(dreamer, 100)
-        judged = verdicts_from(dreamer, real, 0.9, on_latents=False)
-        assert judged.action.shape == (len(judged), 4, 1)
-        assert judged.action.abs().max() <= 1.0
+        targets = action_values(dreamer, real, 0.9, on_latents=False)
+        assert targets.action.shape == (len(targets), 4, 1)
+        assert targets.action.abs().max() <= 1.0
         row = {tuple(obs): i for i, obs in enumerate(real.obs["obs"])}
-        start = unpacked(dreamer, real.packed[[row[tuple(obs)] for obs in judged.obs["obs"]]])
+        start = unpacked(dreamer, real.packed[[row[tuple(obs)] for obs in targets.obs["obs"]]])
         own = dreamer.policy.actor(start.features).mode()
-        np.testing.assert_allclose(judged.action[:, 0], own.detach(), atol=1e-6)
+        np.testing.assert_allclose(targets.action[:, 0], own.detach(), atol=1e-6)
         value = dream_returns(dreamer, start, 0.9, sample=False)[1][:, 0]
-        np.testing.assert_allclose(judged.value[:, 0], value, rtol=1e-2, atol=1e-2)
+        np.testing.assert_allclose(targets.value[:, 0], value, rtol=1e-2, atol=1e-2)
 
 
 class TestSlowStart:
@@ -161,7 +173,7 @@ class TestSlowStart:
         assert states
         assert all(state["step"] < 1000 and state["exp_avg_sq"].max() < 1000 for state in states)
 
-    def test_another_optimiser_than_adam_is_left_as_it_is(self, dreamer: Dreamer):
+    def test_another_optimizer_than_adam_is_left_as_it_is(self, dreamer: Dreamer):
         net = dict(net_arch=[16], optimizer_class=th.optim.SGD)
         sac = dreamer.to_model_free(SAC, **{**QUICK, "policy_kwargs": net})
         sac.learn(5, reset_num_timesteps=False)
@@ -229,10 +241,13 @@ class TestSettings:
         assert mine.learning_starts == 0
 
     def test_as_many_entries_are_taken_as_fit_into_memory(self, dreamer: Dreamer, monkeypatch):
-        monkeypatch.setattr(module_of_states, "LEAST", 1)
-        width = dreamer.policy.world_model.rssm.packed_width
-        monkeypatch.setattr(module_of_states, "MOST_BYTES", 100 * (4 * width + 5 * 12))  # three numbers of four bytes
-        assert 90 <= len(real_states(dreamer, 400)) <= 110
+        unlimited, width = real_states(dreamer, 10_000), dreamer.policy.world_model.rssm.packed_width
+        assert unlimited.packed.shape == (len(unlimited), width)
+        monkeypatch.setattr(module_of_states, "MIN_ENTRIES", 60)
+        monkeypatch.setattr(module_of_states, "MAX_BYTES", 100 * (4 * width + 5 * 12))  # three numbers of four bytes
+        assert 90 <= len(real_states(dreamer, 10_000)) <= 100 < len(unlimited)
+        monkeypatch.setattr(module_of_states, "MAX_BYTES", 0)
+        assert 40 < len(real_states(dreamer, 10_000)) <= 60
 
     def test_nothing_throws_the_policy_away(self, dreamer: Dreamer):
         sac = dreamer.to_model_free(SAC, **QUICK)
@@ -266,7 +281,7 @@ class TestSettings:
         assert model.replay_buffer.pos == before + 3
 
     @pytest.mark.parametrize("algorithm", [SAC, TD3, DDPG, TQC])
-    def test_networks_are_layer_normalised(self, dreamer: Dreamer, algorithm: Any):
+    def test_networks_are_layer_normalized(self, dreamer: Dreamer, algorithm: Any):
         student = dreamer.to_model_free(algorithm, **QUICK)
         critic = student.critic.qf0 if algorithm is TQC else student.critic.q_networks[0]
         x = 7 * th.randn(5, 32) + 3
@@ -317,14 +332,14 @@ class TestSettings:
         assert [len(e) for e in read_episodes(model.replay_buffer)] == [50, 9, 39]
 
     def test_a_replay_without_a_transition_is_refused(self, dreamer: Dreamer):
-        with pytest.raises(ValueError, match="transitions=3 has to be a whole number of at least 4"):
+        with pytest.raises(ValueError, match="transitions=3 must be a whole number of at least 4"):
             dreamer.to_model_free(SAC, **QUICK, transitions=3)
 
     @pytest.mark.parametrize("name", ["updates", "critic_updates", "transitions"])
     def test_numbers_are_whole_or_refused_before_any_work(self, dreamer: Dreamer, name: str, monkeypatch):
         monkeypatch.setattr(hand_over, "teach", None)
         for value in (-1, 10.5, "10"):
-            with pytest.raises(ValueError, match=f"{name}={value!r} has to be a whole number of at least "):
+            with pytest.raises(ValueError, match=f"{name}={value!r} must be a whole number of at least "):
                 dreamer.to_model_free(SAC, **{**QUICK, name: value})
 
     def test_as_in_learn_they_may_come_as_floats(self, dreamer: Dreamer):
@@ -350,8 +365,8 @@ class TestSettings:
 
     def test_a_deterministic_student_explores_as_widely_as_dreamer(self, dreamer: Dreamer):
         td3 = dreamer.to_model_free(TD3, **QUICK)
-        lessons = lessons_from(dreamer, real_states(dreamer, 1000), td3.gamma, False)
-        np.testing.assert_allclose(td3.action_noise._sigma, lessons.std.mean(0), rtol=0.1)
+        targets = distillation_targets(dreamer, real_states(dreamer, 1000), td3.gamma, False)
+        np.testing.assert_allclose(td3.action_noise._sigma, targets.std.mean(0), rtol=0.1)
 
 
 class TestPolicy:
@@ -359,8 +374,8 @@ class TestPolicy:
     def test_deterministic_actions_are_those_taught_also_on_observations_not_seen(self, algorithm: Any):
         settings = dict(n_steps=64) if algorithm is PPO else dict(buffer_size=10)
         student = algorithm("MlpPolicy", pendulum(), seed=0, device="cpu", policy_kwargs=dict(NET), **settings)
-        lessons, held_out = smooth_lessons(2000), smooth_lessons(200)
-        teach(student, lessons, 600)
+        targets, held_out = smooth_targets(2000), smooth_targets(200)
+        teach(student, targets, 600)
         actions = student.predict(held_out.obs["obs"], deterministic=True)[0] / 2.0
         assert np.abs(actions - held_out.mean.numpy()).mean() < 0.05
         assert held_out.mean.std() > 0.3
@@ -369,10 +384,10 @@ class TestPolicy:
         space = gym.spaces.Box(np.array([0.0], np.float32), np.array([4000.0], np.float32))
         wide = gym.wrappers.TransformAction(gym.make("Pendulum-v1"), lambda a: a / 1000 - 2, space)
         ppo = PPO("MlpPolicy", wide, seed=0, device="cpu", policy_kwargs=dict(NET), n_steps=64)
-        lessons = smooth_lessons(2000)
-        teach(ppo, lessons, 600)
-        actions = ppo.predict(lessons.obs["obs"], deterministic=True)[0] / 2000.0 - 1
-        assert np.abs(actions - lessons.mean.numpy()).mean() < 0.05
+        targets = smooth_targets(2000)
+        teach(ppo, targets, 600)
+        actions = ppo.predict(targets.obs["obs"], deterministic=True)[0] / 2000.0 - 1
+        assert np.abs(actions - targets.mean.numpy()).mean() < 0.05
         assert ppo.policy.log_std.exp().item() == pytest.approx(0.2 * 2000, rel=1e-4)
 
     def test_a_width_that_the_caller_gives_is_kept(self, dreamer: Dreamer):
@@ -381,34 +396,34 @@ class TestPolicy:
 
     def test_sacs_width_is_dreamers(self):
         sac = SAC("MlpPolicy", pendulum(), seed=0, device="cpu", policy_kwargs=dict(NET), buffer_size=10)
-        lessons = smooth_lessons(2000)
-        teach(sac, lessons, 600)
-        obs = sac.policy.obs_to_tensor(lessons.obs["obs"])[0]
+        targets = smooth_targets(2000)
+        teach(sac, targets, 600)
+        obs = sac.policy.obs_to_tensor(targets.obs["obs"])[0]
         with th.no_grad():
             actions = th.stack([sac.actor(obs) for _ in range(64)])
         assert abs(actions.std(0).mean() - 0.2) < 0.05
 
     def test_ppo_has_dreamers_width_and_values(self, dreamer: Dreamer):
         ppo = dreamer.to_model_free(PPO, updates=500, n_steps=32, policy_kwargs=NET)
-        lessons = lessons_from(dreamer, real_states(dreamer, 1000), ppo.gamma, False)
-        np.testing.assert_allclose(ppo.policy.log_std.exp().item(), 2 * lessons.std.mean().item(), rtol=0.05)
+        targets = distillation_targets(dreamer, real_states(dreamer, 1000), ppo.gamma, False)
+        np.testing.assert_allclose(ppo.policy.log_std.exp().item(), 2 * targets.std.mean().item(), rtol=0.05)
 
-    def test_ppo_judges_as_dreamer_does(self):
+    def test_ppo_has_dreamers_values(self):
         ppo = PPO("MlpPolicy", pendulum(), seed=0, device="cpu", n_steps=32, batch_size=32, policy_kwargs=dict(NET))
-        lessons = smooth_lessons(2000)
-        lessons.value = 5 * th.as_tensor(lessons.obs["obs"][:, 0])
-        teach(ppo, lessons, 1500)
+        targets = smooth_targets(2000)
+        targets.value = 5 * th.as_tensor(targets.obs["obs"][:, 0])
+        teach(ppo, targets, 1500)
         with th.no_grad():
-            values = ppo.policy.predict_values(lessons.seen_by(ppo.policy, slice(None))).squeeze(-1)
-        assert (values - lessons.value).abs().mean() < 0.2 * lessons.value.std()
+            values = ppo.policy.predict_values(targets.obs_for(ppo.policy, slice(None))).squeeze(-1)
+        assert (values - targets.value).abs().mean() < 0.2 * targets.value.std()
 
     def test_choices_are_handed_over_as_probabilities(self):
         model = Dreamer("MlpPolicy", "CartPole-v1", **SMALL).learn(80)
         ppo = model.to_model_free(PPO, updates=200, n_steps=16, batch_size=16, policy_kwargs=NET)
-        lessons = lessons_from(model, real_states(model, 1000), ppo.gamma, False)
+        targets = distillation_targets(model, real_states(model, 1000), ppo.gamma, False)
         with th.no_grad():
-            probs = ppo.policy.get_distribution(lessons.seen_by(ppo.policy, slice(None)))
-        assert (probs.distribution.probs - lessons.mean).abs().mean() < 0.05
+            probs = ppo.policy.get_distribution(targets.obs_for(ppo.policy, slice(None)))
+        assert (probs.distribution.probs - targets.mean).abs().mean() < 0.05
 
     def test_real_states_are_those_of_predict_along_the_stored_actions(self, dreamer: Dreamer):
         real, state = real_states(dreamer, 1000), None
@@ -418,27 +433,27 @@ class TestPolicy:
             np.testing.assert_allclose(real.packed[t], packed[0], atol=1e-4)
             state = packed, real.action[t : t + 1].numpy()
 
-    def test_real_and_imagined_lessons_are_about_equally_many(self, dreamer: Dreamer):
+    def test_real_and_imagined_targets_are_about_equally_many(self, dreamer: Dreamer):
         real = real_states(dreamer, 100)
         n_real = int((~real.is_last).sum())
-        assert 0 <= len(lessons_from(dreamer, real, 0.9, False)) - (2 * n_real) * 0.9 < 0.4 * n_real
+        assert 0 <= len(distillation_targets(dreamer, real, 0.9, False)) - (2 * n_real) * 0.9 < 0.4 * n_real
 
     def test_dreams_of_one_step_have_nothing_between_their_ends_to_learn_from(self):
         env = FakeImageEnv(screen_height=32, screen_width=32, n_channels=3, discrete=False)
         model = Dreamer("CnnPolicy", env, **{**SMALL, "imagination_horizon": 1}).learn(40)
         real = real_states(model, 1000)
-        assert len(lessons_from(model, real, 0.9, False)) == (~real.is_last).sum()
+        assert len(distillation_targets(model, real, 0.9, False)) == (~real.is_last).sum()
 
     def test_returns_are_of_the_students_discount(self, dreamer: Dreamer, monkeypatch: pytest.MonkeyPatch):
-        """Rewards of 1, a critic that says 100 (of 1 / (1 - 0.99)), nothing ends: at 0.9 each state is worth 10."""
+        """Rewards of 1, a critic that says 100 (of 1 / (1 - 0.99)), nothing ends: at 0.9 each value is 10."""
         world_model, critic = dreamer.policy.world_model, dreamer.policy.critic
         monkeypatch.setattr(world_model, "predict_reward", lambda f: th.ones(f.shape[:-1]))
         monkeypatch.setattr(world_model, "predict_discount", lambda f: th.full(f.shape[:-1], 0.99))
         monkeypatch.setattr(critic, "value", lambda f: th.full(f.shape[:-1], 100.0))
         real = real_states(dreamer, 100)
-        for gamma, worth in ((0.9, 10.0), (0.99, 100.0)):
-            lessons = lessons_from(dreamer, real, gamma, False)
-            np.testing.assert_allclose(lessons.value, worth, rtol=1e-4)
+        for gamma, value in ((0.9, 10.0), (0.99, 100.0)):
+            targets = distillation_targets(dreamer, real, gamma, False)
+            np.testing.assert_allclose(targets.value, value, rtol=1e-4)
 
 
 class TestLatents:
@@ -470,7 +485,7 @@ class TestLatents:
             LatentVecEnv(dreamer, make_vec_env("MountainCarContinuous-v0"))
 
     def test_a_step_before_the_first_episode_is_refused(self, dreamer: Dreamer):
-        with pytest.raises(RuntimeError, match=r"no episode has begun: call reset\(\) before step"):
+        with pytest.raises(RuntimeError, match=r"no episode has started: call reset\(\) before step"):
             LatentVecEnv(dreamer, pendulum()).step(np.zeros((1, 1), np.float32))
 
     def test_the_last_observation_goes_through_the_filter_too(self, dreamer: Dreamer):
@@ -488,13 +503,13 @@ class TestLatents:
         expected = dreamer.policy.world_model.rssm.unpack(th.as_tensor(packed)).features[0]
         np.testing.assert_allclose(seen[0]["terminal_observation"], expected, atol=1e-6)
 
-    def test_a_number_that_is_not_finite_is_told_and_does_not_stay_in_the_memory(self, dreamer: Dreamer):
+    def test_a_value_that_is_not_finite_is_refused_and_does_not_enter_the_memory(self, dreamer: Dreamer):
         env = LatentVecEnv(dreamer, pendulum())
         env.reset()
-        before = env._packed.clone()
+        before = env._memory[0].clone()
         with pytest.raises(ValueError, match="LatentVecEnv got obs with a number that is NaN"):
-            env._see(np.float32([[np.nan, 0.0, 0.0]]), np.zeros(1, bool))
-        assert th.equal(env._packed, before)
+            env._filter(np.float32([[np.nan, 0.0, 0.0]]), np.zeros(1, bool))
+        assert th.equal(env._memory[0], before)
 
     def test_where_no_transition_is_among_the_newest_none_is_handed_over(self):
         model = Dreamer("MlpPolicy", pendulum(steps=10), **{**SMALL, "buffer_size": 200}).learn(101)
@@ -503,7 +518,7 @@ class TestLatents:
         assert sac.replay_buffer.size() == 0
 
     def test_only_vectors_of_environments_are_seen_through(self, dreamer: Dreamer):
-        with pytest.raises(TypeError, match=r"goes around a VecEnv, not PendulumEnv: make_vec_env\(\) makes one"):
+        with pytest.raises(TypeError, match=r"wraps a VecEnv, not PendulumEnv: make_vec_env\(\) makes one"):
             LatentVecEnv(dreamer, gym.make("Pendulum-v1").unwrapped)
 
     def test_the_features_are_those_of_predict(self, dreamer: Dreamer):
@@ -552,15 +567,40 @@ class TestFiles:
         np.testing.assert_allclose(*actions, atol=1e-6)
 
 
+class TestAnotherDevice:
+    """The student is on a device of its own. "meta" is one on every machine: it has no values, but refuses others."""
+
+    @pytest.mark.filterwarnings("ignore:You are trying to run PPO on the GPU")
+    def test_on_policy(self, dreamer: Dreamer, monkeypatch: pytest.MonkeyPatch):
+        monkeypatch.setattr(th.distributions.Distribution, "_validate_args", False)  # it reads values
+        ppo = dreamer.to_model_free(PPO, updates=2, n_steps=32, device="meta")
+        assert ppo.policy.action_net.weight.device.type == "meta"
+
+    def test_off_policy(self, dreamer: Dreamer, monkeypatch: pytest.MonkeyPatch):
+        monkeypatch.setattr(hand_over, "start_slowly", lambda student: None)  # SB3's train() needs values
+        noise = NormalActionNoise(np.zeros(1), np.ones(1))
+        td3 = dreamer.to_model_free(TD3, **QUICK, action_noise=noise, device="meta")
+        assert td3.critic.q_networks[0][0].weight.device.type == "meta"
+
+    @pytest.mark.skipif(not th.cuda.is_available(), reason="needs a GPU")
+    @pytest.mark.parametrize("algorithm", [PPO, SAC, TD3])
+    def test_from_a_gpu_to_the_cpu(self, algorithm: Any):
+        model = Dreamer("MlpPolicy", pendulum(), **{**SMALL, "device": "cuda"}).learn(80)
+        settings = dict(updates=5, n_steps=64) if algorithm is PPO else QUICK
+        student = model.to_model_free(algorithm, **settings, device="cpu")
+        assert student.learn(10, reset_num_timesteps=False).device.type == "cpu"
+
+
 class TestRefused:
     @pytest.mark.parametrize(
         ("algorithm", "kwargs", "message"),
         [
             (DQN, {}, "cannot take over here.*action space"),
-            (RecurrentPPO, {"policy": "MlpLstmPolicy"}, "of no family"),
+            (RecurrentPPO, {"policy": "MlpLstmPolicy"}, "cannot take over from Dreamer"),
             (SAC, {"on": "pixels"}, 'on="pixels" is unknown'),
             (SAC, {"use_sde": True}, "leave them False"),
             (SAC, {"env": "CartPole-v1"}, "same spaces and wrappers"),
+            (Dreamer, {}, "Dreamer cannot take over from Dreamer: use SAC"),
         ],
     )
     def test_what_cannot_take_over(self, dreamer: Dreamer, algorithm: Any, kwargs: Any, message: str):
@@ -571,7 +611,7 @@ class TestRefused:
             dreamer.to_model_free(algorithm, **kwargs)
 
     def test_the_name_of_an_algorithm(self, dreamer: Dreamer):
-        with pytest.raises(TypeError, match="'PPO' is no algorithm of SB3: give its class"):
+        with pytest.raises(TypeError, match="algorithm must be an algorithm class of SB3, not 'PPO'"):
             dreamer.to_model_free("PPO")
 
     def test_an_empty_replay(self):
@@ -634,17 +674,17 @@ class TestRefused:
     def test_masked_choices(self):
         model = Dreamer("MlpPolicy", "CartPole-v1", **SMALL).learn(80)
         env = ActionMasker(gym.make("CartPole-v1"), lambda _: np.ones(2, bool))
-        with pytest.raises(ValueError, match=r"MaskablePPO is of no family .*: use PPO, A2C or TRPO"):
+        with pytest.raises(ValueError, match=r"MaskablePPO cannot take over from Dreamer: use PPO, A2C or TRPO"):
             model.to_model_free(MaskablePPO, env=env)
 
     @pytest.mark.parametrize("other", [dict(norm_obs=False), dict(clip_obs=0.1), dict(gamma=0.9)])
-    def test_another_normalisation(self, other: dict[str, Any]):
+    def test_another_normalization(self, other: dict[str, Any]):
         model = Dreamer("MlpPolicy", VecNormalize(pendulum()), **SMALL).learn(60)
         (name,) = other
         with pytest.raises(ValueError, match=f"VecNormalize has {name}=.* around env and .* around Dreamer's"):
             model.to_model_free(SAC, env=VecNormalize(pendulum(), **other))
 
-    def test_without_the_normalisation_that_it_learned_with(self, tmp_path: Path):
+    def test_without_the_normalization_that_it_learned_with(self, tmp_path: Path):
         model = Dreamer("MlpPolicy", VecNormalize(pendulum()), **SMALL).learn(80)
         model.save(tmp_path / "model")
         model.save_replay_buffer(tmp_path / "replay")
@@ -653,9 +693,9 @@ class TestRefused:
         with pytest.raises(ValueError, match="needs the statistics of VecNormalize that this model has learned with"):
             loaded.to_model_free(SAC, env=pendulum())
 
-    def test_normalisation_on_one_side_only(self, dreamer: Dreamer):
-        plain, normalised = VecNormalize(pendulum(), norm_reward=False), VecNormalize(pendulum())
-        for env, on in ((normalised, "observations"), (plain, "latents")):
+    def test_normalization_on_one_side_only(self, dreamer: Dreamer):
+        plain, normalized = VecNormalize(pendulum(), norm_reward=False), VecNormalize(pendulum())
+        for env, on in ((normalized, "observations"), (plain, "latents")):
             with pytest.raises(ValueError, match="wrap env as Dreamer's is"):
                 dreamer.to_model_free(SAC, env=env, on=on)
         with pytest.raises(ValueError, match="wrap env as Dreamer's is"):
@@ -684,7 +724,7 @@ def test_statistics_that_are_not_training_stay_as_they_are():
 
 
 @pytest.mark.parametrize("algorithm", [SAC, PPO])
-def test_the_students_environment_alone_may_normalise_what_it_sees(algorithm: Any):
+def test_the_students_environment_alone_may_normalize_its_observations(algorithm: Any):
     model = Dreamer("MlpPolicy", pendulum(), **SMALL).learn(200)
     env = VecNormalize(pendulum(), norm_reward=False)
     settings = dict(n_steps=64) if algorithm is PPO else dict(buffer_size=1000, critic_updates=2)
@@ -692,12 +732,23 @@ def test_the_students_environment_alone_may_normalise_what_it_sees(algorithm: An
     seen = np.concatenate([e.obs["obs"] for e in read_episodes(model.replay_buffer)])
     np.testing.assert_allclose(env.obs_rms.mean, seen.mean(0), atol=1e-3)
     np.testing.assert_allclose(env.obs_rms.var, seen.var(0), rtol=1e-2)
-    lessons = lessons_from(model, real_states(model, 1000), 0.99, False)
-    actions = student.predict(env.normalize_obs(lessons.obs["obs"]), deterministic=True)[0] / 2
-    assert np.abs(actions - lessons.mean.numpy()).mean() < 0.1
+    targets = distillation_targets(model, real_states(model, 1000), 0.99, False)
+    actions = student.predict(env.normalize_obs(targets.obs["obs"]), deterministic=True)[0] / 2
+    assert np.abs(actions - targets.mean.numpy()).mean() < 0.1
     if algorithm is SAC:
         assert np.abs(student.replay_buffer.observations[:190, 0, 2]).max() > 2, "the replay keeps the original numbers"
     student.learn(10, reset_num_timesteps=False)
+
+
+def test_values_are_scaled_from_the_discount_that_the_critic_was_trained_with(monkeypatch: pytest.MonkeyPatch):
+    """``model.gamma`` may have been changed since the last update."""
+    model = Dreamer("MlpPolicy", pendulum(), **SMALL).learn(60)
+    start = unpacked(model, real_states(model, 10).packed)
+    action = th.zeros(len(start.features), 1)
+    monkeypatch.setattr(model.policy.critic, "value", lambda features: th.full(features.shape[:-1], 100.0))
+    before = dream_returns(model, start, 0.9, action, sample=False)[1]
+    model.gamma = 0.9
+    th.testing.assert_close(dream_returns(model, start, 0.9, action, sample=False)[1], before)
 
 
 def test_without_an_entropy_weight_the_temperature_is_small_but_there_is_one():
@@ -705,7 +756,7 @@ def test_without_an_entropy_weight_the_temperature_is_small_but_there_is_one():
     assert sac.ent_coef == "auto_1e-06"
 
 
-def test_under_vecnormalize_the_replay_is_original_and_lessons_are_normalised():
+def test_under_vecnormalize_the_replay_is_original_and_targets_are_normalized():
     env = VecNormalize(pendulum(), clip_obs=5.0)
     model = Dreamer("MlpPolicy", env, **SMALL).learn(60)
     sac = model.to_model_free(SAC, **QUICK)

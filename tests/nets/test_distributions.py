@@ -8,9 +8,9 @@ import pytest
 import torch as th
 
 from sb3_dreamer.nets.distributions import (
-    Bits,
+    Bernoulli,
     BoundedNormal,
-    OneHots,
+    OneHotCategoricals,
     categorical_kl,
     sample_onehot,
     sample_onehot_with,
@@ -134,7 +134,7 @@ def test_the_standard_deviation_stays_between_a_tenth_and_one() -> None:
 
 
 def test_several_choices_are_concatenated_one_hot_vectors() -> None:
-    policy = OneHots(th.tensor([[9.0, 0.0, 0.0, 0.0, 9.0]]), classes=(2, 3))
+    policy = OneHotCategoricals(th.tensor([[9.0, 0.0, 0.0, 0.0, 9.0]]), classes=(2, 3))
     assert policy.mode().tolist() == [[1.0, 0.0, 0.0, 0.0, 1.0]]
     first, second = (unimix_probs(x).log() for x in (th.tensor([9.0, 0.0]), th.tensor([0.0, 0.0, 9.0])))
     assert float(policy.log_prob(policy.mode())) == pytest.approx(float(first[0] + second[2]), rel=1e-5)
@@ -142,7 +142,7 @@ def test_several_choices_are_concatenated_one_hot_vectors() -> None:
 
 
 def test_bits_are_independent_coins() -> None:
-    policy = Bits(th.tensor([[0.0, 100.0]]))
+    policy = Bernoulli(th.tensor([[0.0, 100.0]]))
     assert policy.mode().tolist() == [[0.0, 1.0]]
     expected = math.log(0.5) + math.log(0.995)
     assert float(policy.log_prob(th.tensor([[1.0, 1.0]]))) == pytest.approx(expected, rel=1e-4)
@@ -151,14 +151,14 @@ def test_bits_are_independent_coins() -> None:
 
 
 def test_several_choices_have_the_entropy_of_all() -> None:
-    assert OneHots(th.zeros(1, 5), (2, 3)).entropy().tolist() == pytest.approx([math.log(2) + math.log(3)])
+    assert OneHotCategoricals(th.zeros(1, 5), (2, 3)).entropy().tolist() == pytest.approx([math.log(2) + math.log(3)])
 
 
 def test_policies_sample_with_their_probabilities_mean_and_deviation() -> None:
     th.manual_seed(0)
-    bits = Bits(th.tensor([2.0, -1.0]).expand(20_000, 2))
+    bits = Bernoulli(th.tensor([2.0, -1.0]).expand(20_000, 2))
     assert th.allclose(bits.sample().mean(0), bits.prob[0], atol=0.015)
-    choices = OneHots(th.tensor([0.0, 1.0, 2.0, 0.0, -1.0]).expand(20_000, 5), (2, 3))
+    choices = OneHotCategoricals(th.tensor([0.0, 1.0, 2.0, 0.0, -1.0]).expand(20_000, 5), (2, 3))
     assert th.allclose(choices.sample().mean(0), th.cat([p[0] for p in choices.probs]), atol=0.015)
     normal = BoundedNormal(th.tensor([0.5, -0.5, -3.0, 1.0]).expand(20_000, 4))
     sample = normal.sample()

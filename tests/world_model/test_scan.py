@@ -37,7 +37,7 @@ def inputs() -> tuple[th.Tensor, th.Tensor, th.Tensor, State]:
     first = th.zeros(B, T, dtype=th.bool)
     first[1, 3] = first[2, 0] = True
     onehot = F.one_hot(th.randint(0, SIZE.classes, (B, SIZE.stoch)), SIZE.classes).transpose(1, 2).flatten(1)
-    return embed, action * ~first[..., None], first, State.of(th.randn(B, SIZE.deter).double(), onehot.double())
+    return embed, action * ~first[..., None], first, State.from_parts(th.randn(B, SIZE.deter).double(), onehot.double())
 
 
 def observe_step_by_step(
@@ -51,11 +51,11 @@ def observe_step_by_step(
         deter = rssm.sequence.step(state.deter * keep, state.stoch * keep, drive)
         logits = rssm.posterior_logits(rssm.posterior(th.cat([deter, embed[:, t]], -1)))
         probs = rssm._probs(logits)
-        state = State.of(deter, straight_through(sample_onehot_with(probs, noise[t], -2), probs).flatten(-2))
+        state = State.from_parts(deter, straight_through(sample_onehot_with(probs, noise[t], -2), probs).flatten(-2))
         states.append(state)
         posts.append(probs)
     deter, stoch = th.stack([s.deter for s in states], 1), th.stack([s.stoch for s in states], 1)
-    return State.of(deter, stoch), th.stack(posts, 1)
+    return State.from_parts(deter, stoch), th.stack(posts, 1)
 
 
 def test_scan_and_single_steps_agree_in_values_and_in_all_gradients(rssm: RSSM) -> None:

@@ -10,7 +10,7 @@ import pytest
 from stable_baselines3.common.save_util import load_from_pkl
 
 from sb3_dreamer import Dreamer
-from sb3_dreamer.zoo.bridges import absent_environments_explained, figures_to_files
+from sb3_dreamer.zoo.patches import figures_to_files, missing_environments_explained
 from tests.zoo.processes import TINY, Run
 
 RUN = Path("logs/dreamer/CartPole-v1_1")
@@ -120,14 +120,14 @@ def test_an_environment_of_a_missing_library_names_the_pip_command(hint):
     ):
         with (
             pytest.raises(ValueError, match=rf"{env_id}.*pip install .sb3-dreamer\[{hint}\]"),
-            absent_environments_explained(),
+            missing_environments_explained(),
         ):
             raise error
 
 
 @pytest.mark.parametrize("error", [ValueError("Cartpole-v1 not found"), KeyError("learning_rate"), ValueError()])
 def test_other_errors_keep_the_zoo_s_message(error):
-    with pytest.raises(type(error)) as caught, absent_environments_explained():
+    with pytest.raises(type(error)) as caught, missing_environments_explained():
         raise error
     assert caught.value is error
 
@@ -137,7 +137,7 @@ def test_tasks_of_dm_control_are_known_once_one_is_named(named: str):
     code = (
         f"named = {named!r}\n"
         "import gymnasium as gym\n"
-        "from sb3_dreamer.zoo.bridges import register_dm_control\n"
+        "from sb3_dreamer.zoo.patches import register_dm_control\n"
         "for words in (['--env', 'Pendulum-v1'], [named]):\n"
         "    register_dm_control(words)\n"
         "    print('dm_control/walker-walk-v0' in gym.registry)\n"

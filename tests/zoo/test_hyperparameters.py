@@ -64,12 +64,12 @@ def test_an_unknown_name_is_refused_with_the_nearest_known_one(check, given, mea
 
 
 def test_where_no_known_name_is_near_none_is_guessed(check):
-    with pytest.raises(ValueError, match=r'"tau" .* is no hyperparameter of Dreamer\. There are: actor_lr_scale'):
+    with pytest.raises(ValueError, match=r'"tau" .* is not a hyperparameter of Dreamer\. Available: actor_lr_scale'):
         check({"tau": 0.01}, "my.yml")
 
 
 def test_what_the_zoo_passes_itself_is_no_hyperparameter(check):
-    with pytest.raises(ValueError, match=r'"seed" .* is no hyperparameter'):
+    with pytest.raises(ValueError, match=r'"seed" .* is not a hyperparameter'):
         check({"seed": 1}, "my.yml")
 
 

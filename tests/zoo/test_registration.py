@@ -6,7 +6,7 @@ import pytest
 
 from sb3_dreamer import Dreamer
 from sb3_dreamer.zoo import hyperparams_file, register, registration
-from sb3_dreamer.zoo.bridges import child_command
+from sb3_dreamer.zoo.patches import child_command
 
 ROOT = Path(__file__).resolve().parents[2]
 

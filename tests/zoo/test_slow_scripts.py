@@ -6,6 +6,7 @@ import subprocess
 import sys
 import zipfile
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from itertools import pairwise
 from pathlib import Path
 from threading import Thread
 
@@ -114,7 +115,7 @@ def test_two_processes_share_a_study_and_a_trial_becomes_a_training(zoo, folder)
     trials = trials_of(folder / "shared")
     assert len(trials) == 6
     starts = sorted((trial.datetime_start, trial.datetime_complete) for trial in trials)
-    assert any(later[0] < earlier[1] for earlier, later in zip(starts, starts[1:]))  # at the same time
+    assert any(later[0] < earlier[1] for earlier, later in pairwise(starts))  # at the same time
 
     zoo(
         "train", "--algo", "dreamer", "--env", "CartPole-v1", "-f", "shared", "-n", "60", "--trial-id", "3",

@@ -1,4 +1,4 @@
-"""What has to be in place while rl_zoo3's scripts run, so that they know an algorithm that registered itself."""
+"""Patches of rl_zoo3 and its libraries, active while its scripts run, so that they work with Dreamer."""
 
 from __future__ import annotations
 
@@ -15,25 +15,15 @@ from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import gymnasium as gym
 
-# part of an environment's id -> what it takes that rl_zoo3 does not bring
+# part of an environment's id -> how to install what rl_zoo3 does not bring
 ENVIRONMENTS = {
     "dm_control/": 'pip install "sb3-dreamer[dmc]"',
     "NoFrameskip-v4": 'pip install "sb3-dreamer[atari]"',
 }
-
-
-@contextmanager
-def replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
-    """``owner.name`` is ``value`` for a while."""
-    before = getattr(owner, name)
-    setattr(owner, name, value)
-    try:
-        yield
-    finally:
-        setattr(owner, name, before)
 
 
 @contextmanager
@@ -43,12 +33,12 @@ def dreamer_experiments() -> Iterator[None]:
 
     from sb3_dreamer.zoo.experiment import experiment_manager
 
-    with replaced(rl_zoo3.train, "ExperimentManager", experiment_manager):
+    with patch.object(rl_zoo3.train, "ExperimentManager", experiment_manager):
         yield
 
 
 def register_dm_control(arguments: list[str]) -> None:
-    """Make its tasks known if one is named: only some of rl_zoo3's scripts have ``--gym-packages shimmy``.
+    """Register its tasks if one is named: only some of rl_zoo3's scripts have ``--gym-packages shimmy``.
 
     :param arguments: of the command line.
     """
@@ -59,32 +49,32 @@ def register_dm_control(arguments: list[str]) -> None:
 
 
 @contextmanager
-def absent_environments_explained() -> Iterator[None]:
-    """Where a script does not know an environment of a packaged block, it also says how to get it."""
+def missing_environments_explained() -> Iterator[None]:
+    """If an environment of dreamer.yml is not registered, say which extra brings it."""
     try:
         yield
     except (ValueError, KeyError) as error:
         named, *words = str(error).split() or [""]
         for part, needs in ENVIRONMENTS.items():
             if part in named and ("not found" in str(error) or not words):
-                raise ValueError(f"{error} It takes {needs}") from error
+                raise ValueError(f"{error} It needs {needs}") from error
         raise
 
 
 @contextmanager
-def children_know_dreamer() -> Iterator[None]:
-    """Scripts of rl_zoo3 that a script of rl_zoo3 starts are started through this package."""
+def subprocesses_know_dreamer() -> Iterator[None]:
+    """Scripts of rl_zoo3 start other scripts of rl_zoo3 through this package."""
     call = subprocess.call
 
     def call_child(command: list[str], **kwargs: Any) -> int:
         return call(child_command(command), **kwargs)
 
-    with replaced(subprocess, "call", call_child):
+    with patch.object(subprocess, "call", call_child):
         yield
 
 
 def child_command(command: list[str]) -> list[str]:
-    """``python -m rl_zoo3.record_video`` -> ``python -m sb3_dreamer.zoo record_video``; anything else as it is."""
+    """``python -m rl_zoo3.record_video`` -> ``python -m sb3_dreamer.zoo record_video``; other commands unchanged."""
     here = [sys.executable, "-m", "sb3_dreamer.zoo"]
     match command:
         case ["python", "-m", module, *rest] if module.startswith("rl_zoo3."):
@@ -96,7 +86,7 @@ def child_command(command: list[str]) -> list[str]:
 
 @contextmanager
 def ffmpeg_on_path() -> Iterator[None]:
-    """The program ``ffmpeg`` that rl_zoo3 calls: the system's, else the one that moviepy brought."""
+    """Put ``ffmpeg``, which rl_zoo3 calls, on the PATH: the one of moviepy if the system has none."""
     if shutil.which("ffmpeg"):
         yield
         return
@@ -114,7 +104,7 @@ def ffmpeg_on_path() -> Iterator[None]:
 
 @contextmanager
 def figures_to_files() -> Iterator[None]:
-    """Where no window can open, ``plt.show`` writes ``<name of the figure>.png`` into the current folder."""
+    """Without a display, ``plt.show`` writes ``<name of the figure>.png`` into the current folder."""
     from matplotlib import pyplot as plt
     from wasabi import msg
 
@@ -128,5 +118,5 @@ def figures_to_files() -> Iterator[None]:
             msg.good(f"No display: saved {path}")
         plt.close("all")
 
-    with replaced(plt, "show", save_all if plt.get_backend().lower() == "agg" else plt.show):
+    with patch.object(plt, "show", save_all if plt.get_backend().lower() == "agg" else plt.show):
         yield

@@ -43,6 +43,7 @@ CORE = {
         "metrics",
         "imitation",
         "files",
+        "environments",
     },
     "acting": {"dreamer", "environments"},
 }

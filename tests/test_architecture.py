@@ -44,6 +44,7 @@ CORE = {
         "metrics",
         "imitation",
         "files",
+        "environments",
     },
     "acting": {"dreamer", "environments"},
 }

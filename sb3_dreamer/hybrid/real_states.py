@@ -11,6 +11,7 @@ from gymnasium import spaces
 
 from sb3_dreamer.behavior.imagination import imagine, lambda_returns
 from sb3_dreamer.dreamer import Dreamer
+from sb3_dreamer.environments import normalizes_obs
 from sb3_dreamer.replay import Episode, read_episodes
 from sb3_dreamer.spaces import decoded_observations, parts_of
 from sb3_dreamer.types import Dream
@@ -124,7 +125,7 @@ def imagined_observations(model: Dreamer, features: th.Tensor) -> dict[str, np.n
 def _imagined_observations(model: Dreamer, features: th.Tensor) -> dict[str, np.ndarray]:
     decoded = model.policy.world_model.predict_obs(features)
     obs, normalize = decoded_observations(model.observation_space, decoded), model.get_vec_normalize_env()
-    if normalize is not None and normalize.norm_obs:
+    if normalizes_obs(normalize):
         for key in normalize.norm_obs_keys or obs:
             obs[key] = decoded[key].float().clamp(-normalize.clip_obs, normalize.clip_obs).cpu().numpy()
     return obs

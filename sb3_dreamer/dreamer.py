@@ -14,13 +14,13 @@ from sb3_dreamer.algorithm import SequenceAlgorithm
 from sb3_dreamer.behavior.actor_critic import actor_loss, advantages, critic_loss, replay_critic_loss
 from sb3_dreamer.behavior.imagination import draw_starts, imagine, lambda_returns
 from sb3_dreamer.capture import CapturedUpdate, Update, record_cuda_graph
-from sb3_dreamer.doors import Doors
 from sb3_dreamer.environments import normalizes_obs
 from sb3_dreamer.files import describe
 from sb3_dreamer.imitation import NO_TEACHER
 from sb3_dreamer.knobs import KNOBS, check_knobs
 from sb3_dreamer.metrics import Metrics
 from sb3_dreamer.nets.layers import mixed_precision
+from sb3_dreamer.optional_methods import OptionalMethods
 from sb3_dreamer.policies import CnnPolicy, DreamerPolicy, MlpPolicy, MultiInputPolicy
 from sb3_dreamer.replay import SequenceReplayBuffer
 from sb3_dreamer.types import Batch
@@ -36,7 +36,7 @@ def total_loss(losses: dict[str, th.Tensor]) -> th.Tensor:
     return th.stack([LOSS_SCALES[name] * loss.mean() for name, loss in losses.items()]).sum()
 
 
-class Dreamer(Doors, SequenceAlgorithm):
+class Dreamer(OptionalMethods, SequenceAlgorithm):
     """DreamerV3 (Hafner et al., "Mastering diverse control tasks through world models", Nature 2025).
 
     :param policy: "MlpPolicy", "CnnPolicy" or "MultiInputPolicy".

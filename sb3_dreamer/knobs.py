@@ -7,50 +7,12 @@ attributes may have been assigned in between.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
-from numbers import Integral, Real
-from typing import Any, NamedTuple
+from collections.abc import Mapping
+from numbers import Real
+from typing import Any
 
+from sb3_dreamer.checks import Check, either, is_number, number, whole
 from sb3_dreamer.replay import SequenceReplayBuffer
-
-
-class Check(NamedTuple):
-    """A test of a value, and the words for what passes it."""
-
-    passes: Callable[[Any], bool]
-    words: str
-
-
-def _is(x: Any, kind: type) -> bool:
-    """Whether it is that kind of number; True and False are none."""
-    return isinstance(x, kind) and not isinstance(x, bool)
-
-
-def whole(least: int) -> Check:
-    """Whole numbers."""
-    return Check(lambda x: _is(x, Integral) and int(x) >= least, f"a whole number of at least {least}")
-
-
-def as_whole(name: str, value: Any, least: int) -> int:
-    """An argument that counts something, as an int; as in ``learn(1e5)`` it may be given as a float.
-
-    :raises ValueError: for any other value, naming the argument.
-    """
-    if not (_is(value, Real) and float(value).is_integer() and value >= least):
-        raise ValueError(f"{name}={value!r} must be a whole number of at least {least}")
-    return int(value)
-
-
-def number(low: float, high: float = math.inf) -> Check:
-    """Numbers within bounds; NaN and infinity never pass."""
-    words = f"a number of at least {low:g}" if high == math.inf else f"a number within [{low:g}, {high:g}]"
-    return Check(lambda x: _is(x, Real) and low <= float(x) <= high and math.isfinite(x), words)
-
-
-def either(check: Check, other: Callable[[Any], bool], words: str) -> Check:
-    """Values that pass one of two checks."""
-    return Check(lambda x: other(x) or check.passes(x), f"{check.words}, or {words}")
-
 
 KNOBS: dict[str, Check] = {
     "learning_rate": either(number(0), callable, "a function of the remaining progress"),
@@ -62,10 +24,10 @@ KNOBS: dict[str, Check] = {
     "learning_starts": number(0),
     "batch_size": whole(1),
     "batch_length": whole(2),
-    "train_ratio": Check(lambda x: _is(x, Real) and 0 < float(x) < math.inf, "a number above 0"),
+    "train_ratio": Check(lambda x: is_number(x, Real) and 0 < float(x) < math.inf, "a number above 0"),
     "imagination_starts": either(whole(1), lambda x: x is None, "None"),
     "imagination_horizon": whole(1),
-    "gamma": Check(lambda x: _is(x, Real) and 0 < float(x) <= 1, "a number above 0 and up to 1"),
+    "gamma": Check(lambda x: is_number(x, Real) and 0 < float(x) <= 1, "a number above 0 and up to 1"),
     "gae_lambda": number(0, 1),
     "ent_coef": number(0),
     "center_advantage": Check(lambda x: isinstance(x, bool), "True or False"),

@@ -7,8 +7,8 @@ import torch as th
 
 from sb3_dreamer.acting import ActsWithDreamer, require_dreamer
 from sb3_dreamer.behavior.imagination import imagine, imagine_actions, lambda_returns
+from sb3_dreamer.checks import as_whole
 from sb3_dreamer.dreamer import Dreamer
-from sb3_dreamer.knobs import as_whole
 from sb3_dreamer.nets.distributions import BoundedNormal
 from sb3_dreamer.nets.layers import mixed_precision
 from sb3_dreamer.policies import PolicyState

@@ -1,4 +1,4 @@
-"""The arrows of the house: types <- nets <- world_model <- behavior <- policies <- dreamer <- the wings."""
+"""Imports go one way: types <- nets <- world_model <- behavior <- policies <- dreamer <- optional packages."""
 
 import ast
 import subprocess
@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "sb3_dreamer"
 
-# room -> the rooms that it may import; a new room needs a line here
+# layer -> the layers that it may import; a new one needs a line here
 CORE = {
     "types": set(),
     "nets": {"types"},
@@ -20,18 +20,19 @@ CORE = {
     "behavior": {"types", "nets", "world_model"},
     "replay": {"types", "files"},
     "spaces": {"types"},
-    "policies": {"types", "nets", "world_model", "behavior", "spaces"},
+    "policies": {"types", "nets", "world_model", "behavior", "spaces", "checks"},
     "environments": {"spaces"},
     "files": set(),
     "imitation": set(),
     "callbacks": set(),
+    "checks": set(),
     "algorithm": {"types", "replay", "imitation", "policies", "environments", "files"},
-    "knobs": {"replay"},
+    "knobs": {"replay", "checks"},
     "metrics": set(),
     "capture": {"types"},
-    "doors": set(),
+    "optional_methods": set(),
     "dreamer": {
-        "doors",
+        "optional_methods",
         "types",
         "capture",
         "nets",
@@ -48,11 +49,11 @@ CORE = {
     },
     "acting": {"dreamer", "environments"},
 }
-WINGS = {"resume", "hybrid", "zoo", "dreams", "planning", "tianshou", "distributed"}
+OPTIONAL = {"resume", "hybrid", "zoo", "dreams", "planning", "tianshou", "distributed"}
 # `__init__` stands for what the package itself exports, as in `from sb3_dreamer import Dreamer`
-ALLOWED = CORE | {wing: set(CORE) | {"__init__"} for wing in WINGS} | {"__init__": set(CORE)}
+ALLOWED = CORE | {package: set(CORE) | {"__init__"} for package in OPTIONAL} | {"__init__": set(CORE)}
 
-# room -> the only libraries that it may import beside the standard library
+# layer -> the only libraries that it may import besides the standard library
 LIBRARIES = {
     "types": {"torch", "numpy"},
     "nets": {"torch", "numpy"},
@@ -67,9 +68,10 @@ LIBRARIES = {
     "knobs": set(),
     "imitation": {"numpy"},
     "callbacks": {"stable_baselines3"},
+    "checks": set(),
     "metrics": {"torch"},
     "capture": {"torch"},
-    "doors": {"stable_baselines3"},
+    "optional_methods": {"stable_baselines3"},
     "dreamer": {"torch", "numpy", "gymnasium", "stable_baselines3"},
     "acting": {"numpy", "gymnasium", "stable_baselines3"},
     "__init__": set(),
@@ -94,14 +96,14 @@ def sources() -> list[Path]:
     return sorted(PACKAGE.rglob("*.py"))
 
 
-def room_of(file: Path) -> str:
+def layer_of(file: Path) -> str:
     return file.relative_to(PACKAGE).parts[0].removesuffix(".py")
 
 
-def room_of_module(module: str) -> str:
+def layer_of_module(module: str) -> str:
     """`sb3_dreamer.nets.layers` -> `nets`; `sb3_dreamer` and `sb3_dreamer.Dreamer` -> `__init__`."""
-    _, room, *_ = [*module.split("."), "__init__"]
-    return room if room in ALLOWED else "__init__"
+    _, layer, *_ = [*module.split("."), "__init__"]
+    return layer if layer in ALLOWED else "__init__"
 
 
 def absolute(node: ast.ImportFrom, file: Path) -> str:
@@ -117,7 +119,7 @@ def modules_of(node: ast.AST, file: Path) -> list[str]:
         return [alias.name for alias in node.names]
     if isinstance(node, ast.ImportFrom):
         base = absolute(node, file)
-        # `from sb3_dreamer import x`: x may be a room
+        # `from sb3_dreamer import x`: x may be a layer
         return [f"{base}.{alias.name}" for alias in node.names] if base == "sb3_dreamer" else [base]
     return []
 
@@ -138,16 +140,16 @@ def own(found: Import) -> bool:
     return found.module.split(".")[0] == "sb3_dreamer"
 
 
-def test_every_module_has_a_room_in_the_house():
-    strangers = {room_of(file) for file in sources()} - ALLOWED.keys()
-    assert not strangers, f"{strangers} are in no line of CORE or WINGS: decide what they may import"
+def test_every_module_belongs_to_a_layer():
+    strangers = {layer_of(file) for file in sources()} - ALLOWED.keys()
+    assert not strangers, f"{strangers} are in no line of CORE or OPTIONAL: decide what they may import"
 
 
-def test_arrows_run_one_way():
+def test_imports_go_one_way():
     def allowed(found: Import) -> bool:
-        here, there = room_of(found.file), room_of_module(found.module)
-        opens_a_door = here == "doors" and found.at_call and there in WINGS
-        return here == there or there in ALLOWED[here] or opens_a_door
+        here, there = layer_of(found.file), layer_of_module(found.module)
+        on_call = here == "optional_methods" and found.at_call and there in OPTIONAL
+        return here == there or there in ALLOWED[here] or on_call
 
     against = [found.where for found in all_imports() if own(found) and not allowed(found)]
     assert not against, "\n".join(against)
@@ -156,8 +158,8 @@ def test_arrows_run_one_way():
 def test_the_rooms_of_the_model_import_no_rl_library():
     def foreign(found: Import) -> bool:
         top = found.module.split(".")[0]
-        room = room_of(found.file)
-        return room in LIBRARIES and top not in LIBRARIES[room] | sys.stdlib_module_names | {"sb3_dreamer"}
+        layer = layer_of(found.file)
+        return layer in LIBRARIES and top not in LIBRARIES[layer] | sys.stdlib_module_names | {"sb3_dreamer"}
 
     against = [found.where for found in all_imports() if foreign(found)]
     assert not against, "\n".join(against)

@@ -137,8 +137,8 @@ def test_an_untrusted_agent_goes_on_training(saved) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:the replay is empty", "ignore:.* are pickled and were not read")
-def test_an_untrusted_agent_whose_numbers_are_of_numpy_goes_on_training(tmp_path) -> None:
-    numbers = dict(train_ratio=np.float32(8), stats_window_size=np.int64(10))
+def test_an_untrusted_agent_whose_train_ratio_is_of_numpy_goes_on_training(tmp_path) -> None:
+    numbers = dict(train_ratio=np.float32(8))
     agent = Dreamer("MlpPolicy", "Pendulum-v1", **{**DEBUG, **numbers})
     agent.learn(60).save(tmp_path / "model")
     loaded = Dreamer.load(tmp_path / "model", env=make_vec_env("Pendulum-v1"), trusted=False, device="cpu")

@@ -1,4 +1,4 @@
-"""The door to Tianshou: actions, experience and policies, there and back."""
+"""Tianshou: actions, experience and policies, there and back."""
 
 from typing import Any
 

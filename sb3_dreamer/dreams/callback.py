@@ -14,6 +14,7 @@ from stable_baselines3.common.logger import Figure, TensorBoardOutputFormat
 
 from sb3_dreamer.acting import require_dreamer
 from sb3_dreamer.callbacks import IntervalCallback
+from sb3_dreamer.checks import as_whole
 from sb3_dreamer.dreamer import Dreamer
 from sb3_dreamer.dreams.collect import original_units
 from sb3_dreamer.dreams.extras import MissingExtra, need
@@ -22,7 +23,6 @@ from sb3_dreamer.dreams.horizon import HorizonError, horizon_errors
 from sb3_dreamer.dreams.open_loop import OpenLoop, open_loop
 from sb3_dreamer.dreams.trouble import RealReturns, find_trouble, signs_of
 from sb3_dreamer.dreams.videos import Body, body_video, encode, image_video
-from sb3_dreamer.knobs import as_whole
 from sb3_dreamer.types import Batch
 
 NOT_FOR_PICTURES = ("stdout", "log", "json", "csv")

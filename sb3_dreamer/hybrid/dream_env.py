@@ -11,10 +11,10 @@ from stable_baselines3.common.vec_env import VecEnv
 from stable_baselines3.common.vec_env.base_vec_env import VecEnvIndices, VecEnvObs, VecEnvStepReturn
 
 from sb3_dreamer.acting import require_statistics
+from sb3_dreamer.checks import as_whole
 from sb3_dreamer.dreamer import Dreamer
 from sb3_dreamer.hybrid.offline_training import require_replay
 from sb3_dreamer.hybrid.real_states import imagined_observations, real_states, unpacked
-from sb3_dreamer.knobs import as_whole
 from sb3_dreamer.nets.layers import mixed_precision
 from sb3_dreamer.policies import PolicyState
 from sb3_dreamer.spaces import as_observation

@@ -12,10 +12,10 @@ from stable_baselines3.common.vec_env import VecNormalize
 
 from sb3_dreamer.acting import ActsWithDreamer, require_statistics
 from sb3_dreamer.behavior.imagination import imagine
+from sb3_dreamer.checks import as_whole
 from sb3_dreamer.dreamer import Dreamer
 from sb3_dreamer.hybrid.external_policy import ExternalPolicy
 from sb3_dreamer.hybrid.real_states import imagined_observations, unpacked
-from sb3_dreamer.knobs import as_whole
 from sb3_dreamer.nets.layers import mixed_precision
 from sb3_dreamer.spaces import as_observation, by_key
 from sb3_dreamer.types import Observation

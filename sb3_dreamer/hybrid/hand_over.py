@@ -15,6 +15,7 @@ from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 from stable_baselines3.common.type_aliases import GymEnv
 from stable_baselines3.common.vec_env import VecEnv, unwrap_vec_normalize
 
+from sb3_dreamer.checks import as_whole
 from sb3_dreamer.dreamer import Dreamer
 from sb3_dreamer.hybrid.distillation import AnyTargets, action_values, distillation_targets, latent_observations
 from sb3_dreamer.hybrid.experience import update_statistics
@@ -23,7 +24,6 @@ from sb3_dreamer.hybrid.offline_training import require_replay
 from sb3_dreamer.hybrid.progress import progress
 from sb3_dreamer.hybrid.real_states import RealStates, real_states
 from sb3_dreamer.hybrid.students import NORMALIZED_RELU, family_of, start_slowly, teach, teach_critics
-from sb3_dreamer.knobs import as_whole
 from sb3_dreamer.replay import Episode, Transition, read_episodes
 from sb3_dreamer.spaces import as_observation, check_actions_of_sb3, check_counted_from_zero, policy_for
 

@@ -7,10 +7,10 @@ from typing import Any
 from stable_baselines3.common.utils import configure_logger
 
 from sb3_dreamer.acting import require_dreamer, require_statistics
+from sb3_dreamer.checks import as_whole
 from sb3_dreamer.dreamer import Dreamer
 from sb3_dreamer.environments import check_statistics
 from sb3_dreamer.hybrid.progress import Advance, progress
-from sb3_dreamer.knobs import as_whole
 
 UPDATES_PER_TICK = 16  # of the progress bar
 

@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from stable_baselines3.common.vec_env import VecNormalize
 
+from sb3_dreamer.checks import as_whole
 from sb3_dreamer.dreamer import Dreamer
 from sb3_dreamer.environments import name_dead_workers
 from sb3_dreamer.hybrid.cloning import (
@@ -19,7 +20,6 @@ from sb3_dreamer.hybrid.cloning import (
 from sb3_dreamer.hybrid.external_policy import ExternalPolicy
 from sb3_dreamer.hybrid.offline_training import prepare_training, require_replay, train_until
 from sb3_dreamer.hybrid.progress import Advance, progress
-from sb3_dreamer.knobs import as_whole
 
 
 def warm_start(

@@ -14,7 +14,7 @@ import torch as th
 from stable_baselines3.common.type_aliases import GymEnv
 
 from sb3_dreamer.callbacks import IntervalCallback
-from sb3_dreamer.knobs import as_whole
+from sb3_dreamer.checks import as_whole
 from sb3_dreamer.replay import read_replay
 from sb3_dreamer.resume.state import FORMAT, restore_run_state, run_state, to_arrays, to_tensors
 

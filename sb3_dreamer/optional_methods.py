@@ -10,10 +10,10 @@ from stable_baselines3.common.type_aliases import GymEnv
 from stable_baselines3.common.vec_env import VecNormalize
 
 Algorithm = TypeVar("Algorithm", bound=BaseAlgorithm)
-Self = TypeVar("Self", bound="Doors")
+Self = TypeVar("Self", bound="OptionalMethods")
 
 
-class Doors:
+class OptionalMethods:
     """From other agents to Dreamer, from Dreamer to other agents, and on after an interruption. Of Dreamer alone."""
 
     @classmethod

@@ -117,7 +117,8 @@ class SquashedActor:
 class StochasticActorCritic:
     """PPO, A2C, TRPO: a Gaussian in the units of the action space, or choices; and a value function.
 
-    Actions of a Box are learned in [-1, 1], whatever its bounds; the last layer is rescaled to them afterwards.
+    Actions of a Box are learned in [-1, 1], whatever its bounds, and values without their mean; the last layers are
+    adapted afterwards.
     """
 
     def __init__(self, student: Any) -> None:
@@ -133,7 +134,7 @@ class StochasticActorCritic:
         mean = targets.mean[index]
         scale = targets.value.std().clamp(min=1e-3)
         value = self.policy.predict_values(obs).squeeze(-1)
-        loss = ((value - targets.value[index]) / scale).square().mean()
+        loss = ((value - (targets.value[index] - targets.value.mean())) / scale).square().mean()
         if isinstance(self.space, spaces.Box):
             return loss + (distribution.mean - mean).square().sum(-1).mean()
         if isinstance(self.space, spaces.MultiBinary):
@@ -144,6 +145,7 @@ class StochasticActorCritic:
         return loss - (mean * logits).sum(-1).mean()
 
     def finish(self, targets: DistillationTargets) -> None:
+        shift_output(self.policy.value_net, targets.value.mean())
         if isinstance(self.space, spaces.Box):
             bounds = self.space.low.flatten(), self.space.high.flatten()
             low, high = (th.as_tensor(bound, device=targets.std.device) for bound in bounds)
@@ -180,13 +182,17 @@ def teach_critics(student: Any, targets: ActionValues, updates: int, advance: Ad
 
     The actor follows their slope over actions from its first step on, and replayed actions hardly reveal it.
     They learn at a rate of their own, whatever the student's is, and it falls to almost nothing: at a constant rate the
-    noise of the last minibatches alone leads the actor astray.
+    noise of the last minibatches alone leads the actor astray. They start at the mean of all values: a climb to a mean
+    of hundreds would take thousands of updates.
 
     :param student: the algorithm.
     :param targets: what to learn.
     :param updates: minibatches of 256 states.
     :param advance: called after each.
     """
+    for name, network in student.critic.named_children():
+        if name.startswith("qf"):
+            shift_output(network, targets.value.mean())
 
     def loss(index: np.ndarray) -> th.Tensor:
         value = targets.value[index]
@@ -201,6 +207,13 @@ def teach_critics(student: Any, targets: ActionValues, updates: int, advance: Ad
     student.policy.set_training_mode(False)
     if hasattr(student, "critic_target"):
         student.critic_target.load_state_dict(student.critic.state_dict())
+
+
+@th.no_grad()
+def shift_output(network: th.nn.Module, shift: th.Tensor) -> None:
+    """Add a number () to the output of a network that ends with a linear layer."""
+    *_, last = (module for module in network.modules() if isinstance(module, th.nn.Linear))
+    last.bias.add_(shift)
 
 
 def start_slowly(student: Any) -> None:

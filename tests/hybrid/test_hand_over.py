@@ -62,18 +62,18 @@ def smooth_targets(n: int) -> DistillationTargets:
     return DistillationTargets({"obs": obs}, mean, th.full((n, 1), 0.2), nothing)
 
 
-def random_values(n: int, spread: float) -> ActionValues:
+def random_values(n: int, spread: float, mean: float = 0.0) -> ActionValues:
     """In n states four actions, one worth 3 more than another that is smaller by 1; the mean of all is random."""
     action = th.rand(n, 4, 1) * 2 - 1
     obs = np.random.default_rng(n).uniform(-1, 1, (n, 3)).astype(np.float32)
-    return ActionValues({"obs": obs}, action, 3 * action[..., 0] - 5 + spread * th.randn(n, 1))
+    return ActionValues({"obs": obs}, action, 3 * action[..., 0] + mean + spread * th.randn(n, 1))
 
 
 class TestCritics:
     @pytest.mark.parametrize("algorithm", [SAC, TD3, TQC, CrossQ])
     def test_they_learn_the_values_of_actions_whatever_the_rate_of_the_student(self, dreamer: Dreamer, algorithm: Any):
         student = dreamer.to_model_free(algorithm, **QUICK, learning_rate=1e-9)
-        targets = random_values(2000, spread=0.0)
+        targets = random_values(2000, spread=0.0, mean=1000.0)
         teach_critics(student, targets, 2000)
         obs = targets.obs_for(student.policy, slice(None))
         with th.no_grad():
@@ -397,7 +397,7 @@ class TestPolicy:
     def test_ppo_has_dreamers_values(self):
         ppo = PPO("MlpPolicy", pendulum(), seed=0, device="cpu", n_steps=32, batch_size=32, policy_kwargs=dict(NET))
         targets = smooth_targets(2000)
-        targets.value = 5 * th.as_tensor(targets.obs["obs"][:, 0])
+        targets.value = 1000 + 5 * th.as_tensor(targets.obs["obs"][:, 0])
         teach(ppo, targets, 1500)
         with th.no_grad():
             values = ppo.policy.predict_values(targets.obs_for(ppo.policy, slice(None))).squeeze(-1)

@@ -87,9 +87,9 @@ class ExternalPolicy:
     def predict(self, obs: Any, memory: Any, starts: np.ndarray | None) -> tuple[np.ndarray, Any]:
         """Original observations (n, .) -> actions (n, *shape) and its new memory.
 
-        Actions of a Box are clipped to its bounds, as in SB3.
+        Actions of a Box are clipped to its bounds, as in SB3, and rounded if they must be integers.
 
-        :raises ValueError: if the policy returns anything else, or NaN.
+        :raises ValueError: if the policy returns anything but actions of the space.
         """
         seen = obs if self.normalize is None else self.normalize.normalize_obs(obs)
         result = self.policy.predict(seen, memory, starts, self.deterministic)
@@ -101,12 +101,21 @@ class ExternalPolicy:
                 f"the {self.role}'s predict() returned {_form(result)} for {n} observations: it must return a pair "
                 f"as in SB3, actions {shape} and its state or None"
             )
-        actions = np.reshape(result[0], shape)
+        return self._into_space(np.reshape(result[0], shape)), result[1]
+
+    def _into_space(self, actions: np.ndarray) -> np.ndarray:
+        space = self.action_space
+        if np.isnan(actions).any():
+            raise ValueError(f"the {self.role}'s predict() returned NaN for {len(actions)} observations")
         if isinstance(space, spaces.Box):
-            if np.isnan(actions).any():
-                raise ValueError(f"the {self.role}'s predict() returned NaN among its actions for {n} observations")
-            actions = np.clip(actions, space.low, space.high).astype(space.dtype, copy=False)
-        return actions, result[1]
+            clipped = np.clip(actions, space.low, space.high)
+            whole = np.issubdtype(space.dtype, np.integer)
+            return (np.rint(clipped) if whole else clipped).astype(space.dtype, copy=False)
+        with np.errstate(invalid="ignore"):  # infinity
+            choices = actions.astype(space.dtype)
+        if (choices != actions).any() or not all(map(space.contains, choices)):
+            raise ValueError(f"the {self.role}'s predict() returned {actions.tolist()}: not all are in {space}")
+        return choices
 
     def with_action(self, memory: Any, taken: np.ndarray) -> Any:
         """Its memory after these actions (n, *shape): a Dreamer's includes them, others observe their consequences."""

@@ -117,7 +117,8 @@ class SquashedActor:
 class StochasticActorCritic:
     """PPO, A2C, TRPO: a Gaussian in the units of the action space, or choices; and a value function.
 
-    Actions of a Box are learned in [-1, 1], whatever its bounds; the last layer is rescaled to them afterwards.
+    Actions of a Box are learned in [-1, 1], whatever its bounds, and values without their mean; the last layers are
+    adapted afterwards.
     """
 
     def __init__(self, student: Any) -> None:

@@ -73,7 +73,7 @@ class TestCritics:
     @pytest.mark.parametrize("algorithm", [SAC, TD3, TQC, CrossQ])
     def test_they_learn_the_values_of_actions_whatever_the_rate_of_the_student(self, dreamer: Dreamer, algorithm: Any):
         student = dreamer.to_model_free(algorithm, **QUICK, learning_rate=1e-9)
-        targets = random_values(2000, spread=0.0)
+        targets = random_values(2000, spread=0.0, mean=1000.0)
         teach_critics(student, targets, 2000)
         obs = targets.obs_for(student.policy, slice(None))
         with th.no_grad():
@@ -108,16 +108,6 @@ class TestCritics:
             low, high = (sac.critic(obs, th.full((2000, 1), a))[0].mean() for a in (-0.5, 0.5))
         assert abs(high - low - 3.0) < 0.3
         assert abs(high + low - 2 * mean) < 1.0
-
-    def test_values_on_policy_may_be_large_too(self, dreamer: Dreamer):
-        ppo, n = dreamer.to_model_free(PPO, updates=0), 2000
-        obs = np.random.default_rng(0).uniform(-1, 1, (n, 3)).astype(np.float32)
-        value = 1000 + 20 * th.as_tensor(obs[:, 0])
-        targets = DistillationTargets({"obs": obs}, th.zeros(n, 1), th.ones(n, 1), value)
-        teach(ppo, targets, 1000)
-        with th.no_grad():
-            error = ppo.policy.predict_values(targets.obs_for(ppo.policy, slice(None))).squeeze(1) - value
-        assert float(error.abs().mean()) < 1.5
 
     def test_targets_are_what_was_taught(self, dreamer: Dreamer):
         sac = dreamer.to_model_free(SAC, **QUICK)
@@ -411,7 +401,7 @@ class TestPolicy:
     def test_ppo_has_dreamers_values(self):
         ppo = PPO("MlpPolicy", pendulum(), seed=0, device="cpu", n_steps=32, batch_size=32, policy_kwargs=dict(NET))
         targets = smooth_targets(2000)
-        targets.value = 5 * th.as_tensor(targets.obs["obs"][:, 0])
+        targets.value = 1000 + 5 * th.as_tensor(targets.obs["obs"][:, 0])
         teach(ppo, targets, 1500)
         with th.no_grad():
             values = ppo.policy.predict_values(targets.obs_for(ppo.policy, slice(None))).squeeze(-1)

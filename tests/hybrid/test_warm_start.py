@@ -348,6 +348,37 @@ class TestTeachers:
             model.warm_start(Broken(), 60, updates=20)
         assert all(p.isfinite().all() for p in model.policy.actor.parameters())
 
+    @pytest.mark.parametrize(
+        ("space", "returned", "expected"),
+        [
+            (gym.spaces.Box(0, 9, (1,), np.int64), 2.9, [[3]]),
+            (gym.spaces.Box(0, 9, (1,), np.int64), np.inf, [[9]]),
+            (gym.spaces.Discrete(3), 2.0, [2]),
+            (gym.spaces.Discrete(3), 1.5, None),
+            (gym.spaces.Discrete(3), 3, None),
+            (gym.spaces.Discrete(3), np.nan, None),
+            (gym.spaces.MultiDiscrete([2, 3]), 1, [[1, 1]]),
+            (gym.spaces.MultiDiscrete([2, 3]), 2, None),
+            (gym.spaces.MultiBinary(2), True, [[1, 1]]),
+            (gym.spaces.MultiBinary(2), 0.5, None),
+        ],
+    )
+    def test_what_it_returns_are_actions_of_the_space_or_it_is_named(self, space: Any, returned: Any, expected: Any):
+        class Env(gym.Env):
+            observation_space, action_space = gym.spaces.Box(-1, 1, (2,)), space
+
+        class Returning:
+            def predict(self, obs: Any, state: Any = None, episode_start: Any = None, deterministic: Any = None) -> Any:
+                return np.full((1, *space.shape), returned), None
+
+        policy = ExternalPolicy(Dreamer("MlpPolicy", Env(), **SMALL), Returning(), None, deterministic=True)
+        if expected is None:
+            with pytest.raises(ValueError, match=r"the teacher's predict\(\) returned"):
+                policy.predict(np.zeros((1, 2), np.float32), None, None)
+        else:
+            actions, _ = policy.predict(np.zeros((1, 2), np.float32), None, None)
+            assert (actions.tolist(), actions.dtype) == (expected, space.dtype)
+
     def test_another_dreamer_observes_the_actions_of_the_student(self, monkeypatch: pytest.MonkeyPatch):
         teacher, model, seen = fresh(seed=5), fresh(), []
         predict = teacher.predict

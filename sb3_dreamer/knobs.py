@@ -55,7 +55,7 @@ def check_knobs(settings: Mapping[str, Any]) -> None:
         name = getattr(buffer_class, "__name__", repr(buffer_class))
         raise ValueError(
             f"replay_buffer_class={name} is no SequenceReplayBuffer: a world model learns from "
-            "sequences, leave it out (goals relabelled in hindsight, as HER does, do not fit into them)"
+            "sequences, leave it out (goals relabeled in hindsight, as HER does, do not fit into them)"
         )
     length, replay = settings["batch_length"], settings.get("replay_buffer")
     if replay is not None and replay.sequence_length != length:

@@ -147,7 +147,7 @@ class NothingForTheHost(TorchDispatchMode):
 def test_nothing_in_an_update_waits_for_the_host(kind: str, rssm_type: str) -> None:
     model = filled(kind, rssm_type=rssm_type)
     first, second = batches(model, 2)
-    model.update(first)  # the optimiser makes its moments
+    model.update(first)  # the optimizer makes its moments
     with NothingForTheHost():
         model.update(second)
         with pytest.raises(AssertionError, match="cannot be captured"):

@@ -365,7 +365,7 @@ def test_image_decoder_matches_the_jax_reference():
     assert_same((image - target).square().sum((-3, -2, -1))[None], "img_loss")
 
 
-# -- behaviour ---------------------------------------------------------------------------------------------------------
+# -- behavior ---------------------------------------------------------------------------------------------------------
 
 
 def test_continuous_policy_matches_the_jax_reference(actor: Actor):
@@ -550,19 +550,19 @@ def test_update_of_the_algorithm_computes_the_gradients_of_the_jax_reference(
     assert_same_gradients(policy.critic.fast, head(jax, "val", 3))
 
 
-# -- optimiser ---------------------------------------------------------------------------------------------------------
+# -- optimizer ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("name", "lr", "warmup_steps"), [("opt", 4e-5, 1000), ("opt_fast", 0.1, 2)])
 def test_optimiser_steps_match_the_jax_reference(name: str, lr: float, warmup_steps: int):
     tensors = ["matrix", "vector", "zero"]
     params = [nn.Parameter(given(f"opt_{t}").double()) for t in tensors]  # the first steps are lost in float32
-    optimiser = LaProp(params, lr=lr, warmup_steps=warmup_steps)
+    optimizer = LaProp(params, lr=lr, warmup_steps=warmup_steps)
     for step in range(3):
         before = [p.detach().clone() for p in params]
         for p, tensor in zip(params, tensors, strict=True):
             p.grad = given(f"opt_grad_{tensor}")[step].double()
-        optimiser.step()
+        optimizer.step()
         rate = lr * min(1.0, step / warmup_steps)  # nothing moves at the first step
         for p, old, tensor in zip(params, before, tensors, strict=True):
             update = expected(f"{name}_update_{tensor}")[step].double()

@@ -400,7 +400,7 @@ class TestSpaces:
 
 
 class Spaces(gym.Env):
-    """Has spaces; that is all that a normaliser wants."""
+    """Has spaces; that is all that a normalizer wants."""
 
     action_space = STICK
 

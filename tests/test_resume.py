@@ -79,9 +79,9 @@ class Choices(Walk):
 WRAPPED = {
     "choices": lambda n: DummyVecEnv([Choices] * n),
     "plain": lambda n: DummyVecEnv([Walk] * n),
-    "normalised": lambda n: VecNormalize(DummyVecEnv([Walk] * n)),
+    "normalized": lambda n: VecNormalize(DummyVecEnv([Walk] * n)),
     "stacked": lambda n: VecFrameStack(DummyVecEnv([Walk] * n), 3),
-    "stacked and normalised": lambda n: VecNormalize(VecFrameStack(DummyVecEnv([Walk] * n), 2)),
+    "stacked and normalized": lambda n: VecNormalize(VecFrameStack(DummyVecEnv([Walk] * n), 2)),
     "monitored": lambda n: VecMonitor(DummyVecEnv([Walk] * n)),
 }
 
@@ -242,10 +242,10 @@ def test_it_is_not_called_by_another_callback(tmp_path) -> None:
 
 
 def test_it_holds_in_a_new_process(tmp_path) -> None:
-    whole = fresh("normalised", 2).learn(80)
-    in_new_process(f"fresh('normalised', 2).learn(40, callback=ResumeCallback({str(tmp_path / 'run')!r}, every=1000))")
+    whole = fresh("normalized", 2).learn(80)
+    in_new_process(f"fresh('normalized', 2).learn(40, callback=ResumeCallback({str(tmp_path / 'run')!r}, every=1000))")
     in_new_process(
-        f"model = Dreamer.resume({str(tmp_path / 'run')!r}, WRAPPED['normalised'](2), device='cpu')\n"
+        f"model = Dreamer.resume({str(tmp_path / 'run')!r}, WRAPPED['normalized'](2), device='cpu')\n"
         f"model.learn(40, reset_num_timesteps=False).save({str(tmp_path / 'model')!r})"
     )
     assert_same(parameters(whole), parameters(Dreamer.load(tmp_path / "model", device="cpu")))
@@ -258,7 +258,7 @@ def test_the_callback_does_not_change_the_run(tmp_path) -> None:
 
 
 def test_the_state_is_plain_data(tmp_path) -> None:
-    model = fresh("stacked and normalised", 2).learn(20)
+    model = fresh("stacked and normalized", 2).learn(20)
     path = save_checkpoint(model, tmp_path, keep=1)
     state = th.load(path / "state.pth", weights_only=True)  # runs no code, by torch's word
     assert state.keys() == run_state(model).keys()
@@ -291,7 +291,7 @@ def test_it_does_not_play_the_first_episodes_of_the_run_again(tmp_path) -> None:
 
 
 def test_another_wrapping_is_refused(tmp_path) -> None:
-    fresh("normalised", 1).learn(12, callback=ResumeCallback(tmp_path, every=1000))
+    fresh("normalized", 1).learn(12, callback=ResumeCallback(tmp_path, every=1000))
     refused = pytest.raises(ValueError, match=r"wrapped in \[\], those of the run in \['VecNormalize'\]")
     with pytest.warns(UserWarning, match="its environment has none"), refused:
         Dreamer.resume(tmp_path, WRAPPED["plain"](1), device="cpu")
@@ -411,8 +411,8 @@ def test_a_folder_without_checkpoints_says_what_to_do(tmp_path) -> None:
 
 def test_sb3s_checkpoints_keep_working(tmp_path) -> None:
     theirs = CheckpointCallback(10, str(tmp_path), save_replay_buffer=True, save_vecnormalize=True)
-    fresh("normalised", 1).learn(20, callback=CallbackList([theirs, ResumeCallback(tmp_path / "ours", every=10)]))
-    model = Dreamer.load(tmp_path / "rl_model_20_steps", env=WRAPPED["normalised"](1), device="cpu")
+    fresh("normalized", 1).learn(20, callback=CallbackList([theirs, ResumeCallback(tmp_path / "ours", every=10)]))
+    model = Dreamer.load(tmp_path / "rl_model_20_steps", env=WRAPPED["normalized"](1), device="cpu")
     model.load_replay_buffer(tmp_path / "rl_model_replay_buffer_20_steps.pkl")
     model.learn(10, reset_num_timesteps=False)
     assert model.num_timesteps == 30

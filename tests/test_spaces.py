@@ -82,7 +82,7 @@ OBSERVATIONS = {
     "cube of floats": spaces.Box(0, 1, (2, 3, 4), np.float32),
     "half": spaces.Box(-1, 1, (3,), np.float16),
     "bytes": spaces.Box(0, 255, (5,), np.uint8),
-    "grey picture without channels": spaces.Box(0, 255, (6, 5), np.uint8),
+    "gray picture without channels": spaces.Box(0, 255, (6, 5), np.uint8),
     "short": spaces.Box(-300, 300, (2,), np.int16),
     "unsigned": spaces.Box(0, 60_000, (2,), np.uint16),
     "long": spaces.Box(-(10**9), 10**9, (2,), np.int64),

@@ -1,1 +1,1 @@
-"""Layers, distributions and the optimiser: pure torch, no RL library."""
+"""Layers, distributions and the optimizer: pure torch, no RL library."""

@@ -26,7 +26,7 @@ def symexp(x: th.Tensor) -> th.Tensor:
 
 
 def symexp_bins(bins: int = 255) -> th.Tensor:
-    """Centres of the two-hot bins: ``bins`` (odd) values, evenly spaced in [-20, 20] under symlog."""
+    """Centers of the two-hot bins: ``bins`` (odd) values, evenly spaced in [-20, 20] under symlog."""
     half = symexp(th.linspace(-20, 0, bins // 2 + 1))
     return th.cat([half, -half[:-1].flip(0)])
 
@@ -43,7 +43,7 @@ def twohot_loss(logits: th.Tensor, target: th.Tensor, bins: th.Tensor) -> th.Ten
 
     :param logits: (..., bins).
     :param target: (..., n) targets of the same prediction.
-    :param bins: (bins,) their centres.
+    :param bins: (bins,) their centers.
     :return: (...).
     """
     target = target.detach().clamp(bins[0], bins[-1])

@@ -27,7 +27,7 @@ def trunc_normal_(weight: th.Tensor, fan_in: int, scale: float = 1.0) -> th.Tens
 
 
 class Linear(nn.Linear):
-    """``nn.Linear`` with the paper's initialisation.
+    """``nn.Linear`` with the paper's initialization.
 
     :param scale: factor on the initial weights; 0 makes the layer predict exactly zero at the start.
     """
@@ -42,7 +42,7 @@ class Linear(nn.Linear):
 
 
 class RMSNorm(nn.Module):
-    """Root-mean-square normalisation over the last dimension with a learned scale (Zhang and Sennrich 2019)."""
+    """Root-mean-square normalization over the last dimension with a learned scale (Zhang and Sennrich 2019)."""
 
     eps = 1e-4
 
@@ -201,7 +201,7 @@ def to_autocast_dtype(x: th.Tensor) -> th.Tensor:
 
 
 def fast_tanh(x: th.Tensor) -> th.Tensor:
-    """tanh(x) as 1 - 2 sigmoid(-2 x), within 3e-7; several times faster on CPUs where tanh is not vectorised."""
+    """tanh(x) as 1 - 2 sigmoid(-2 x), within 3e-7; several times faster on CPUs where tanh is not vectorized."""
     return th.rsub(th.sigmoid(-2 * x), 1, alpha=2)
 
 

@@ -1,4 +1,4 @@
-"""LaProp with adaptive gradient clipping, the paper's optimiser."""
+"""LaProp with adaptive gradient clipping, the paper's optimizer."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class LaProp(th.optim.Optimizer):
     Where a gradient is not finite, nothing changes: no parameter, no moment, no count. This is decided on the device,
     the host does not wait for it.
 
-    :param params: parameters or parameter groups, as for every torch optimiser.
+    :param params: parameters or parameter groups, as for every torch optimizer.
     :param lr: learning rate after the warm-up.
     :param betas: decay of the momentum and of the squared gradient.
     :param eps: added to the root of the squared gradient.

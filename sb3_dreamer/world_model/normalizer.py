@@ -53,14 +53,14 @@ class ObsNormalizer(RunningStatistics):
         self.mean.add_(share * shift)
 
     def forward(self, obs: Mapping[str, th.Tensor]) -> dict[str, th.Tensor]:
-        """Raw observations, key -> (..., *shape), normalised."""
+        """Raw observations, key -> (..., *shape), normalized."""
         return dict(obs) | {
             key: ((flat(obs[key], self.specs[key]) - mean) / std).reshape(obs[key].shape)
             for key, mean, std in self._moments()
         }
 
     def undo(self, obs: Mapping[str, th.Tensor]) -> dict[str, th.Tensor]:
-        """Normalised observations, key -> (..., *shape), in the units of the space."""
+        """Normalized observations, key -> (..., *shape), in the units of the space."""
         return dict(obs) | {
             key: (flat(obs[key], self.specs[key]) * std + mean).reshape(obs[key].shape)
             for key, mean, std in self._moments()

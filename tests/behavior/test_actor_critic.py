@@ -21,13 +21,13 @@ def test_the_advantage_is_what_an_action_returned_beyond_the_value_in_units_of_t
     assert got.tolist() == [[2.0, 0.0], [0.0, 1.0]]
 
 
-def test_centred_advantages_have_mean_zero_at_each_step_and_differ_as_before():
+def test_centered_advantages_have_mean_zero_at_each_step_and_differ_as_before():
     dream = dream_of([[1.0, 1.0, 1.0]] * 2)
     got = advantages(dream, RETURNS, VALUES, th.tensor(2.0), center=True)
     assert got.tolist() == [[1.0, -0.5], [-1.0, 0.5]]
 
 
-def test_a_critic_that_is_off_by_as_much_everywhere_changes_no_centred_advantage():
+def test_a_critic_that_is_off_by_as_much_everywhere_changes_no_centered_advantage():
     dream = dream_of([[1.0, 0.9, 0.8], [0.7, 0.6, 0.5]])
     right, lagging = (
         advantages(dream, RETURNS, VALUES + off, th.tensor(2.0), center=True)

@@ -78,8 +78,8 @@ def test_cartpole_pixels_show_where_cart_and_pole_are():
     for _ in range(8):
         moved = env.step(1)[0]
     darkness = [(255.0 - picture[..., 0]).sum(0) for picture in (start, moved)]
-    centres = [(dark * np.arange(60)).sum() / dark.sum() for dark in darkness]
-    assert abs(centres[1] - centres[0]) > 0.2
+    centers = [(dark * np.arange(60)).sum() / dark.sum() for dark in darkness]
+    assert abs(centers[1] - centers[0]) > 0.2
 
 
 @pytest.mark.parametrize("right", [True, False])

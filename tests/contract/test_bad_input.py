@@ -326,7 +326,7 @@ def test_an_agent_without_an_environment_is_asked_for_one():
         Dreamer("MlpPolicy", None)
 
 
-def test_a_single_dream_cannot_be_centred():
+def test_a_single_dream_cannot_be_centered():
     with pytest.raises(ValueError, match="imagination_starts=2 or more, or center_advantage=False"):
         agent(imagination_starts=1)
     agent(imagination_starts=1, center_advantage=False)

@@ -127,12 +127,12 @@ def test_checkpoints_hold_agent_replay_and_normalisation(tmp_path):
         for steps in (10, 20)
         for kind, end in (("", "zip"), ("_replay_buffer", "pkl"), ("_vecnormalize", "pkl"))
     )
-    normalised = VecNormalize.load(str(tmp_path / "rl_model_vecnormalize_20_steps.pkl"), vector())
-    other = Dreamer.load(tmp_path / "rl_model_20_steps", env=normalised)
+    normalized = VecNormalize.load(str(tmp_path / "rl_model_vecnormalize_20_steps.pkl"), vector())
+    other = Dreamer.load(tmp_path / "rl_model_20_steps", env=normalized)
     other.load_replay_buffer(tmp_path / "rl_model_replay_buffer_20_steps")
     assert other.num_timesteps == 20
     assert other.replay_buffer.size() == 20  # the 20th step is saved before it is stored; the 10th ended an episode
-    assert normalised.obs_rms.count == pytest.approx(21, abs=0.01)
+    assert normalized.obs_rms.count == pytest.approx(21, abs=0.01)
     other.learn(10, reset_num_timesteps=False)
     assert other.num_timesteps == 30
     assert other._n_updates > model._n_updates * 0.5

@@ -96,7 +96,7 @@ def test_originals_are_stored_and_sampled_with_the_statistics_of_now():
     model = agent(env).learn(20)
     entries = stored(model)
     expected = [[100 + t, -t] for t in (0, 1, 2, 3, 4, 5, 6)]
-    assert np.allclose(entries["obs/obs"][:7], expected, atol=1e-4)  # the final one is unnormalised again
+    assert np.allclose(entries["obs/obs"][:7], expected, atol=1e-4)  # the final one is unnormalized again
     assert entries["reward"][:7].tolist() == [0, 1, 2, 3, 4, 5, 6]
     for mean, spread in ((100.0, 1.0), (90.0, 2.0)):
         env.obs_rms.mean[:], env.obs_rms.var[:] = [mean, 0.0], spread**2

@@ -243,7 +243,7 @@ def test_parameters_go_from_agent_to_agent(model):
     assert same(other.get_parameters(), model.get_parameters())
     before = copy.deepcopy(model.get_parameters())
     other.learn(40)
-    assert same(model.get_parameters(), before), "they are copies, the optimiser's moments too"
+    assert same(model.get_parameters(), before), "they are copies, the optimizer's moments too"
 
 
 def test_parameters_come_from_a_file_too(model, saved):
@@ -391,11 +391,11 @@ def test_a_link_stays_a_link(model, tmp_path, name):
 
 
 def test_who_learned_with_statistics_is_warned_of_an_environment_without(tmp_path):
-    normalised = VecNormalize(make_vec_env("Pendulum-v1"))
+    normalized = VecNormalize(make_vec_env("Pendulum-v1"))
     settings = dict(model_size="debug", learning_starts=10, batch_size=2, batch_length=8, train_ratio=16, seed=0)
-    Dreamer("MlpPolicy", normalised, **settings).learn(12).save(tmp_path / "model")
-    Dreamer.load(tmp_path / "model")  # who acts without an environment may normalise on their own
-    Dreamer.load(tmp_path / "model", env=normalised)
+    Dreamer("MlpPolicy", normalized, **settings).learn(12).save(tmp_path / "model")
+    Dreamer.load(tmp_path / "model")  # who acts without an environment may normalize on their own
+    Dreamer.load(tmp_path / "model", env=normalized)
     told = "learned from what a VecNormalize made of the observations, and its environment has none"
     with pytest.warns(UserWarning, match=told) as warned:
         model = Dreamer.load(tmp_path / "model", env="Pendulum-v1")

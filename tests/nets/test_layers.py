@@ -1,4 +1,4 @@
-"""Layers and their initialisation."""
+"""Layers and their initialization."""
 
 from __future__ import annotations
 

@@ -145,7 +145,7 @@ def test_a_model_that_learned_normalized_is_not_used_without_its_statistics(tmp_
             ValueError, match="the fallback seems to be trained with VecNormalize and cannot act without"
         ):
             Guard(other, teacher)
-    with pytest.raises(SystemExit, match="learned from what a VecNormalize made of observations or rewards"):
+    with pytest.raises(SystemExit, match="was trained with VecNormalize, so it dreams in normalized units"):
         dreams([str(tmp_path / "model.zip"), "--env", "Pendulum-v1", "--out", str(tmp_path / "page")])
 
 

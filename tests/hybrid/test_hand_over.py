@@ -572,14 +572,6 @@ class TestAnotherDevice:
         td3 = dreamer.to_model_free(TD3, **QUICK, action_noise=noise, device="meta")
         assert td3.critic.q_networks[0][0].weight.device.type == "meta"
 
-    @pytest.mark.skipif(not th.cuda.is_available(), reason="needs a GPU")
-    @pytest.mark.parametrize("algorithm", [PPO, SAC, TD3])
-    def test_from_a_gpu_to_the_cpu(self, algorithm: Any):
-        model = Dreamer("MlpPolicy", pendulum(), **{**SMALL, "device": "cuda"}).learn(80)
-        settings = dict(updates=5, n_steps=64) if algorithm is PPO else QUICK
-        student = model.to_model_free(algorithm, **settings, device="cpu")
-        assert student.learn(10, reset_num_timesteps=False).device.type == "cpu"
-
 
 class TestRefused:
     @pytest.mark.parametrize(

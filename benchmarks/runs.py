@@ -126,8 +126,8 @@ def save_checkpoint(out: Path, model: BaseAlgorithm, run: Run, progress: Progres
     if hasattr(model, "save_replay_buffer"):
         model.save_replay_buffer(fresh / "replay.pkl")
     (fresh / "progress.json").write_text(json.dumps({"run": run._asdict(), "progress": progress._asdict()}))
-    shutil.rmtree(previous, ignore_errors=True)
-    if current.exists():
+    if current.exists():  # else the previous one is all that an earlier kill has left
+        shutil.rmtree(previous, ignore_errors=True)
         current.rename(previous)
     fresh.rename(current)
     shutil.rmtree(previous, ignore_errors=True)

@@ -156,6 +156,25 @@ def test_checkpoint_survives_a_kill_between_the_two_renames(tmp_path: Path):
     assert loaded[1].step == 7
 
 
+def test_checkpoint_survives_a_second_kill_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    model = new_model(RUN, pendulum(), decisions=100)
+    save_checkpoint(tmp_path, model, RUN, Progress(step=7))
+    (tmp_path / "checkpoint").rename(tmp_path / "checkpoint.old")
+    rename = Path.rename
+
+    def killed(path: Path, target: Path) -> Path:
+        if path.name == "checkpoint.new":
+            raise KeyboardInterrupt
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", killed)
+    with pytest.raises(KeyboardInterrupt):
+        save_checkpoint(tmp_path, model, RUN, Progress(step=8))
+    loaded = load_checkpoint(tmp_path, RUN, pendulum(), 20)
+    assert loaded is not None
+    assert loaded[1].step == 7
+
+
 def test_a_folder_of_another_run_is_refused(tmp_path: Path):
     save_checkpoint(tmp_path, new_model(RUN, pendulum(), decisions=100), RUN, Progress())
     with pytest.raises(SystemExit, match="holds another run"):

@@ -110,7 +110,7 @@ class Cloning:
 
         One gradient step while the warm start runs: more would overfit its few labels, and the final updates follow.
         """
-        if model.replay_buffer.can_sample(self.labels.since):
+        if weight > 0 and model.replay_buffer.can_sample(self.labels.since):
             features, labels = self.labeled_features(model, 1)
             warm_start_running = self.remaining(model._n_updates) > 0
             for _ in range(1 if warm_start_running else GRADIENT_STEPS):

@@ -158,6 +158,8 @@ class TestImitation:
         assert len(steps) == 2 + 60 // 4, "the last ones are the final updates"
         model.train(3, 4)
         assert len(steps) == 2 + 60 // 4 + 3 * 16
+        model.imitation.imitate(model, 0.0)
+        assert len(steps) == 2 + 60 // 4 + 3 * 16
 
     def test_the_teacher_is_queried_until_its_weight_is_zero(self):
         teacher = Constant()

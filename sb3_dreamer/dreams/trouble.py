@@ -11,6 +11,7 @@ import torch as th
 from sb3_dreamer.behavior.imagination import imagine, lambda_returns
 from sb3_dreamer.dreamer import Dreamer
 from sb3_dreamer.dreams.horizon import HorizonError, reward_name
+from sb3_dreamer.nets.distributions import categorical_entropy
 from sb3_dreamer.types import Batch
 
 DEAD = 0.01  # nats; a latent with less information about the data is dead
@@ -31,7 +32,7 @@ def signs_of(
     :param real_return: mean of :func:`returns_to_go` over real episodes, if known.
     :return: "kl" and "kl_capacity" (the maximum for these latents) in nats, "dead_latents" (share), "rewarded" (share
         of entries), "imagined_return", "real_return", "return_scale", means over observation keys of "overconfidence"
-        and "error_ratio" (within the imagination horizon, without keys that do not change), see
+        (without images) and "error_ratio" (within the imagination horizon, without keys that do not change), see
         :class:`~sb3_dreamer.dreams.horizon.HorizonError`, and "reward_error_ratio".
     """
     policy = model.policy
@@ -44,7 +45,6 @@ def signs_of(
     dream = imagine(world_model, policy.actor, states.flatten()[starts], model.imagination_horizon)
     returns = lambda_returns(dream.reward, dream.discount, policy.critic.value(dream.features), model.gae_lambda)
     ratio = {key: error.ratio(model.imagination_horizon) for key, error in errors.items()}
-    ratios = [ratio[key] for key in batch.obs if not np.isnan(ratio[key])]
     return {
         "kl": info["kl"].item(),
         "kl_capacity": stoch * float(np.log(classes)),
@@ -53,21 +53,22 @@ def signs_of(
         "imagined_return": returns[:, 0].mean().item(),
         "real_return": real_return,
         "return_scale": policy.return_scale.scale.item(),
-        "overconfidence": float(np.mean([errors[key].overconfidence for key in batch.obs])),
-        "error_ratio": float(np.mean(ratios)) if ratios else float("nan"),
+        "overconfidence": mean_of_known([errors[key].overconfidence for key in batch.obs]),
+        "error_ratio": mean_of_known([ratio[key] for key in batch.obs]),
         "reward_error_ratio": ratio[reward_name(batch.obs)],
     }
+
+
+def mean_of_known(numbers: list[float]) -> float:
+    """Mean of those that are not NaN; NaN if none is."""
+    known = [number for number in numbers if not np.isnan(number)]
+    return float(np.mean(known)) if known else float("nan")
 
 
 def information(post: th.Tensor) -> th.Tensor:
     """Nats of information in each latent about the data: entropy of mean minus mean entropy, (..., K, S) -> (S,)."""
     post = post.flatten(0, -3)
-    return entropy(post.mean(0)) - entropy(post).mean(0)
-
-
-def entropy(probs: th.Tensor) -> th.Tensor:
-    """Entropy of each latent in nats: (..., K, S) -> (..., S)."""
-    return -(probs * probs.log()).sum(-2)
+    return categorical_entropy(post.mean(0)) - categorical_entropy(post).mean(0)
 
 
 def returns_to_go(rewards: np.ndarray, terminated: bool, gamma: float) -> np.ndarray:

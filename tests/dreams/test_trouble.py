@@ -139,6 +139,12 @@ def test_dreams_begin_where_an_episode_goes_on(monkeypatch: pytest.MonkeyPatch):
     assert begun == [12]
 
 
+def test_what_is_not_known_of_images_is_left_out_of_means():
+    nan = float("nan")
+    assert trouble.mean_of_known([1.0, nan, 3.0]) == 2.0
+    assert np.isnan(trouble.mean_of_known([nan]))
+
+
 def test_signs_of_an_untrained_model():
     model = Dreamer("MlpPolicy", Dial(), model_size="debug", seed=0)
     replay, real_return = collect(model, DummyVecEnv([Dial]), 120, sequence_length=24)

@@ -15,6 +15,8 @@ from stable_baselines3.common.utils import set_random_seed
 from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
 
 from sb3_dreamer.replay import SequenceReplayBuffer
+from sb3_dreamer.replay.columns import Column
+from sb3_dreamer.replay.storage import RamStorage
 from sb3_dreamer.types import Batch
 
 LINE = spaces.Box(-np.inf, np.inf, (1,), np.float32)
@@ -545,6 +547,16 @@ class TestKeeping:
             for name in ("prev_action", "reward", "is_first", "is_last", "is_terminal", "start", "index"):
                 np.testing.assert_array_equal(getattr(one, name), getattr(two, name), err_msg=name)
             np.testing.assert_array_equal(one.obs["obs"], two.obs["obs"])
+
+    def test_loading_a_full_replay_takes_its_memory_once(self):
+        column = Column("x", (2,), np.dtype(np.float32), -1.0, 1.0)
+        full, loaded = RamStorage({"x": column}, 2, 3), RamStorage({"x": column}, 2, 3)
+        full.arrays["x"][:] = np.arange(12).reshape(6, 2)
+        dumped = pickle.loads(pickle.dumps(full.dump(3)))
+        loaded.restore(dumped)
+        assert np.shares_memory(loaded.arrays["x"], dumped["x"])
+        np.testing.assert_array_equal(loaded.arrays["x"], full.arrays["x"])
+        loaded.write(np.array([0]), np.array([0]), {"x": np.zeros((1, 2))})
 
     def test_a_pickle_holds_only_the_entries_in_use(self):
         buffer = make(1_000_000)

@@ -117,10 +117,13 @@ class RamStorage:
         return {name: a.reshape(self.n_envs, self.rows, *a.shape[1:])[:, :used] for name, a in self.arrays.items()}
 
     def restore(self, dumped: dict[str, np.ndarray]) -> None:
-        """Restore the result of :meth:`dump`."""
+        """Restore the result of :meth:`dump`; the arrays of a full replay are taken over, not copied."""
         used = next(iter(dumped.values())).shape[1]
         for name, part in self.dump(used).items():
-            part[:] = dumped[name]
+            if used == self.rows:
+                self.arrays[name] = dumped[name].reshape(self.arrays[name].shape)
+            else:
+                part[:] = dumped[name]
 
 
 class DiskStorage:

@@ -26,8 +26,8 @@ from sb3_dreamer.world_model import WorldModel, rssm, scan
 from sb3_dreamer.world_model.decoders import ImageDecoder
 from sb3_dreamer.world_model.encoders import ImageEncoder
 from sb3_dreamer.world_model.rssm import State
-from tests.afresh import afresh
-from tests.no_chance import most_likely
+from tests.deterministic import most_likely
+from tests.episode_starts import reset_where_first
 
 SIZE = Size(deter=32, hidden=8, classes=5, units=8, depth=2, stoch=4, blocks=4)
 IMAGE_SIZE = Size(deter=32, hidden=8, classes=5, units=8, depth=2, stoch=4, blocks=8)
@@ -192,7 +192,7 @@ def critic(world_model: WorldModel) -> Critic:
 
 
 @pytest.fixture(autouse=True)
-def no_chance(monkeypatch: pytest.MonkeyPatch) -> None:
+def deterministic(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rssm, "sample_onehot", lambda probs, dim: most_likely(probs))
     monkeypatch.setattr(scan, "draw", lambda logits, limit: most_likely(logits).flatten(1))
     monkeypatch.setattr(BoundedNormal, "sample", lambda self: self.mean + given("normal_shift") * self.std)
@@ -284,7 +284,9 @@ def test_single_filtering_step_matches_the_jax_reference(world_model: WorldModel
     data, states = batch(world_model), [world_model.rssm.restore(batch(world_model).start)]
     embed = world_model.encoder(data.obs)
     for t in range(6):
-        state, prev_action = afresh(world_model.rssm, states[-1], given("prevact")[:, t], data.is_first[:, t])
+        state, prev_action = reset_where_first(
+            world_model.rssm, states[-1], given("prevact")[:, t], data.is_first[:, t]
+        )
         states.append(world_model.rssm.observe_step(state, embed[:, t], prev_action))
     assert_same(th.stack([s.deter for s in states[1:]], 1), "obs_deter")
     assert_same(by_latent(th.stack([s.stoch for s in states[1:]], 1)), "obs_stoch")

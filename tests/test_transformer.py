@@ -13,8 +13,8 @@ from sb3_dreamer.types import SIZES, Batch, Size, Spec
 from sb3_dreamer.world_model import WorldModel, rssm, sequence
 from sb3_dreamer.world_model.rssm import RSSM, State
 from sb3_dreamer.world_model.sequence import Transformer
-from tests.afresh import afresh
-from tests.no_chance import most_likely
+from tests.deterministic import most_likely
+from tests.episode_starts import reset_where_first
 
 SIZE = SIZES["debug"]
 E, A, WINDOW = 6, 2, Transformer.window
@@ -28,7 +28,7 @@ def model() -> RSSM:
 
 
 @pytest.fixture
-def no_chance(monkeypatch: pytest.MonkeyPatch) -> None:
+def deterministic(monkeypatch: pytest.MonkeyPatch) -> None:
     for module in (sequence, rssm):
         monkeypatch.setattr(module, "sample_onehot", lambda probs, dim: most_likely(probs))
 
@@ -47,7 +47,7 @@ def step_through(model: RSSM, data: tuple[th.Tensor, ...], between: Callable[[St
     """The same entries one at a time, stacked (B, T)."""
     state, states = model.initial(len(data[0])), []
     for embed, action, is_first in zip(*(x.unbind(1) for x in data), strict=True):
-        state, action = afresh(model, state, action, is_first)
+        state, action = reset_where_first(model, state, action, is_first)
         state = between(model.observe_step(state, embed, action))
         states.append(state)
     return State.from_parts(th.stack([s.deter for s in states], 1), th.stack([s.stoch for s in states], 1))
@@ -59,7 +59,7 @@ AGES = {0: [0], 1: [3, 90], 2: [0, 1, 2, 70, 71], 3: [140]}  # row 4 goes on fro
 # -- one computation ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.usefixtures("no_chance")
+@pytest.mark.usefixtures("deterministic")
 @pytest.mark.parametrize("grad", [False, True])
 def test_single_steps_equal_the_parallel_pass_for_members_of_different_age_also_after_the_window_slides(
     model: RSSM, grad: bool
@@ -72,7 +72,7 @@ def test_single_steps_equal_the_parallel_pass_for_members_of_different_age_also_
     th.testing.assert_close(single.stoch, whole.stoch, **EXACT)
 
 
-@pytest.mark.usefixtures("no_chance")
+@pytest.mark.usefixtures("deterministic")
 def test_packing_and_unpacking_between_steps_changes_nothing(model: RSSM):
     data = entries(5, 2 * WINDOW + 30, AGES)
     with th.no_grad():
@@ -81,7 +81,7 @@ def test_packing_and_unpacking_between_steps_changes_nothing(model: RSSM):
     th.testing.assert_close(packed.deter, plain.deter, **EXACT)
 
 
-@pytest.mark.usefixtures("no_chance")
+@pytest.mark.usefixtures("deterministic")
 def test_a_sequence_cut_in_two_equals_the_whole(model: RSSM):
     data = entries(5, WINDOW + 40, AGES | {3: [17]})
     whole, _ = model.observe(*data, model.initial(5))
@@ -90,7 +90,7 @@ def test_a_sequence_cut_in_two_equals_the_whole(model: RSSM):
     th.testing.assert_close(second.deter, whole.deter[:, 50:], **EXACT)
 
 
-@pytest.mark.usefixtures("no_chance")
+@pytest.mark.usefixtures("deterministic")
 def test_gradients_through_single_steps_equal_those_of_the_parallel_pass(model: RSSM):
     model.double()
     embed, action, is_first = entries(2, 12, {0: [0, 5]})
@@ -105,7 +105,7 @@ def test_gradients_through_single_steps_equal_those_of_the_parallel_pass(model: 
         assert parallel.abs().max() > 1e-4
 
 
-@pytest.mark.usefixtures("no_chance")
+@pytest.mark.usefixtures("deterministic")
 def test_products_in_bfloat16_leave_states_in_float32(model: RSSM):
     data = entries(2, 20)
     exact, _ = model.observe(*data, model.initial(2))
@@ -141,7 +141,7 @@ def recomputed(model: RSSM, filtered: State, data: tuple[th.Tensor, ...], row: i
 ACTIONS = np.random.default_rng(0).normal(size=(40, A)).astype(np.float32).tolist()
 
 
-@pytest.mark.usefixtures("no_chance")
+@pytest.mark.usefixtures("deterministic")
 @th.no_grad()
 def test_dreams_from_any_state_of_the_training_pass_continue_its_context(model: RSSM):
     data = entries(3, 90, {0: [0], 1: [0, 40]})

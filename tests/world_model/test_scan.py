@@ -14,7 +14,7 @@ from sb3_dreamer.nets.distributions import sample_onehot_with, straight_through
 from sb3_dreamer.types import SIZES
 from sb3_dreamer.world_model import scan
 from sb3_dreamer.world_model.rssm import RSSM, State
-from tests.afresh import afresh
+from tests.episode_starts import reset_where_first
 
 B, T, EMBED, ACTION = 3, 7, 5, 2
 SIZE = SIZES["debug"]
@@ -143,7 +143,7 @@ def test_acting_step_by_step_filters_as_training_does(rssm: RSSM) -> None:
         state = start
         for t in range(T):
             # the deterministic part at t depends on the sample at t - 1: hand it the one that training drew
-            state, before = afresh(rssm, state, action[:, t], first[:, t])
+            state, before = reset_where_first(rssm, state, action[:, t], first[:, t])
             state = rssm.observe_step(state, embed[:, t], before)
             assert th.allclose(state.deter, states.deter[:, t], atol=1e-12)
             state = states[:, t]
@@ -151,7 +151,7 @@ def test_acting_step_by_step_filters_as_training_does(rssm: RSSM) -> None:
 
 def test_without_sampling_the_latents_are_their_expectation(rssm: RSSM) -> None:
     embed, action, first, start = inputs()
-    start, before = afresh(rssm, start, action[:, 0], first[:, 0])
+    start, before = reset_where_first(rssm, start, action[:, 0], first[:, 0])
     with th.no_grad():
         expected = rssm.observe_step(start, embed[:, 0], before, sample=False)
         samples = th.stack([rssm.observe_step(start, embed[:, 0], before).stoch for _ in range(2000)])

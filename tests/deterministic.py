@@ -1,4 +1,4 @@
-"""Latents without chance, for tests that compare one computation with another."""
+"""Deterministic latents, for tests that compare one computation with another."""
 
 import torch as th
 

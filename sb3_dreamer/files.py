@@ -249,13 +249,17 @@ def unpickled(path: FileLike, what: str, verbose: int = 0) -> Any:
     :param path: with or without its ``.pkl``, or an open file.
     :param what: what the file should hold, for the message.
     :param verbose: as in SB3.
-    :raises ValueError: if the file is truncated or no pickle.
+    :raises ValueError: if the file is truncated or no pickle, or if it needs other versions of its classes.
     """
     file = open_path(path, "r", verbose, suffix="pkl")
     try:
         return load_from_pkl(file, verbose)
     except (pickle.UnpicklingError, EOFError) as error:
         raise ValueError(f"{path} is damaged or no {what} ({error}): give another file") from error
+    except (AttributeError, ImportError) as error:
+        raise ValueError(
+            f"{path} was saved by other versions of these packages ({error}): use those"
+        ) from error
     finally:
         if file is not path:
             file.close()

@@ -47,3 +47,15 @@ def test_a_pickle_of_something_else_is_refused(tmp_path):
         ValueError, match=r"holds a list, but .* add_experience\(path\) imports the transitions of SB3's buffers"
     ):
         agent().load_replay_buffer(path)
+
+
+def test_a_replay_of_another_version_is_refused(trained, tmp_path):
+    path = tmp_path / "replay_buffer.pkl"
+    older = pickle.loads(trained[1].read_bytes())
+    del older.code
+    path.write_bytes(pickle.dumps(older))
+    with pytest.raises(ValueError, match=r"replay_buffer\.pkl was saved by other versions of these packages \(.*code"):
+        agent().load_replay_buffer(path)
+    path.write_bytes(trained[1].read_bytes().replace(b"sb3_dreamer.replay.rings", b"sb3_dreamer.replay.wheel"))
+    with pytest.raises(ValueError, match=r"other versions of these packages \(No module named 'sb3_dreamer.replay.wh"):
+        agent().load_replay_buffer(path)

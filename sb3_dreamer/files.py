@@ -257,9 +257,7 @@ def unpickled(path: FileLike, what: str, verbose: int = 0) -> Any:
     except (pickle.UnpicklingError, EOFError) as error:
         raise ValueError(f"{path} is damaged or no {what} ({error}): give another file") from error
     except (AttributeError, ImportError) as error:
-        raise ValueError(
-            f"{path} was saved by other versions of these packages ({error}): use those"
-        ) from error
+        raise ValueError(f"{path} was saved by other versions of these packages ({error}): use those") from error
     finally:
         if file is not path:
             file.close()

@@ -111,7 +111,7 @@ class Runner:
 
 
 def dreamer_before(run: Runner) -> Dreamer:
-    """The Dreamer to hand over, evaluated: trained here, or saved by `benchmarks/learn.py`."""
+    """The Dreamer to hand over, evaluated: trained here, or saved by `benchmarks.learn`."""
     if run.args.init is None:
         dreamer = run.new("dreamer")
         run.learn("dreamer", dreamer, run.args.first)
@@ -220,7 +220,7 @@ def command_line() -> argparse.ArgumentParser:
     comparisons = parser.add_subparsers(dest="comparison", required=True)
     one = {name: comparisons.add_parser(name, parents=[common], description=comparison.__doc__)
            for name, comparison in COMPARISONS.items()}  # fmt: skip
-    one["hand-over"].add_argument("--init", type=Path, help="a Dreamer: the --out of benchmarks/learn.py")
+    one["hand-over"].add_argument("--init", type=Path, help="a Dreamer: the --out of benchmarks.learn")
     one["hand-over"].add_argument("--normalize", action="store_true", help="VecNormalize around the successors")
     one["hand-over"].add_argument(
         "--successors", nargs="+", choices=("sac", "crossq", "ppo"), default=("sac", "crossq")

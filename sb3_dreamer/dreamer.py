@@ -30,6 +30,8 @@ LOSS_SCALES = {
     "actor": 1.0, "critic": 1.0, "replay_critic": 0.3,
 }  # fmt: skip
 
+NOT_READ_BY_UPDATE = {"learning_rate", "actor_lr_scale", "critic_lr_scale", "learning_starts", "train_ratio"}
+
 
 def total_loss(losses: dict[str, th.Tensor]) -> th.Tensor:
     """Weighted sum of the means of losses by name, any shapes -> ()."""
@@ -284,7 +286,7 @@ class Dreamer(OptionalMethods, SequenceAlgorithm):
 
     def _captured_update(self) -> Update:
         """:meth:`update`, as a CUDA graph on a GPU."""
-        knobs = [getattr(self, name) for name in KNOBS]
+        knobs = [getattr(self, name) for name in KNOBS if name not in NOT_READ_BY_UPDATE]
         if self._captured is None or self._captured[0] != knobs:
             record = record_cuda_graph if self.device.type == "cuda" else None
             self._captured = knobs, CapturedUpdate(self.update, record)

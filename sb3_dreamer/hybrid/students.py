@@ -59,7 +59,8 @@ def family_of(student: BaseAlgorithm) -> Family:
     if isinstance(student, OnPolicyAlgorithm) and ancestors.isdisjoint(UNSUPPORTED_POLICIES):
         return StochasticActorCritic(student)
     actor = getattr(student, "actor", None)
-    if not isinstance(student, OffPolicyAlgorithm) or actor is None:
+    known_critics = hasattr(getattr(student, "critic", None), "q_networks")
+    if not isinstance(student, OffPolicyAlgorithm) or actor is None or not known_critics:
         off_policy = "SAC, TD3, DDPG, TQC, CrossQ, " if isinstance(student.action_space, spaces.Box) else ""
         raise ValueError(
             f"{type(student).__name__} cannot take over from Dreamer: use {off_policy}PPO, A2C or TRPO; for a task "
@@ -200,8 +201,9 @@ def teach_critics(student: Any, targets: ActionValues, updates: int, advance: Ad
     student.policy.set_training_mode(True)
     fit(student.critic.parameters(), loss, targets.minibatches(updates, BATCH_SIZE), updates, advance)
     student.policy.set_training_mode(False)
-    for network in student.critic.q_networks:
-        unstandardize(network[-1], targets.value)
+    if updates > 0:
+        for network in student.critic.q_networks:
+            unstandardize(network[-1], targets.value)
     if hasattr(student, "critic_target"):
         student.critic_target.load_state_dict(student.critic.state_dict())
 

@@ -48,23 +48,23 @@ class CapturedUpdate:
     def __init__(self, update: Update, record: Record | None) -> None:
         self.update, self.record = update, record
         self.calls = 0
-        self._form: list[tuple[th.Size, th.dtype]] = []  # of the batches so far
+        self._form: dict[str, tuple[th.Size, th.dtype]] = {}  # of the batches so far
         self._batch: Batch | None = None  # the graph's own
         self._results: Results | None = None
         self._replay: Callable[[], None] | None = None
 
     def __call__(self, batch: Batch) -> Results:
         device = batch.reward.device
-        with (
-            th.cuda.device(device) if device.type == "cuda" else nullcontext()
-        ):  # graphs are recorded on the current one
+        # a graph is recorded on the current device
+        with th.cuda.device(device) if device.type == "cuda" else nullcontext():
             return self._call(batch)
 
     def _call(self, batch: Batch) -> Results:
         if self.record is None:
             self.calls += 1
             return self.update(batch)
-        if self._form != (form := [(x.shape, x.dtype) for x in tensors(batch)]):
+        given = tensors(batch)
+        if self._form != (form := {name: (x.shape, x.dtype) for name, x in given.items()}):
             self._form, self._batch, self.calls = form, None, 0
         self.calls += 1
         if self.calls <= self.calls_before:
@@ -77,8 +77,8 @@ class CapturedUpdate:
                 self._batch = None  # the next call records again
                 raise
         else:
-            for own, given in zip(tensors(self._batch), tensors(batch), strict=True):
-                own.copy_(given)
+            for name, own in tensors(self._batch).items():
+                own.copy_(given[name])
         assert self._replay is not None
         self._replay()
         assert self._results is not None
@@ -100,8 +100,11 @@ class CapturedUpdate:
         return results
 
 
-def tensors(batch: Batch) -> list[th.Tensor]:
-    """All tensors of a batch, in the order of its fields and keys."""
-    values = [getattr(batch, field.name) for field in dataclasses.fields(Batch)]
-    flat = [x for value in values for x in (value.values() if isinstance(value, dict) else [value])]
-    return [x for x in flat if isinstance(x, th.Tensor)]
+def tensors(batch: Batch) -> dict[str, th.Tensor]:
+    """All tensors of a batch by name, those of a dictionary as "field/key"."""
+    found = {}
+    for field in dataclasses.fields(Batch):
+        value = getattr(batch, field.name)
+        parts = {f"{field.name}/{key}": part for key, part in value.items()} if isinstance(value, dict) else {}
+        found.update(parts or {field.name: value})
+    return {name: value for name, value in found.items() if isinstance(value, th.Tensor)}

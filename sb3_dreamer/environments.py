@@ -81,8 +81,12 @@ def normalizes_obs(normalize: VecNormalize | None) -> TypeGuard[VecNormalize]:
 
 
 def sees_other_units(model: Any, normalize: VecNormalize | None) -> bool:
-    """Whether a trained Dreamer learned from normalized observations and would see original ones, or the reverse."""
-    return model._n_updates > 0 and normalizes_obs(normalize) != model.trained_on_normalized_obs
+    """Whether a trained Dreamer learned from normalized observations and would see original ones, or the reverse.
+
+    SB3's own algorithms do not record what they learned from.
+    """
+    normalized = normalizes_obs(normalize)
+    return model._n_updates > 0 and getattr(model, "trained_on_normalized_obs", normalized) != normalized
 
 
 def check_statistics(model: Any, stacklevel: int) -> None:

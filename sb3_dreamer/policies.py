@@ -15,7 +15,7 @@ from stable_baselines3.common.type_aliases import Schedule
 
 from sb3_dreamer.behavior.actor_critic import Actor, Critic
 from sb3_dreamer.behavior.imagination import ReturnScale
-from sb3_dreamer.checks import as_whole
+from sb3_dreamer.checks import whole
 from sb3_dreamer.nets.optim import LaProp
 from sb3_dreamer.spaces import action_spec_of, by_key, check_action_bounds, float_bounds, observation_specs, policy_for
 from sb3_dreamer.types import SIZES, Observation
@@ -67,7 +67,10 @@ class DreamerPolicy(BasePolicy):
             )
         if not isinstance(normalize_obs, bool):
             raise ValueError(f"normalize_obs={normalize_obs!r} in policy_kwargs must be True or False")
-        widths = {name: as_whole(name, value, least=1) for name, value in widths.items()}
+        width = whole(least=1)
+        for name, value in widths.items():
+            if not width.passes(value):
+                raise ValueError(f"{name}={value!r} in policy_kwargs must be {width.words}")
         model: dict[str, Any] = dict(rssm_type=rssm_type, gamma=gamma, normalize_obs=normalize_obs)
         self._arguments = dict(model_size=model_size, **model, **widths)
         if self.alias not in (None, right := policy_for(observation_space)):

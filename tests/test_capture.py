@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
+import inspect
+import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -14,6 +17,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from sb3_dreamer import Dreamer
 from sb3_dreamer.capture import CapturedUpdate
+from sb3_dreamer.dreamer import NOT_READ_BY_UPDATE
+from sb3_dreamer.knobs import KNOBS
 from sb3_dreamer.nets import optim
 from sb3_dreamer.nets.optim import LaProp
 from sb3_dreamer.replay import SequenceReplayBuffer
@@ -132,6 +137,16 @@ def test_the_graph_keeps_a_batch_of_its_own() -> None:
     assert not th.equal(given[3].obs["obs"], given[4].obs["obs"])
 
 
+def test_observations_are_copied_by_their_keys_in_whatever_order_they_come() -> None:
+    batch = filled().replay_buffer.sample(2)
+    x, y = th.zeros(2, 8, 3), th.ones(2, 8, 3)
+    update = CapturedUpdate(lambda batch: (batch.obs["x"] - batch.obs["y"], {}), stand_in([]))
+    for _ in range(4):
+        update(dataclasses.replace(batch, obs={"x": x, "y": y}))
+    assert th.equal(update(dataclasses.replace(batch, obs={"y": y, "x": x}))[0], x - y)
+    assert update.calls == 5
+
+
 class NothingForTheHost(TorchDispatchMode):
     """Refuses what a CUDA graph cannot hold: reading a number, sizes that depend on data, constants from the host."""
 
@@ -193,6 +208,23 @@ def test_an_update_is_recorded_again_after_a_knob_that_it_reads_has_changed(knob
     model.pretrain(1)
     assert model._captured is not None
     assert model._captured[1].calls == 1
+
+
+@pytest.mark.parametrize("knob", sorted(NOT_READ_BY_UPDATE))
+def test_a_knob_that_no_update_reads_may_change_without_a_new_recording(knob: str) -> None:
+    model = filled()
+    model.pretrain(2)
+    setattr(model, knob, 0.5)
+    model.pretrain(1)
+    assert model._captured is not None
+    assert model._captured[1].calls == 3
+
+
+def test_no_knob_that_an_update_reads_is_taken_for_one_that_it_does_not_read() -> None:
+    read = set(re.findall(r"self\.(\w+)", inspect.getsource(Dreamer.update)))
+    assert {"gamma", "ent_coef"} <= read
+    assert not read & NOT_READ_BY_UPDATE
+    assert KNOBS.keys() >= NOT_READ_BY_UPDATE
 
 
 def test_new_settings_and_new_parameters_are_recorded_anew() -> None:

@@ -118,7 +118,7 @@ class SquashedActor:
 class StochasticActorCritic:
     """PPO, A2C, TRPO: a Gaussian in the units of the action space, or choices; and a value function.
 
-    Actions of a Box are learned in [-1, 1], whatever its bounds, and values without their mean; the last layers are
+    Actions of a Box are learned in [-1, 1], whatever its bounds, and values :class:`Standardized`; the last layers are
     adapted afterwards.
     """
 
@@ -126,15 +126,18 @@ class StochasticActorCritic:
         self.policy: ActorCriticPolicy = student.policy
         self.space = student.action_space
         self.std_given = "log_std_init" in student.policy_kwargs
+        self.values: Standardized | None = None  # None: nothing was learned
 
     def parameters(self) -> list[th.nn.Parameter]:
         return list(self.policy.parameters())
 
     def loss(self, obs: Any, targets: DistillationTargets, index: np.ndarray) -> th.Tensor:
         distribution: Any = self.policy.get_distribution(obs).distribution
+        if self.values is None:
+            self.values = Standardized(targets.value)
         mean = targets.mean[index]
         value = self.policy.predict_values(obs).squeeze(-1)
-        loss = (value - standardized(targets.value)[index]).square().mean()
+        loss = (value - self.values.value[index]).square().mean()
         if isinstance(self.space, spaces.Box):
             return loss + (distribution.mean - mean).square().sum(-1).mean()
         if isinstance(self.space, spaces.MultiBinary):
@@ -145,7 +148,8 @@ class StochasticActorCritic:
         return loss - (mean * logits).sum(-1).mean()
 
     def finish(self, targets: DistillationTargets) -> None:
-        unstandardize(self.policy.value_net, targets.value)
+        if self.values is not None:
+            self.values.undo(self.policy.value_net)
         if isinstance(self.space, spaces.Box):
             bounds = self.space.low.flatten(), self.space.high.flatten()
             low, high = (th.as_tensor(bound, device=targets.std.device) for bound in bounds)
@@ -188,10 +192,12 @@ def teach_critics(student: Any, targets: ActionValues, updates: int, advance: Ad
     :param updates: minibatches of 256 states.
     :param advance: called after each.
     """
-    values = standardized(targets.value)
+    if updates == 0:
+        return
+    values = Standardized(targets.value)
 
     def loss(index: np.ndarray) -> th.Tensor:
-        value = values[index]
+        value = values.value[index]
         obs = targets.obs_for(student.policy, index.repeat(value.shape[1]))
         predicted = student.critic(obs, targets.action[index].flatten(0, 1))
         stacked = th.stack(predicted, 1) if isinstance(predicted, tuple) else predicted  # (., critics, 1 or quantiles)
@@ -201,26 +207,25 @@ def teach_critics(student: Any, targets: ActionValues, updates: int, advance: Ad
     student.policy.set_training_mode(True)
     fit(student.critic.parameters(), loss, targets.minibatches(updates, BATCH_SIZE), updates, advance)
     student.policy.set_training_mode(False)
-    if updates > 0:
-        for network in student.critic.q_networks:
-            unstandardize(network[-1], targets.value)
+    for network in student.critic.q_networks:
+        values.undo(network[-1])
     if hasattr(student, "critic_target"):
         student.critic_target.load_state_dict(student.critic.state_dict())
 
 
-def standardized(value: th.Tensor) -> th.Tensor:
-    """Values of any shape with mean 0 and deviation 1; constant values become 0."""
-    return (value - value.mean()) / deviation(value)
+class Standardized:
+    """Values with mean 0 and standard deviation 1; constant values become 0.
 
+    :param value: (...) in the units of the returns.
+    """
 
-def unstandardize(layer: Any, value: th.Tensor) -> None:
-    """Make a last layer that has learned :func:`standardized` values predict the values themselves."""
-    rescale(layer, deviation(value), value.mean())
+    def __init__(self, value: th.Tensor) -> None:
+        self.mean, self.std = value.mean(), value.std().clamp(min=1e-3)  # the bound: not to amplify noise
+        self.value = (value - self.mean) / self.std
 
-
-def deviation(value: th.Tensor) -> th.Tensor:
-    """Standard deviation (), bounded from below so that noise is not amplified."""
-    return value.std().clamp(min=1e-3)
+    def undo(self, layer: Any) -> None:
+        """Make a last layer that has learned these values predict the original ones."""
+        rescale(layer, self.std, self.mean)
 
 
 @th.no_grad()

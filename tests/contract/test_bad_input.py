@@ -357,9 +357,9 @@ def test_unknown_sizes_widths_and_models_name_the_known_ones():
         ValueError, match=r"policy_kwargs \['net_arch'\] are unknown; it takes normalize_obs and the widths .*'units'"
     ):
         agent(policy_kwargs=dict(net_arch=[64]))
-    with pytest.raises(ValueError, match=r"units=0 must be a whole number of at least 1"):
+    with pytest.raises(ValueError, match=r"units=0 in policy_kwargs must be a whole number of at least 1"):
         agent(policy_kwargs=dict(units=0))
-    with pytest.raises(ValueError, match=r"units=7.5 must be"):
+    with pytest.raises(ValueError, match=r"units=7.5 in policy_kwargs must be"):
         agent(policy_kwargs=dict(units=7.5))
     with pytest.raises(ValueError, match=r"blocks=4 do not divide a layer of 30 inputs"):
         agent(policy_kwargs=dict(deter=30))

@@ -109,6 +109,29 @@ class TestCritics:
         assert abs(high - low - 3.0) < 0.3
         assert abs(high + low - 2 * mean) < 1.0
 
+    def test_without_updates_critics_and_value_functions_stay_as_sb3_makes_them(self, dreamer: Dreamer):
+        for algorithm, none in ((SAC, dict(QUICK, critic_updates=0)), (PPO, dict(updates=0, n_steps=32))):
+            handed_over = dreamer.to_model_free(algorithm, **none, seed=3)
+            fresh = algorithm("MlpPolicy", pendulum(), seed=3, device="cpu", policy_kwargs=handed_over.policy_kwargs)
+            for name, value in fresh.policy.state_dict().items():
+                if name.startswith(("critic.", "value_net.")):
+                    assert th.equal(value, handed_over.policy.state_dict()[name]), name
+
+    def test_critics_of_an_unknown_form_are_refused_before_any_work(self, dreamer: Dreamer, monkeypatch):
+        class OneNetwork(th.nn.Module):
+            """Not a list of q_networks."""
+
+        class Mine(SAC):
+            """An algorithm of somebody's own."""
+
+            def _create_aliases(self) -> None:
+                super()._create_aliases()
+                self.critic = OneNetwork()
+
+        monkeypatch.setattr(hand_over, "real_states", None)
+        with pytest.raises(ValueError, match="Mine cannot take over from Dreamer"):
+            dreamer.to_model_free(Mine, **QUICK)
+
     def test_targets_are_what_was_taught(self, dreamer: Dreamer):
         sac = dreamer.to_model_free(SAC, **QUICK)
         for name, value in sac.critic.state_dict().items():

@@ -26,6 +26,7 @@ from sb3_dreamer.environments import (
     check_wrapping,
     name_dead_workers,
     step_named,
+    warn_of_new_statistics,
 )
 from sb3_dreamer.files import FileLike, atomic_write, check_parameters, in_place_of_pickles, known_args, read_settings
 from sb3_dreamer.imitation import NO_TEACHER, Imitation
@@ -277,6 +278,7 @@ class SequenceAlgorithm(OffPolicyAlgorithm):
         given: Any = env  # an id too
         model = super().load(path, given, device, custom_objects, print_system_info, force_reset, **kwargs)
         check_statistics(model, stacklevel=3)
+        warn_of_new_statistics(model, stacklevel=3)
         return model
 
     def load_replay_buffer(self, path: FileLike, truncate_last_traj: bool = True) -> None:

@@ -113,6 +113,19 @@ def _warn_of_other_units(model: Any, stacklevel: int) -> None:
     )
 
 
+def warn_of_new_statistics(model: Any, stacklevel: int) -> None:
+    """Warn that a trained Dreamer has been loaded with a VecNormalize that has seen no observation yet."""
+    normalize = model.get_vec_normalize_env()
+    if model._n_updates == 0 or not normalizes_obs(normalize) or sees_other_units(model, normalize):
+        return
+    if all(rms.count < 1 for name, rms in statistics(normalize).items() if name != "returns"):
+        warnings.warn(
+            "this model learned with the statistics of a VecNormalize, and that of its environment has seen nothing "
+            "yet: load(path, env=VecNormalize.load(statistics, env))",
+            stacklevel=stacklevel,
+        )
+
+
 def _check_finite(normalize: VecNormalize) -> None:
     """Refuse statistics that are not finite, since all that they normalize would not be either.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from collections.abc import Mapping
 from functools import cached_property
 from typing import Any, ClassVar
@@ -24,6 +25,7 @@ from sb3_dreamer.world_model.codes import are_choices
 from sb3_dreamer.world_model.rssm import State
 
 PolicyState = tuple[np.ndarray, ...]
+CALLS_WITHOUT_STATE = 10  # in a row, before predict() says what is forgotten
 
 
 class DreamerPolicy(BasePolicy):
@@ -45,6 +47,7 @@ class DreamerPolicy(BasePolicy):
 
     alias: ClassVar[str | None] = None  # of the policies that read one kind of observation
     optimizer: LaProp
+    _calls_without_state = 0
 
     def __init__(
         self,
@@ -135,6 +138,7 @@ class DreamerPolicy(BasePolicy):
             info)`` tuple, or a state of other environments or of another agent.
         """
         self._check_form(observation)
+        self._warn_if_forgetful(state, episode_start)
         obs, vectorized = self.checked_obs(observation, "predict()")
         n = len(next(iter(obs.values())))
         packed, prev_action = self.initial_state(n) if state is None else self._checked_state(state, n)
@@ -160,9 +164,7 @@ class DreamerPolicy(BasePolicy):
             raise ValueError(f"{caller} got {bad[0]} with a number that is NaN or infinite; the state stays as it was")
         for key, spec in self.world_model.decoder.specs.items():
             if spec.kind == "discrete" and not are_choices(obs[key], spec):
-                raise ValueError(
-                    f"{caller} got {key} {obs[key].tolist()}, expected choices of {self.observation_space}"
-                )
+                raise ValueError(f"{caller} got {key} {obs[key].tolist()}, which is not in {self.observation_space}")
         return obs, vectorized
 
     def _check_form(self, observation: Any) -> None:
@@ -176,6 +178,17 @@ class DreamerPolicy(BasePolicy):
             given = sorted(observation) if isinstance(observation, dict) else type(observation).__name__
             if given != expected:
                 raise ValueError(f"predict() got {given}, observations of this agent are a dict with {expected}")
+
+    def _warn_if_forgetful(self, state: PolicyState | None, episode_start: np.ndarray | None) -> None:
+        """SB3's own policies need no state, so code that was written for them passes none."""
+        begins = episode_start is not None and np.all(episode_start)
+        self._calls_without_state = 0 if begins or state is not None else self._calls_without_state + 1
+        if self._calls_without_state == CALLS_WITHOUT_STATE:
+            warnings.warn(
+                f"predict() was called {CALLS_WITHOUT_STATE} times in a row without a state, so the agent forgets "
+                "everything at each step and acts far worse: action, state = model.predict(obs, state, episode_start)",
+                stacklevel=4,  # the caller of model.predict()
+            )
 
     def _checked_state(self, state: Any, n: int) -> PolicyState:
         """Refuse a state for another number of environments, of another agent, or of no agent at all."""

@@ -57,6 +57,20 @@ def test_a_single_observation_gives_a_single_action_of_the_space(model):
     assert all(isinstance(part, np.ndarray) and part.dtype == np.float32 for part in state)
 
 
+def test_forgetting_the_state_is_noticed_at_the_tenth_call_in_a_row(model):
+    last, *rest = observations(10)
+    model.predict(last, model.policy.initial_state(1))
+    for obs in rest:
+        model.predict(obs)
+    for obs in rest:
+        model.predict(obs, episode_start=np.ones(1))  # each begins an episode, which is what no state means
+    for obs in rest:
+        model.predict(obs)
+    with pytest.warns(UserWarning, match="10 times in a row without a state.*model.predict\\(obs, state") as noticed:
+        model.predict(last)
+    assert noticed[0].filename == __file__
+
+
 def test_a_batch_may_have_another_size_than_the_training(model):
     actions, state = model.predict(observations(5))
     assert actions.shape == (5, 2)

@@ -12,7 +12,7 @@ from sb3_dreamer import Dreamer
 from sb3_dreamer.types import SIZES, Batch, Size, Spec
 from sb3_dreamer.world_model import WorldModel, rssm, sequence
 from sb3_dreamer.world_model.rssm import RSSM, State
-from sb3_dreamer.world_model.sequence import Transformer
+from sb3_dreamer.world_model.transformer import Transformer
 from tests.deterministic import most_likely
 from tests.episode_starts import reset_where_first
 

@@ -200,6 +200,11 @@ def to_autocast_dtype(x: th.Tensor) -> th.Tensor:
     return x.to(th.get_autocast_dtype(kind)) if th.is_autocast_enabled(kind) else x
 
 
+def clip_to_unit(action: th.Tensor) -> th.Tensor:
+    """Actions beyond [-1, 1] scaled onto it, with the gradient of the scaled action (paper's code): (..., A)."""
+    return action / action.abs().clamp(min=1.0).detach()
+
+
 def fast_tanh(x: th.Tensor) -> th.Tensor:
     """tanh(x) as 1 - 2 sigmoid(-2 x), within 3e-7; several times faster on CPUs where tanh is not vectorized."""
     return th.rsub(th.sigmoid(-2 * x), 1, alpha=2)

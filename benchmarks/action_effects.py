@@ -61,7 +61,7 @@ def _moments_of(model: Dreamer, env: Any, horizon: int, rng: np.random.Generator
         action, state = model.predict(obs, state, start, deterministic=True)
         assert state is not None
         packed.append(state[0])
-        actions.append(model.policy.encode_action(action[None])[0])
+        actions.append(model.policy.actions.encode(action[None])[0])
         obs, _, ended, _, _ = env.step(action)
         start = np.array([False])
     steps = np.arange(LEAST_STEP, len(actions))
@@ -103,7 +103,7 @@ def compare(model: Dreamer, env: Any, places: list[Moment], width: float, n: int
     for moment in places:
         shifts = width * rng.standard_normal((n, 1, moment.actions.shape[1]))
         candidates = np.clip(moment.actions + shifts, -1, 1).astype(np.float32)
-        real = [real_return(env, moment, model.policy.decode_action(c), model.gamma) for c in candidates]
+        real = [real_return(env, moment, model.policy.actions.decode(c), model.gamma) for c in candidates]
         dreamed = dreamed_returns(model, moment, candidates)
         rows.append((np.corrcoef(real, dreamed)[0, 1], np.std(real), np.std(dreamed), np.mean(real), np.mean(dreamed)))
     names = "correlation", "std_real", "std_dreamed", "mean_real", "mean_dreamed"

@@ -36,7 +36,7 @@ class Shape(gym.Env[np.ndarray, np.ndarray]):
 def random_batch(model: Dreamer) -> Batch:
     """One batch of noise; one of eight sequences has an episode start."""
     b, t, device = model.batch_size, model.batch_length, model.device
-    spec = model.policy.action_spec
+    spec = model.policy.actions.spec
     first = th.zeros(b, t, dtype=th.bool, device=device)
     first[::8, t // 2] = True
     return Batch(

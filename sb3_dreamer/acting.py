@@ -38,7 +38,7 @@ class ActsWithDreamer:
 
     def with_action(self, memory: Any, taken: np.ndarray) -> Any:
         """The state that ``predict`` returned, for the actions (n, *shape) that were taken instead of its own."""
-        return memory[0], self.model.policy.encode_action(taken)
+        return memory[0], self.model.policy.actions.encode(taken)
 
 
 def require_dreamer(model: Any, who: str) -> None:

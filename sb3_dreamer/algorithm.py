@@ -174,10 +174,10 @@ class SequenceAlgorithm(OffPolicyAlgorithm):
         actions, state = self.policy.predict(last_obs, self._online_state, self._last_episode_starts)
         if self._exploring():
             actions = np.array([self.action_space.sample() for _ in range(n_envs)])
-            state = (state[0], self.policy.encode_action(actions))
+            state = (state[0], self.policy.actions.encode(actions))
         self._online_state = state
         self.imitation.query(self, actions)
-        return actions, self.policy.replay_action(actions)
+        return actions, self.policy.actions.to_replay(actions)
 
     @property
     def original_obs(self) -> Any:

@@ -41,7 +41,7 @@ class Planner(ActsWithDreamer):
         self, model: Dreamer, horizon: int = 5, n_candidates: int = 64, n_elites: int = 8, iterations: int = 2
     ) -> None:
         require_dreamer(model, "Planner")
-        if model.policy.action_spec.kind != "vector":
+        if model.policy.actions.spec.kind != "vector":
             raise ValueError(f"Planner needs a Box action space, this one is {model.action_space}")
         self.model = model
         self.horizon = as_whole("horizon", horizon, least=1)
@@ -59,8 +59,8 @@ class Planner(ActsWithDreamer):
         """As :meth:`sb3_dreamer.policies.DreamerPolicy.predict`; without ``deterministic``, the best elite's action."""
         policy = self.model.policy
         proposed, carried = policy.predict(observation, state, episode_start, deterministic)
-        actions = policy.decode_action(self.plan(carried[0], deterministic))
-        return actions.reshape(proposed.shape), (carried[0], policy.encode_action(actions))
+        actions = policy.actions.decode(self.plan(carried[0], deterministic))
+        return actions.reshape(proposed.shape), (carried[0], policy.actions.encode(actions))
 
     @th.inference_mode()
     def plan(self, packed: np.ndarray, deterministic: bool = True) -> np.ndarray:

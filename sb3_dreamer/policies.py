@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import warnings
 from collections.abc import Mapping
-from functools import cached_property
 from typing import Any, ClassVar
 
 import numpy as np
@@ -14,11 +13,12 @@ from gymnasium import spaces
 from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.type_aliases import Schedule
 
+from sb3_dreamer.actions import ActionCodec
 from sb3_dreamer.behavior.actor_critic import Actor, Critic
 from sb3_dreamer.behavior.imagination import ReturnScale
 from sb3_dreamer.checks import whole
 from sb3_dreamer.nets.optim import LaProp
-from sb3_dreamer.spaces import action_spec_of, by_key, check_action_bounds, float_bounds, observation_specs, policy_for
+from sb3_dreamer.spaces import by_key, observation_specs, policy_for
 from sb3_dreamer.types import SIZES, Observation
 from sb3_dreamer.world_model import WorldModel
 from sb3_dreamer.world_model.codes import are_choices
@@ -82,12 +82,11 @@ class DreamerPolicy(BasePolicy):
                 "CnnPolicy for images: Boxes of uint8 with three dimensions, from 0 to 255; MlpPolicy for all else). "
                 "To MlpPolicy images of another form are vectors: better turn them into such Boxes"
             )
-        check_action_bounds(action_space)
         size = dataclasses.replace(SIZES[model_size], **widths)
-        self.action_spec = action_spec_of(action_space)
-        self.world_model = WorldModel(observation_specs(observation_space), self.action_spec, size, **model)
+        self.actions = ActionCodec(action_space)
+        self.world_model = WorldModel(observation_specs(observation_space), self.actions.spec, size, **model)
         features = self.world_model.feature_width
-        self.actor = Actor(features, self.action_spec, size)
+        self.actor = Actor(features, self.actions.spec, size)
         self.critic = Critic(features, size)
         self.return_scale = ReturnScale()
         groups = [{"params": list(part.parameters())} for part in (self.world_model, self.actor, self.critic.fast)]
@@ -118,7 +117,7 @@ class DreamerPolicy(BasePolicy):
     def initial_state(self, n: int) -> PolicyState:
         """The state before an episode, for n environments."""
         zeros = np.zeros((n, self.world_model.rssm.packed_width), np.float32)
-        return zeros, np.zeros((n, self.action_spec.width), np.float32)
+        return zeros, np.zeros((n, self.actions.spec.width), np.float32)
 
     def predict(
         self,
@@ -149,8 +148,8 @@ class DreamerPolicy(BasePolicy):
             carried, before = (th.as_tensor(x, dtype=th.float32, device=self.device) for x in (packed, prev_action))
             starts = th.as_tensor(is_first, device=self.device) if is_first.any() else None
             encoded, packed_next = self.act(obs, carried, before, starts, deterministic)
-        actions = self.decode_action(encoded.cpu().numpy())
-        new_state = (packed_next.cpu().numpy(), self.encode_action(actions))  # as the replay has it: integers rounded
+        actions = self.actions.decode(encoded.cpu().numpy())
+        new_state = (packed_next.cpu().numpy(), self.actions.encode(actions))  # as the replay has it: integers rounded
         return actions if vectorized else actions[0], new_state
 
     def checked_obs(self, observation: Any, caller: str) -> tuple[dict[str, th.Tensor], bool]:
@@ -192,7 +191,7 @@ class DreamerPolicy(BasePolicy):
 
     def _checked_state(self, state: Any, n: int) -> PolicyState:
         """Refuse a state for another number of environments, of another agent, or of no agent at all."""
-        expected = [(n, self.world_model.rssm.packed_width), (n, self.action_spec.width)]
+        expected = [(n, self.world_model.rssm.packed_width), (n, self.actions.spec.width)]
         given = [np.shape(part) for part in state] if isinstance(state, tuple | list) else type(state).__name__
         if given != expected:
             raise ValueError(
@@ -213,7 +212,7 @@ class DreamerPolicy(BasePolicy):
         state = self.observe(obs, packed, prev_action, is_first, sample=not deterministic)
         policy = self.actor(state.features)
         action = policy.mode() if deterministic else policy.sample()
-        if self.action_spec.kind == "vector":
+        if self.actions.spec.kind == "vector":
             action = action.clamp(-1.0, 1.0)
         return action, self.world_model.rssm.pack(state)
 
@@ -251,55 +250,15 @@ class DreamerPolicy(BasePolicy):
         packed, prev_action = (th.as_tensor(x, device=self.device) for x in self.initial_state(n))
         return self.act(obs, packed, prev_action, th.ones(n, dtype=th.bool, device=self.device), deterministic)[0]
 
-    # -- action codes --------------------------------------------------------------------------------------------------
+    # -- what SB3 calls ------------------------------------------------------------------------------------------------
 
     def scale_action(self, action: np.ndarray) -> np.ndarray:
-        """From the bounds of the Box to [-1, 1]; -1 where they leave no choice."""
-        low, high = self._bounds
-        return 2.0 * ((action - low) / np.where(high > low, high - low, 1)) - 1.0
+        """From the bounds of the Box to [-1, 1], see :class:`~sb3_dreamer.actions.ActionCodec`."""
+        return self.actions.scale(action)
 
     def unscale_action(self, scaled_action: np.ndarray) -> np.ndarray:
-        """From [-1, 1] to the bounds of the Box, in floats."""
-        low, high = self._bounds
-        return low + 0.5 * (scaled_action + 1.0) * (high - low)
-
-    @cached_property
-    def _bounds(self) -> tuple[np.ndarray, np.ndarray]:
-        if not isinstance(self.action_space, spaces.Box):
-            raise ValueError(f"only Box actions can be scaled, not {self.action_space}")
-        return float_bounds(self.action_space)
-
-    def replay_action(self, actions: np.ndarray) -> np.ndarray:
-        """Actions of the space (n, *shape) as the replay stores them: those of a Box scaled, others as they are."""
-        return self.scale_action(actions) if isinstance(self.action_space, spaces.Box) else actions
-
-    def decode_action(self, encoded: np.ndarray) -> np.ndarray:
-        """Encoded actions (n, A) -> actions of the space (n, *shape)."""
-        space = self.action_space
-        if isinstance(space, spaces.Box):
-            low, high = self._bounds
-            actions = np.minimum(np.maximum(self.unscale_action(encoded.reshape(-1, *space.shape)), low), high)
-            actions = actions if np.issubdtype(space.dtype, np.floating) else np.rint(actions)
-            return actions.astype(space.dtype)
-        if self.action_spec.kind == "discrete":
-            ends = np.cumsum(self.action_spec.classes)[:-1]
-            columns = [part.argmax(-1) for part in np.split(encoded, ends, -1)]
-            encoded = np.stack(columns, -1) + self.action_spec.start
-        assert space.shape is not None
-        return encoded.reshape(-1, *space.shape).astype(space.dtype)
-
-    def encode_action(self, actions: np.ndarray) -> np.ndarray:
-        """Actions of the space (n, *shape) -> encoded float32 actions (n, A)."""
-        n = len(actions)
-        if isinstance(self.action_space, spaces.Box):
-            actions = self.scale_action(actions)
-        elif self.action_spec.kind == "discrete":
-            choices = np.asarray(actions).reshape(n, -1) - self.action_spec.start
-            if ((choices < 0) | (choices >= self.action_spec.classes)).any():
-                raise ValueError(f"{actions}: not all of them are in {self.action_space}")
-            chosen = [c[:, None] == np.arange(k) for c, k in zip(choices.T, self.action_spec.classes, strict=True)]
-            return np.concatenate(chosen, -1, dtype=np.float32)
-        return np.asarray(actions, np.float32).reshape(n, -1)
+        """From [-1, 1] to the bounds of the Box."""
+        return self.actions.unscale(scaled_action)
 
 
 class MlpPolicy(DreamerPolicy):

@@ -156,7 +156,7 @@ def _episodes(model: Dreamer, buffer: ReplayBuffer, policy: Policy | None) -> It
         for run in split_transitions(obs, next_obs, rows.terminated | rows.truncated):
             yield Episode(
                 obs={key: np.concatenate([values[run], next_obs[key][run[-1:]]]) for key, values in obs.items()},
-                action=np.asarray(model.policy.replay_action(action[run])),
+                action=np.asarray(model.policy.actions.to_replay(action[run])),
                 reward=np.asarray(rows.rew[run]),
                 terminal=bool(rows.terminated[run[-1]]),
             )

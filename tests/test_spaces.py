@@ -161,14 +161,14 @@ def test_actions_survive_their_code(name: str) -> None:
     model = Dreamer("MlpPolicy", Random(spaces.Box(-1, 1, (2,)), space), **DEBUG)
     space.seed(1)
     actions = np.stack([space.sample() for _ in range(50)])
-    decoded = model.policy.decode_action(model.policy.encode_action(actions))
+    decoded = model.policy.actions.decode(model.policy.actions.encode(actions))
     assert decoded.dtype == space.dtype
     np.testing.assert_allclose(decoded, actions, atol=2e-3 if space.dtype == np.float16 else 1e-5)
 
 
 def test_both_ends_of_a_box_can_be_reached() -> None:
     model = Dreamer("MlpPolicy", Random(spaces.Box(-1, 1, (2,)), ACTIONS["small integers"]), **DEBUG)
-    ends = model.policy.decode_action(np.array([[-1, 1], [0, 2]], np.float32))
+    ends = model.policy.actions.decode(np.array([[-1, 1], [0, 2]], np.float32))
     np.testing.assert_array_equal(ends, [[-128, 127], [0, 127]])
 
 

@@ -10,7 +10,7 @@ from stable_baselines3.common.env_util import make_vec_env
 
 from sb3_dreamer import Dreamer
 from sb3_dreamer.types import SIZES, Batch, Size, Spec
-from sb3_dreamer.world_model import WorldModel, rssm, sequence
+from sb3_dreamer.world_model import WorldModel, rssm, transformer
 from sb3_dreamer.world_model.rssm import RSSM, State
 from sb3_dreamer.world_model.transformer import Transformer
 from tests.deterministic import most_likely
@@ -29,7 +29,7 @@ def model() -> RSSM:
 
 @pytest.fixture
 def deterministic(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (sequence, rssm):
+    for module in (rssm, transformer):
         monkeypatch.setattr(module, "sample_onehot", lambda probs, dim: most_likely(probs))
 
 

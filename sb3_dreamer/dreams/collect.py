@@ -60,9 +60,9 @@ def _act(
         actions, state = model.predict(obs, state, start)  # type: ignore[arg-type]
         if random_actions:
             actions = np.array([model.action_space.sample() for _ in range(env.num_envs)])
-            state = (state[0], model.policy.encode_action(actions))
+            state = (state[0], model.policy.actions.encode(actions))
         next_obs, rewards, dones, infos = env.step(actions)
-        stored, latent = model.policy.replay_action(actions), model.policy.latents(state)
+        stored, latent = model.policy.actions.to_replay(actions), model.policy.latents(state)
         buffer.add(obs, next_obs, stored, rewards, dones, infos, latent=latent)  # type: ignore[arg-type]
         returns.add(start, rewards, dones, infos)
         obs, start = next_obs, dones

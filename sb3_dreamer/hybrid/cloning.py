@@ -86,7 +86,7 @@ class Cloning:
     def label(self, model: Dreamer) -> np.ndarray:
         """The teacher's actions at the present observations (n_envs, *shape), recorded for the next entries."""
         actions = self.teacher.act(model)
-        self.labels.add(model.replay_buffer.heads(), model.policy.encode_action(actions))
+        self.labels.add(model.replay_buffer.heads(), model.policy.actions.encode(actions))
         return actions
 
     def query(self, model: Dreamer, taken: np.ndarray) -> None:

@@ -110,7 +110,7 @@ class DreamVecEnv(VecEnv):
             raise RuntimeError("no dream has started: call reset() before step()")
         model, policy = self.model.policy.world_model, self.model.policy
         device = self.model.device
-        actions = th.as_tensor(policy.encode_action(self._actions), device=device)
+        actions = th.as_tensor(policy.actions.encode(self._actions), device=device)
         with mixed_precision(device):
             self._state = model.rssm.imagine_step(self._state, actions)
             features = self._state.features

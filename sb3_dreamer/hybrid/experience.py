@@ -238,7 +238,7 @@ def _minari_episode(model: Dreamer, recorded: Any) -> Episode:
     seen, parts = by_key(recorded.observations), parts_of(model.observation_space)
     return Episode(
         obs={key: maybe_transpose(np.asarray(part), parts[key]) for key, part in seen.items()},
-        action=np.asarray(model.policy.replay_action(recorded.actions)),
+        action=np.asarray(model.policy.actions.to_replay(recorded.actions)),
         reward=np.asarray(recorded.rewards),
         terminal=bool(recorded.terminations[-1]),
     )

@@ -121,7 +121,7 @@ class ExternalPolicy:
         """Its memory after these actions (n, *shape): a Dreamer's includes them, others observe their consequences."""
         network = getattr(self.policy, "policy", self.policy)
         if isinstance(network, DreamerPolicy):
-            return memory[0], network.encode_action(taken)
+            return memory[0], network.actions.encode(taken)
         return self.policy.with_action(memory, taken) if isinstance(self.policy, ActsWithDreamer) else memory
 
 

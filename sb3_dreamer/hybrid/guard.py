@@ -122,7 +122,7 @@ class Guard(ActsWithDreamer):
         own = actions.reshape(fallback.shape)
         taken = np.where(taken_over.reshape(-1, *[1] * (own.ndim - 1)), fallback, own).astype(own.dtype)
         if taken_over.any():
-            encoded = policy.encode_action(taken)
+            encoded = policy.actions.encode(taken)
         memory = self.fallback.with_action(memory, taken)
         self.decisions += n
         self.taken_over += int(taken_over.sum())
@@ -132,7 +132,7 @@ class Guard(ActsWithDreamer):
     def with_action(self, memory: GuardState, taken: np.ndarray) -> GuardState:
         """As :meth:`~sb3_dreamer.acting.ActsWithDreamer.with_action`."""
         of_fallback = self.fallback.with_action(memory.memory, taken)
-        return memory._replace(action=self.model.policy.encode_action(taken), memory=of_fallback)
+        return memory._replace(action=self.model.policy.actions.encode(taken), memory=of_fallback)
 
     @th.inference_mode()
     def risk(self, packed: np.ndarray) -> np.ndarray:

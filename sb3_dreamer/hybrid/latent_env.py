@@ -54,7 +54,7 @@ class LatentVecEnv(VecEnv):
         """
         if self._memory is None:
             raise RuntimeError("no episode has started: call reset() before step()")
-        self._memory = self._memory[0], self._on_device(self.model.policy.encode_action(actions))
+        self._memory = self._memory[0], self._on_device(self.model.policy.actions.encode(actions))
         self.env.step_async(actions)
 
     def step_wait(self) -> VecEnvStepReturn:

@@ -68,7 +68,7 @@ def real_states(model: Dreamer, newest: int) -> RealStates:
     is_first = np.roll(last, 1)
     if normalize is not None:
         reward = np.where(is_first, 0.0, normalize.normalize_reward(reward)).astype(np.float32)
-    actions = [th.cat([_encoded(model, e), th.zeros(1, model.policy.action_spec.width)]) for e in episodes]
+    actions = [th.cat([_encoded(model, e), th.zeros(1, model.policy.actions.spec.width)]) for e in episodes]
     return RealStates(
         obs={key: np.concatenate([_as_policy_input(model, e)[key] for e in episodes]) for key in episodes[0].obs},
         action=th.cat(actions).to(model.device),
@@ -104,7 +104,7 @@ def _encoded(model: Dreamer, episode: Episode) -> th.Tensor:
     """The actions (L, A) as the model sees them."""
     if isinstance(model.action_space, spaces.Box):  # scaled already
         return th.as_tensor(episode.action.reshape(len(episode), -1), dtype=th.float32)
-    return th.as_tensor(model.policy.encode_action(episode.action))
+    return th.as_tensor(model.policy.actions.encode(episode.action))
 
 
 def unpacked(model: Dreamer, packed: th.Tensor) -> State:

@@ -83,7 +83,7 @@ def warm_start(
         or cloning.arguments != arguments
         or cloning.remaining(model._n_updates) == 0  # it was not interrupted
     ):
-        labels = Labels(model.replay_buffer.heads(), model.policy.action_spec.width)
+        labels = Labels(model.replay_buffer.heads(), model.policy.actions.spec.width)
         fade_from = model._n_updates + updates
         final_updates = n_steps // STEPS_PER_FINAL_UPDATE if updates else 0  # updates=0: only the steps
         cloning = Cloning(policy, model.policy.actor, labels, fade_from, fade, n_steps, final_updates, arguments)
@@ -125,9 +125,9 @@ def _step(model: Dreamer, cloning: Cloning, teacher_acts: bool) -> None:
     last_obs: Any = model._last_obs
     actions, state = policy.predict(last_obs, model._online_state, model._last_episode_starts)
     actions = labels if teacher_acts else actions
-    model._online_state = (state[0], policy.encode_action(actions))
+    model._online_state = (state[0], policy.actions.encode(actions))
     cloning.teacher.observe_action(actions)
-    stored = policy.replay_action(actions)
+    stored = policy.actions.to_replay(actions)
     with name_dead_workers(env):
         outcome = env.step(actions)
     model.note_step(outcome[3])

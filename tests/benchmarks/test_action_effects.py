@@ -47,7 +47,7 @@ def place(model: Dreamer, env: Recorder, monkeypatch: pytest.MonkeyPatch) -> Mom
 def test_set_back_the_same_actions_bring_what_they_brought(model: Dreamer, env: Recorder, place: Moment):
     t = next(t for t, at in enumerate(env.positions) if np.array_equal(at, place.simulator[0]))
     expected = np.dot([1, GAMMA, GAMMA**2], env.rewards[t : t + 3])
-    actions = model.policy.decode_action(place.actions)
+    actions = model.policy.actions.decode(place.actions)
     assert real_return(env, place, actions, GAMMA) == pytest.approx(expected, rel=1e-6)
     assert abs(real_return(env, place, actions + 0.5, GAMMA) - expected) > 0.01
 
@@ -57,7 +57,7 @@ def test_a_model_that_knows_the_returns_is_distinguished_from_one_that_has_them_
 ):
     def oracle(sign: int) -> Any:
         def returns(_: Dreamer, moment: Moment, candidates: np.ndarray) -> np.ndarray:
-            decoded = map(model.policy.decode_action, candidates)
+            decoded = map(model.policy.actions.decode, candidates)
             return sign * np.array([real_return(env, moment, actions, GAMMA) for actions in decoded])
 
         return returns

@@ -218,7 +218,7 @@ def test_actions_of_integers_are_remembered_as_they_were_taken(monkeypatch):
         model.learn(1, reset_num_timesteps=False)
         assert np.allclose(model._online_state[1], stored_now[-1])
     action, state = model.predict(np.zeros(2, np.float32))
-    assert np.allclose(state[1], model.policy.replay_action(action[None]))
+    assert np.allclose(state[1], model.policy.actions.to_replay(action[None]))
 
 
 def test_stored_latents_are_those_of_the_acting_agent_until_they_are_refreshed():

@@ -174,10 +174,10 @@ def test_observations_of_another_shape_are_refused(model):
 
 
 def test_actions_reach_both_bounds_and_never_pass_them(model):
-    actions = model.policy.decode_action(np.array([[-1.0, -1.0], [1.0, 1.0], [0.0, 0.5]], np.float32))
+    actions = model.policy.actions.decode(np.array([[-1.0, -1.0], [1.0, 1.0], [0.0, 0.5]], np.float32))
     assert actions.tolist() == [[-2.0, 0.0], [2.0, 10.0], [0.0, 7.5]]
-    assert model.policy.decode_action(np.array([[-9.0, 9.0]], np.float32)).tolist() == [[-2.0, 10.0]]
-    assert model.policy.encode_action(actions).tolist() == [[-1.0, -1.0], [1.0, 1.0], [0.0, 0.5]]
+    assert model.policy.actions.decode(np.array([[-9.0, 9.0]], np.float32)).tolist() == [[-2.0, 10.0]]
+    assert model.policy.actions.encode(actions).tolist() == [[-1.0, -1.0], [1.0, 1.0], [0.0, 0.5]]
 
 
 def test_discrete_actions_are_integers(model):
@@ -254,6 +254,6 @@ def test_the_policy_can_be_called_as_those_of_sb3(model):
 @pytest.mark.parametrize("wrong", [1, 5])
 def test_choices_that_there_are_not_are_refused(wrong: int):
     model = Dreamer("MlpPolicy", Spaces(LINE, spaces.Discrete(3, start=2)), **DEBUG)
-    np.testing.assert_array_equal(model.policy.encode_action(np.array([2, 4])), [[1, 0, 0], [0, 0, 1]])
+    np.testing.assert_array_equal(model.policy.actions.encode(np.array([2, 4])), [[1, 0, 0], [0, 0, 1]])
     with pytest.raises(ValueError, match=r"not all of them are in Discrete\(3, start=2\)"):
-        model.policy.encode_action(np.array([2, wrong]))
+        model.policy.actions.encode(np.array([2, wrong]))

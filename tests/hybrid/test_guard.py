@@ -353,7 +353,7 @@ def test_a_fallback_with_a_memory_observes_what_was_done_in_its_place(dreamer: D
     _, state = guard.predict(observe(2), deterministic=True)
     taken = np.array([[0.5], [-1.5]], np.float32)
     new_state = guard.with_action(state, taken)
-    encoded = dreamer.policy.encode_action(taken)
+    encoded = dreamer.policy.actions.encode(taken)
     assert not np.allclose(state.action, encoded)
     np.testing.assert_array_equal(new_state.action, encoded)
     np.testing.assert_array_equal(new_state.memory[1], encoded)

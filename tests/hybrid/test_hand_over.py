@@ -509,7 +509,7 @@ class TestLatents:
         latent.reset()
         for _ in range(2):
             _, (packed, _) = dreamer.predict(obs, state, deterministic=True)
-            state = packed, dreamer.policy.encode_action(action)
+            state = packed, dreamer.policy.actions.encode(action)
             (obs, _, done, infos), (_, _, _, seen) = plain.step(action), latent.step(action)
         assert done.all()
         _, (packed, _) = dreamer.predict(infos[0]["terminal_observation"][None], state, deterministic=True)

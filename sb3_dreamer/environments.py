@@ -18,6 +18,8 @@ from stable_baselines3.common.vec_env import VecEnv, VecNormalize, unwrap_vec_no
 
 from sb3_dreamer.spaces import action_spec_of, check_action_bounds, observation_specs
 
+NEW_STATISTICS = "the VecNormalize of the environment has seen no observation yet"
+
 
 def check_spaces(env: Any) -> None:
     """Refuse spaces that no policy supports.
@@ -120,8 +122,7 @@ def warn_of_new_statistics(model: Any, stacklevel: int) -> None:
         return
     if all(rms.count < 1 for name, rms in statistics(normalize).items() if name != "returns"):
         warnings.warn(
-            "this model learned with the statistics of a VecNormalize, and that of its environment has seen nothing "
-            "yet: load(path, env=VecNormalize.load(statistics, env))",
+            f"{NEW_STATISTICS}, this model learned with others: load(path, env=VecNormalize.load(statistics, env))",
             stacklevel=stacklevel,
         )
 

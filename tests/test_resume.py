@@ -412,7 +412,8 @@ def test_a_folder_without_checkpoints_says_what_to_do(tmp_path) -> None:
 def test_sb3s_checkpoints_keep_working(tmp_path) -> None:
     theirs = CheckpointCallback(10, str(tmp_path), save_replay_buffer=True, save_vecnormalize=True)
     fresh("normalized", 1).learn(20, callback=CallbackList([theirs, ResumeCallback(tmp_path / "ours", every=10)]))
-    model = Dreamer.load(tmp_path / "rl_model_20_steps", env=WRAPPED["normalized"](1), device="cpu")
+    env = VecNormalize.load(tmp_path / "rl_model_vecnormalize_20_steps.pkl", DummyVecEnv([Walk]))
+    model = Dreamer.load(tmp_path / "rl_model_20_steps", env=env, device="cpu")
     model.load_replay_buffer(tmp_path / "rl_model_replay_buffer_20_steps.pkl")
     model.learn(10, reset_num_timesteps=False)
     assert model.num_timesteps == 30

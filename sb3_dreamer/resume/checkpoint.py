@@ -7,6 +7,7 @@ import pickle
 import re
 import shutil
 import uuid
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -15,6 +16,7 @@ from stable_baselines3.common.type_aliases import GymEnv
 
 from sb3_dreamer.callbacks import IntervalCallback
 from sb3_dreamer.checks import as_whole
+from sb3_dreamer.environments import NEW_STATISTICS
 from sb3_dreamer.replay import read_replay
 from sb3_dreamer.resume.state import FORMAT, restore_run_state, run_state, to_arrays, to_tensors
 
@@ -145,7 +147,9 @@ def resume(cls: type[SelfDreamer], folder: str | Path, env: GymEnv | str, **kwar
         )
     newest = found[-1]
     state = _read_state(newest)  # before the replay, which may be large, and on disk drops what came later
-    model = cls.load(newest / "model.zip", env=env, **kwargs)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", NEW_STATISTICS)  # the right ones are part of the state
+        model = cls.load(newest / "model.zip", env=env, **kwargs)
     # load_replay_buffer would end the running episodes
     model.replay_buffer = read_replay(newest / "replay_buffer.pkl", model.replay_buffer, model.verbose)
     restore_run_state(model, state)

@@ -409,7 +409,7 @@ def test_who_learned_with_statistics_is_warned_of_new_ones(tmp_path):
     settings = dict(model_size="debug", learning_starts=10, batch_size=2, batch_length=8, train_ratio=16, seed=0)
     Dreamer("MlpPolicy", normalized, **settings).learn(12).save(tmp_path / "model")
     normalized.save(tmp_path / "statistics.pkl")
-    with pytest.warns(UserWarning, match="has seen nothing yet: .*VecNormalize.load") as warned:
+    with pytest.warns(UserWarning, match="has seen no observation yet, .*VecNormalize.load") as warned:
         Dreamer.load(tmp_path / "model", env=VecNormalize(make_vec_env("Pendulum-v1")))
     assert warned[0].filename == __file__
     Dreamer.load(tmp_path / "model", env=VecNormalize.load(tmp_path / "statistics.pkl", make_vec_env("Pendulum-v1")))

@@ -53,6 +53,10 @@ class CapturedUpdate:
         self._results: Results | None = None
         self._replay: Callable[[], None] | None = None
 
+    def __reduce__(self) -> tuple[type[CapturedUpdate], tuple[Update, Record | None]]:
+        """A copy, which calls a copied model's ``update``, records a graph of its own."""
+        return CapturedUpdate, (self.update, self.record)
+
     def __call__(self, batch: Batch) -> Results:
         device = batch.reward.device
         # a graph is recorded on the current device

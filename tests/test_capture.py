@@ -13,6 +13,7 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch as th
+from torch.nn.utils import parameters_to_vector
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sb3_dreamer import Dreamer
@@ -239,6 +240,18 @@ def test_new_settings_and_new_parameters_are_recorded_anew() -> None:
     assert model._captured[1].calls == 1
     model.set_parameters(model.get_parameters())
     assert model._captured is None
+
+
+def test_a_copy_of_an_agent_records_an_update_of_its_own() -> None:
+    model = filled()
+    model._captured_update().record = stand_in([])
+    model.pretrain(5)
+    before = parameters_to_vector(model.policy.parameters()).clone()
+    other = copy.deepcopy(model)
+    other.pretrain(5)
+    assert th.equal(parameters_to_vector(model.policy.parameters()), before)
+    assert not th.equal(parameters_to_vector(other.policy.parameters()), before)
+    assert other._captured[1].calls == 5
 
 
 class TestLatentsOnTheWay:

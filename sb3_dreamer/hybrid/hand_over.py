@@ -20,7 +20,7 @@ from sb3_dreamer.dreamer import Dreamer
 from sb3_dreamer.hybrid.distillation import AnyTargets, action_values, distillation_targets, latent_observations
 from sb3_dreamer.hybrid.experience import update_statistics
 from sb3_dreamer.hybrid.latent_env import LatentVecEnv
-from sb3_dreamer.hybrid.offline_training import require_replay
+from sb3_dreamer.hybrid.offline_training import begin_log, require_replay
 from sb3_dreamer.hybrid.progress import progress
 from sb3_dreamer.hybrid.real_states import RealStates, real_states
 from sb3_dreamer.hybrid.students import NORMALIZED_RELU, family_of, start_slowly, teach, teach_critics
@@ -76,6 +76,7 @@ def to_model_free(
     off_policy = isinstance(student, OffPolicyAlgorithm)
     if off_policy:  # two entries of each environment
         transitions = as_whole("transitions", transitions, least=2 * max(model.n_envs, student.n_envs))
+    begin_log(student)
     total = updates + (critic_updates if off_policy else 0)
     with progress(total, algorithm.__name__, progress_bar) as advance:
         real = real_states(model, MAX_ENTRIES)

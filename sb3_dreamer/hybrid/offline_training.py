@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
+from pathlib import Path
 from typing import Any
 
-from stable_baselines3.common.utils import configure_logger
+from stable_baselines3.common.utils import configure_logger, get_latest_run_id
 
 from sb3_dreamer.acting import require_dreamer, require_statistics
 from sb3_dreamer.checks import as_whole
@@ -59,6 +61,20 @@ def prepare_training(model: Any) -> None:
     if not hasattr(model, "_logger"):
         model._logger = configure_logger(model.verbose)
     model._current_progress_remaining = 1.0  # a schedule that has run out would stop all learning
+
+
+def begin_log(model: Any) -> None:
+    """Make the TensorBoard folder of a new agent whose steps are already counted, if it logs to TensorBoard.
+
+    Such an agent continues with ``learn(reset_num_timesteps=False)``, which logs to the newest folder of that name:
+    without one of its own, that of another run.
+
+    :param model: any SB3 algorithm that has not logged yet.
+    """
+    if model.tensorboard_log is not None:
+        name = inspect.signature(model.learn).parameters["tb_log_name"].default
+        newest = get_latest_run_id(model.tensorboard_log, name)
+        Path(model.tensorboard_log, f"{name}_{newest + 1}").mkdir(parents=True)
 
 
 def train_until(model: Dreamer, n_updates: int, advance: Advance) -> None:

@@ -18,7 +18,7 @@ from sb3_dreamer.hybrid.cloning import (
     clone_on_frozen_features,
 )
 from sb3_dreamer.hybrid.external_policy import ExternalPolicy
-from sb3_dreamer.hybrid.offline_training import prepare_training, require_replay, train_until
+from sb3_dreamer.hybrid.offline_training import begin_log, prepare_training, require_replay, train_until
 from sb3_dreamer.hybrid.progress import Advance, progress
 
 
@@ -72,6 +72,8 @@ def warm_start(
     if not 0 <= student_share < 1:
         raise ValueError(f"student_share={student_share} must be at least 0 and below 1")
     policy = ExternalPolicy(model, teacher, vec_normalize, deterministic)
+    if model.num_timesteps == 0:
+        begin_log(model)
     prepare_training(model)
     per_step = model.train_ratio / (model.batch_size * model.batch_length)
     updates = int(n_steps * per_step) if updates is None else as_whole("updates", updates, least=0)

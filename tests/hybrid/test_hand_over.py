@@ -308,6 +308,12 @@ class TestSettings:
         assert isinstance(dreamer.to_model_free(SAC, **kwargs).critic.q_networks[0][1], th.nn.Tanh)
         assert dreamer.to_model_free(CrossQ, **QUICK).policy.activation_fn is th.nn.ReLU
 
+    def test_each_logs_to_a_tensorboard_folder_of_its_own(self, dreamer: Dreamer, tmp_path):
+        few: Any = dict(updates=1, critic_updates=0, n_steps=10, batch_size=10, tensorboard_log=str(tmp_path))
+        for folder in ("PPO_1", "PPO_2"):
+            ppo = dreamer.to_model_free(PPO, pendulum(), **few).learn(10, reset_num_timesteps=False)
+            assert ppo.logger.dir == str(tmp_path / folder)
+
     def test_dreamer_goes_on_after_it_lent_its_environments(self):
         model = Dreamer("MlpPolicy", pendulum(), **SMALL).learn(60)
         model.to_model_free(SAC, **QUICK).learn(5)

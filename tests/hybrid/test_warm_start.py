@@ -72,6 +72,16 @@ def fresh(n_envs: int = 1, **kwargs: Any) -> Dreamer:
 
 
 class TestExperience:
+    def test_each_agent_logs_to_a_tensorboard_folder_of_its_own(self, tmp_path):
+        for agent in ("Dreamer_1", "Dreamer_2"):
+            model = fresh(tensorboard_log=str(tmp_path)).warm_start(Constant(), 60, updates=0)
+            model.learn(10, reset_num_timesteps=False)
+            model.learn(10, reset_num_timesteps=False)
+            assert model.logger.dir == str(tmp_path / agent)
+        model.warm_start(Constant(), 60, updates=0)
+        model.learn(10, reset_num_timesteps=False)
+        assert sorted(folder.name for folder in tmp_path.iterdir()) == ["Dreamer_1", "Dreamer_2"]
+
     def test_the_teachers_steps_are_stored_and_counted(self):
         model = fresh(2).warm_start(Constant(), 120, updates=0, student_share=0)
         assert model.num_timesteps == 120

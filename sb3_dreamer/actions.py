@@ -11,8 +11,10 @@ from sb3_dreamer.spaces import action_spec_of, check_action_bounds, float_bounds
 
 
 class ActionCodec:
-    """Translates the actions of a space. Encoded, as the networks read and write them, they are float32 vectors (n, A):
-    numbers in [-1, 1] for a Box, concatenated one-hot vectors for choices, zeros and ones for bits.
+    """Translates the actions of a space.
+
+    Encoded, as the networks read and write them, they are float32 vectors (n, A): numbers in [-1, 1] for a Box,
+    concatenated one-hot vectors for choices, zeros and ones for bits.
 
     :param space: Box with finite bounds, Discrete, flat MultiDiscrete or MultiBinary.
     :raises ValueError: for other spaces.

@@ -74,7 +74,7 @@ def begin_log(model: Any) -> None:
     if model.tensorboard_log is not None:
         name = inspect.signature(model.learn).parameters["tb_log_name"].default
         newest = get_latest_run_id(model.tensorboard_log, name)
-        Path(model.tensorboard_log, f"{name}_{newest + 1}").mkdir(parents=True)
+        Path(model.tensorboard_log, f"{name}_{newest + 1}").mkdir(parents=True, exist_ok=True)
 
 
 def train_until(model: Dreamer, n_updates: int, advance: Advance) -> None:

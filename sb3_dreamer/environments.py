@@ -16,7 +16,8 @@ from stable_baselines3.common.preprocessing import is_image_space
 from stable_baselines3.common.running_mean_std import RunningMeanStd
 from stable_baselines3.common.vec_env import VecEnv, VecNormalize, unwrap_vec_normalize
 
-from sb3_dreamer.spaces import action_spec_of, check_action_bounds, observation_specs
+from sb3_dreamer.actions import ActionCodec
+from sb3_dreamer.spaces import observation_specs
 
 NEW_STATISTICS = "the VecNormalize of the environment has seen no observation yet"
 
@@ -32,8 +33,7 @@ def check_spaces(env: Any) -> None:
         raise TypeError(f"{env} is a vector environment of Gymnasium, SB3 has its own: use SB3's make_vec_env(id, n)")
     if not hasattr(env, "action_space"):
         raise TypeError(f"{env!r} is no environment: give one of Gymnasium, a VecEnv, or the id of one")
-    action_spec_of(env.action_space)
-    check_action_bounds(env.action_space)
+    ActionCodec(env.action_space)  # refuses what it cannot translate
     observation_specs(env.observation_space)
 
 

@@ -137,13 +137,13 @@ class DreamerPolicy(BasePolicy):
             info)`` tuple, or a state of other environments or of another agent.
         """
         self._check_form(observation)
-        self._warn_if_forgetful(state, episode_start)
         obs, vectorized = self.checked_obs(observation, "predict()")
         n = len(next(iter(obs.values())))
         packed, prev_action = self.initial_state(n) if state is None else self._checked_state(state, n)
         is_first = np.zeros(n, bool) if episode_start is None else np.array(episode_start, bool).flatten()
         if len(is_first) != n:
             raise ValueError(f"episode_start has {len(is_first)} entries for {n} observations")
+        self._warn_if_forgetful(forgotten=state is None and not is_first.all())
         with th.inference_mode():
             carried, before = (th.as_tensor(x, dtype=th.float32, device=self.device) for x in (packed, prev_action))
             starts = th.as_tensor(is_first, device=self.device) if is_first.any() else None
@@ -163,7 +163,9 @@ class DreamerPolicy(BasePolicy):
             raise ValueError(f"{caller} got {bad[0]} with a number that is NaN or infinite; the state stays as it was")
         for key, spec in self.world_model.decoder.specs.items():
             if spec.kind == "discrete" and not are_choices(obs[key], spec):
-                raise ValueError(f"{caller} got {key} {obs[key].tolist()}, which is not in {self.observation_space}")
+                raise ValueError(
+                    f"{caller} got {key} {obs[key].tolist()}, expected choices of {self.observation_space}"
+                )
         return obs, vectorized
 
     def _check_form(self, observation: Any) -> None:
@@ -178,10 +180,9 @@ class DreamerPolicy(BasePolicy):
             if given != expected:
                 raise ValueError(f"predict() got {given}, observations of this agent are a dict with {expected}")
 
-    def _warn_if_forgetful(self, state: PolicyState | None, episode_start: np.ndarray | None) -> None:
+    def _warn_if_forgetful(self, forgotten: bool) -> None:
         """SB3's own policies need no state, so code that was written for them passes none."""
-        begins = episode_start is not None and np.all(episode_start)
-        self._calls_without_state = 0 if begins or state is not None else self._calls_without_state + 1
+        self._calls_without_state = self._calls_without_state + 1 if forgotten else 0
         if self._calls_without_state == CALLS_WITHOUT_STATE:
             warnings.warn(
                 f"predict() was called {CALLS_WITHOUT_STATE} times in a row without a state, so the agent forgets "

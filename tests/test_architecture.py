@@ -22,7 +22,7 @@ CORE = {
     "spaces": {"types"},
     "actions": {"spaces"},
     "policies": {"types", "nets", "world_model", "behavior", "spaces", "actions", "checks"},
-    "environments": {"spaces"},
+    "environments": {"spaces", "actions"},
     "files": set(),
     "imitation": set(),
     "callbacks": set(),

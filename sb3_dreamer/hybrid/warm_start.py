@@ -72,8 +72,6 @@ def warm_start(
     if not 0 <= student_share < 1:
         raise ValueError(f"student_share={student_share} must be at least 0 and below 1")
     policy = ExternalPolicy(model, teacher, vec_normalize, deterministic)
-    if model.num_timesteps == 0:
-        begin_log(model)
     prepare_training(model)
     per_step = model.train_ratio / (model.batch_size * model.batch_length)
     updates = int(n_steps * per_step) if updates is None else as_whole("updates", updates, least=0)
@@ -90,6 +88,8 @@ def warm_start(
         final_updates = n_steps // STEPS_PER_FINAL_UPDATE if updates else 0  # updates=0: only the steps
         cloning = Cloning(policy, model.policy.actor, labels, fade_from, fade, n_steps, final_updates, arguments)
     cloning.teacher = policy
+    if model.num_timesteps == 0:
+        begin_log(model)
     owed = model._entries_owed
     try:
         with progress(cloning.remaining(model._n_updates), "warm start", progress_bar) as advance:

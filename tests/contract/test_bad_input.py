@@ -299,7 +299,7 @@ def test_an_observation_that_is_no_choice_of_its_space_is_named(space, bad):
 
     model = agent(Choices())
     model.predict(space.sample())
-    with pytest.raises(ValueError, match=r"predict\(\) got obs \[.*, which is not in (Multi)?Discrete"):
+    with pytest.raises(ValueError, match=r"predict\(\) got obs \[.*, expected choices of (Multi)?Discrete"):
         model.predict(np.array(bad))
 
 

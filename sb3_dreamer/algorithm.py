@@ -58,6 +58,7 @@ class SequenceAlgorithm(OffPolicyAlgorithm):
     run_id: str | None = None  # names this run in the folder of a ResumeCallback
     _originals: Any = None  # observations, rewards and infos of the last step, before VecNormalize
     imitation: Imitation = NO_TEACHER  # of a warm start, until its weight is zero
+    trained_gamma: float | None = None  # discount of the last update, which the model has learned
     trained_with_vecnormalize: bool = False  # whether the last update saw what a VecNormalize makes of the replay ...
     trained_on_normalized_obs: bool = False  # ... of its observations, and not of the rewards alone
 

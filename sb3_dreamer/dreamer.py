@@ -185,6 +185,7 @@ class Dreamer(OptionalMethods, SequenceAlgorithm):
             **{name: getattr(self, name) for name in shared},
             **self.policy_kwargs,
         ).to(self.device)
+        self.policy.world_model.gamma = self.trained_gamma or self.gamma  # what loaded weights have learned
         buffer_class: Any = self.replay_buffer_class or SequenceReplayBuffer
         self.replay_buffer = buffer_class(
             self.buffer_size,
@@ -217,7 +218,7 @@ class Dreamer(OptionalMethods, SequenceAlgorithm):
         teacher_weight = self.imitation.weight(self._n_updates)
         self.policy.set_rates(self.warmup_updates, self.actor_lr_scale * (1 - teacher_weight), self.critic_lr_scale)
         self.policy.optimizer.put_rates_on_device()
-        self.policy.world_model.gamma = self.gamma
+        self.trained_gamma = self.policy.world_model.gamma = self.gamma
         normalize = self._vec_normalize_env
         self.trained_with_vecnormalize = normalize is not None
         self.trained_on_normalized_obs = normalizes_obs(normalize)

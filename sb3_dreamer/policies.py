@@ -94,7 +94,8 @@ class DreamerPolicy(BasePolicy):
 
     def _get_constructor_parameters(self) -> dict[str, Any]:
         its_spaces = dict(observation_space=self.observation_space, action_space=self.action_space)
-        return {**its_spaces, "lr_schedule": self._dummy_schedule, **self._arguments}
+        learned = {**self._arguments, "gamma": self.world_model.gamma}
+        return {**its_spaces, "lr_schedule": self._dummy_schedule, **learned}
 
     def set_rates(self, warmup_updates: int, actor_lr_scale: float, critic_lr_scale: float) -> None:
         """Optimizer settings that a loaded optimizer state must not override; SB3 sets the learning rate itself."""

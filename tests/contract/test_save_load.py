@@ -17,6 +17,7 @@ from stable_baselines3.common.save_util import load_from_zip_file
 from stable_baselines3.common.vec_env import VecNormalize
 
 from sb3_dreamer import Dreamer
+from sb3_dreamer.policies import MlpPolicy
 
 DEBUG = dict(model_size="debug", learning_starts=12, batch_size=2, batch_length=8, buffer_size=500, train_ratio=8,
              imagination_horizon=2, imagination_starts=2, seed=0, device="cpu")  # fmt: skip
@@ -213,11 +214,26 @@ def test_the_rates_given_to_load_are_used_whatever_the_saved_optimiser_says(save
 def test_settings_given_to_load_are_used_and_checked(saved):
     loaded = Dreamer.load(saved, batch_length=16, gamma=0.5, train_ratio=3)
     assert loaded.replay_buffer.sequence_length == 16
-    assert (loaded.policy.world_model.gamma, loaded.train_ratio) == (0.5, 3)
+    assert (loaded.gamma, loaded.train_ratio) == (0.5, 3)
     with pytest.raises(ValueError, match="batch_size=0 must be a whole number of at least 1"):
         Dreamer.load(saved, batch_size=0)
     with pytest.raises(ValueError, match="policy kwargs"):
         Dreamer.load(saved, policy_kwargs=dict(units=8))
+
+
+@WITHOUT_REPLAY
+def test_a_discount_given_to_load_holds_for_the_continue_head_from_the_next_update_on(model, saved, tmp_path):
+    """Until then it predicts ends under the discount that it has learned: another one would make up ends, or none."""
+    loaded = Dreamer.load(saved, env=make_vec_env("Pendulum-v1"), device="cpu", gamma=0.5)
+    features = th.randn(20, model.policy.world_model.feature_width)
+    own, other = (agent.policy.world_model.predict_continue(features) for agent in (model, loaded))
+    th.testing.assert_close(other, own)
+    loaded.save(tmp_path / "again")
+    assert Dreamer.load(tmp_path / "again").policy.world_model.gamma == 0.9
+    loaded.learn(30)
+    assert loaded.policy.world_model.gamma == 0.5
+    loaded.policy.save(tmp_path / "policy.pth")
+    assert MlpPolicy.load(tmp_path / "policy.pth", device="cpu").world_model.gamma == 0.5
 
 
 @WITHOUT_REPLAY

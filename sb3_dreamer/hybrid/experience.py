@@ -8,8 +8,7 @@ from itertools import accumulate
 from typing import Any
 
 import numpy as np
-from gymnasium import spaces
-from gymnasium.wrappers import RepeatAction
+from gymnasium import spaces, wrappers
 from stable_baselines3.common.atari_wrappers import MaxAndSkipEnv
 from stable_baselines3.common.buffers import DictReplayBuffer, ReplayBuffer
 from stable_baselines3.common.preprocessing import is_image_space, is_image_space_channels_first, maybe_transpose
@@ -26,6 +25,8 @@ from sb3_dreamer.replay import (
     write_episode,
 )
 from sb3_dreamer.spaces import by_key, parts_of
+
+REPEATING = (MaxAndSkipEnv, getattr(wrappers, "RepeatAction", MaxAndSkipEnv))  # RepeatAction: since Gymnasium 1.3
 
 
 def add_experience(model: Dreamer, source: Any, *, time_limit: int | None = None) -> None:
@@ -145,7 +146,7 @@ def _time_limit(model: Dreamer) -> int | None:
         limit = getattr(model.env.get_attr("spec", 0)[0], "max_episode_steps", None)
     except AttributeError:  # not every vector of environments has one
         return None
-    if limit is not None and any(model.env.env_is_wrapped(repeats, 0)[0] for repeats in (RepeatAction, MaxAndSkipEnv)):
+    if limit is not None and any(model.env.env_is_wrapped(wrapper, 0)[0] for wrapper in REPEATING):
         raise ValueError(
             f"the time limit of this environment is {limit} steps of the simulator, its wrapper repeats actions, and "
             "this replay does not distinguish time limits from terminations: give time_limit= in steps of the agent"

@@ -1,5 +1,6 @@
 """Experience from other sources: what becomes which entry of the replay."""
 
+from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -7,8 +8,7 @@ from typing import Any
 import gymnasium as gym
 import numpy as np
 import pytest
-from gymnasium import spaces
-from gymnasium.wrappers import RepeatAction
+from gymnasium import spaces, wrappers
 from stable_baselines3 import SAC
 from stable_baselines3.common.atari_wrappers import MaxAndSkipEnv
 from stable_baselines3.common.buffers import ReplayBuffer
@@ -24,6 +24,7 @@ from sb3_dreamer.replay import Episode, SequenceReplayBuffer, read_episodes, wri
 
 LINE = spaces.Box(-np.inf, np.inf, (1,), np.float32)
 STICK = spaces.Box(-2.0, 2.0, (1,), np.float32)
+REPEAT_ACTION = [lambda env: wrappers.RepeatAction(env, 2)] if hasattr(wrappers, "RepeatAction") else []  # since 1.3
 
 
 class Line(gym.Env):
@@ -191,7 +192,7 @@ class TestReplayOfSB3:
         assert _time_limit(timed) == 2
         assert contents(_replay_episodes(buffer, _time_limit(timed))) == [([1.0, 2.0, 3.0], False)]
 
-    @pytest.mark.parametrize("repeated", [lambda env: RepeatAction(env, 2), MaxAndSkipEnv])
+    @pytest.mark.parametrize("repeated", [*REPEAT_ACTION, MaxAndSkipEnv])
     def test_the_time_limit_of_an_environment_that_repeats_actions_counts_other_steps(self, repeated):
         timed = small(lambda: repeated(gym.make("Pendulum-v1", max_episode_steps=50)))
         of = timed.observation_space, timed.action_space
@@ -201,6 +202,16 @@ class TestReplayOfSB3:
             episodes_of(timed, flagless)
         episodes_of(timed, flagless, time_limit=25)
         episodes_of(timed, ReplayBuffer(10, *of))  # it has flags
+
+    def test_gymnasium_may_be_older_than_its_wrapper_that_repeats_actions(self, monkeypatch: pytest.MonkeyPatch):
+        monkeypatch.delattr(wrappers, "RepeatAction", raising=False)
+        found = spec_from_file_location("experience_with_older_gymnasium", experience.__file__)
+        older: Any = module_from_spec(found)
+        found.loader.exec_module(older)
+        assert older._time_limit(small(lambda: gym.make("Pendulum-v1", max_episode_steps=50))) == 50
+        repeated = small(lambda: MaxAndSkipEnv(gym.make("Pendulum-v1", max_episode_steps=50)))
+        with pytest.raises(ValueError, match="its wrapper repeats actions"):
+            older._time_limit(repeated)
 
     def test_a_real_one_has_the_rewards_of_its_transitions(self):
         sac = SAC("MlpPolicy", "Pendulum-v1", learning_starts=500, seed=0, device="cpu", buffer_size=1000).learn(250)

@@ -1,7 +1,8 @@
-"""Checks of numbers that users give."""
+"""Checks of the arguments that users give."""
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable
 from numbers import Integral, Real
@@ -44,3 +45,15 @@ def number(low: float, high: float = math.inf) -> Check:
 def either(check: Check, other: Callable[[Any], bool], words: str) -> Check:
     """Values that pass one of two checks."""
     return Check(lambda x: other(x) or check.passes(x), f"{check.words}, or {words}")
+
+
+def constructor_parameters(cls: type) -> dict[str, inspect.Parameter]:
+    """Parameters of a class's constructor by name, including those that it passes on to its base classes."""
+    known: dict[str, inspect.Parameter] = {}
+    for base in cls.__mro__:
+        if "__init__" in vars(base):
+            _, *own = inspect.signature(vars(base)["__init__"]).parameters.values()  # without self
+            known = {one.name: one for one in own} | known
+            if not any(one.kind is one.VAR_KEYWORD for one in own):
+                break
+    return {name: one for name, one in known.items() if one.kind not in (one.VAR_POSITIONAL, one.VAR_KEYWORD)}

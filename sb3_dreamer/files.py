@@ -19,7 +19,6 @@ read only your own.
 
 from __future__ import annotations
 
-import inspect
 import io
 import json
 import os
@@ -35,6 +34,8 @@ import numpy as np
 from gymnasium import spaces
 from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.save_util import load_from_pkl, open_path
+
+from sb3_dreamer.checks import constructor_parameters
 
 FORMAT = 5
 PICKLED = ":serialized:"  # SB3's mark of a pickled attribute
@@ -195,7 +196,7 @@ def in_place_of_pickles(
             f"the file asks for the policy class {wanted}, which is not one of {sorted(policies)}: "
             "only trusted=True can load it"
         )
-    defaults = {name: p.default for name, p in inspect.signature(cls).parameters.items()}
+    defaults = {name: parameter.default for name, parameter in constructor_parameters(cls).items()}
     replaced: dict[str, Any] = {
         key: {} if key.endswith("_kwargs") else defaults.get(key.removeprefix("_"), getattr(cls, key, None))
         for key, value in settings.items()
@@ -296,7 +297,7 @@ def known_args(agent: type, saved: Mapping[str, Any], given: Mapping[str, Any]) 
     :return: the keyword arguments by attribute: the name of one differs.
     :raises TypeError: names the unknown ones.
     """
-    known = (saved.keys() | inspect.signature(agent).parameters.keys()) - {*UNUSED_SB3_ARGUMENTS, "policy"}
+    known = (saved.keys() | constructor_parameters(agent).keys()) - {*UNUSED_SB3_ARGUMENTS, "policy"}
     if unknown := sorted(given.keys() - known):
         raise TypeError(f"load() got {', '.join(unknown)}, which {agent.__name__} does not have")
     return {"_stats_window_size" if name == "stats_window_size" else name: value for name, value in given.items()}

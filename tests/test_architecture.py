@@ -23,7 +23,7 @@ CORE = {
     "actions": {"spaces"},
     "policies": {"types", "nets", "world_model", "behavior", "spaces", "actions", "checks"},
     "environments": {"spaces", "actions"},
-    "files": set(),
+    "files": {"checks"},
     "imitation": set(),
     "callbacks": set(),
     "checks": set(),

@@ -111,6 +111,26 @@ def test_a_pickled_schedule_is_left_out_with_a_warning_or_replaced(tmp_path) -> 
     assert Dreamer.load(tmp_path / "model", trusted=False, learning_rate=1e-5).lr_schedule(1.0) == 1e-5
 
 
+class Mine(Dreamer):
+    """A subclass that passes its arguments on."""
+
+    def __init__(self, *args, mine: int = 1, **kwargs) -> None:
+        super().__init__(*args, **kwargs)
+        self.mine = mine
+
+
+def test_a_subclass_that_passes_its_arguments_on_loads_as_dreamer_does(tmp_path) -> None:
+    Mine("MlpPolicy", "Pendulum-v1", learning_rate=falling, mine=2, **DEBUG).save(tmp_path / "model")
+    loaded = Mine.load(tmp_path / "model", stats_window_size=5)
+    assert (loaded.mine, loaded._stats_window_size) == (2, 5)
+    with pytest.warns(UserWarning, match=r"\['learning_rate'\] .* their defaults are used"):
+        loaded = Mine.load(tmp_path / "model", trusted=False)
+    assert loaded.learning_rate == inspect.signature(Dreamer).parameters["learning_rate"].default
+    for unknown in ("args", "kwargs", "other"):
+        with pytest.raises(TypeError, match=rf"load\(\) got {unknown}, which Mine does not have"):
+            Mine.load(tmp_path / "model", **{unknown: 3})
+
+
 def test_pickled_arguments_of_the_replay_are_left_out_too(tmp_path) -> None:
     where = {"storage_path": tmp_path / "replay"}  # a Path is no JSON
     Dreamer("MlpPolicy", "Pendulum-v1", replay_buffer_kwargs=where, **DEBUG).save(tmp_path / "model")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import inspect
 from collections.abc import Iterator
 from typing import Any, Literal, TypeVar
 
@@ -15,7 +14,7 @@ from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 from stable_baselines3.common.type_aliases import GymEnv
 from stable_baselines3.common.vec_env import VecEnv, unwrap_vec_normalize
 
-from sb3_dreamer.checks import as_whole
+from sb3_dreamer.checks import as_whole, constructor_parameters
 from sb3_dreamer.dreamer import Dreamer
 from sb3_dreamer.hybrid.distillation import AnyTargets, action_values, distillation_targets, latent_observations
 from sb3_dreamer.hybrid.experience import update_statistics
@@ -121,7 +120,7 @@ def _new_student(
         raise ValueError(f'on="{on}" is unknown; use "observations" or "latents"')
     if env is None and model.env is None:
         raise ValueError("this model was loaded without an environment: give env=, or load it with one")
-    known = _arguments(algorithm)
+    known = constructor_parameters(algorithm)
     settings: dict[str, Any] = {"device": model.device}
     if "learning_starts" in known:
         settings["learning_starts"] = 0  # otherwise it would start with random actions
@@ -149,18 +148,6 @@ def _new_student(
     family_of(student)
     _share_statistics(model, wrapped)
     return student
-
-
-def _arguments(algorithm: type[BaseAlgorithm]) -> set[str]:
-    """Names of its constructor's arguments, including those that it passes on to its base classes."""
-    known: set[str] = set()
-    for base in algorithm.__mro__:
-        if "__init__" in vars(base):
-            parameters = inspect.signature(vars(base)["__init__"]).parameters
-            known |= parameters.keys()
-            if not any(one.kind is one.VAR_KEYWORD for one in parameters.values()):
-                break
-    return known
 
 
 def _check_env(model: Dreamer, env: Any, on: str) -> None:

@@ -131,14 +131,17 @@ def into_space(space: spaces.Space, numbers: np.ndarray) -> np.ndarray:
     """Decoded numbers (..., *shape) as observations of one space: whole if they have to be, clipped, in its dtype."""
     if not isinstance(space, spaces.Box):
         return numbers.astype(space.dtype)
-    numbers = numbers if np.issubdtype(space.dtype, np.floating) else np.rint(numbers)
+    if numbers.dtype.kind == "f" and space.dtype.kind != "f":
+        numbers = np.rint(numbers)
     return np.clip(numbers, space.low, space.high).astype(space.dtype)
 
 
 def decoded_observations(space: spaces.Space, decoded: Mapping[str, th.Tensor]) -> dict[str, np.ndarray]:
     """Output of the decoder (n, *shape) by key as observations of the space, see :func:`into_space`."""
     parts = parts_of(space)
-    return {key: into_space(parts[key], part.float().cpu().numpy()) for key, part in decoded.items()}
+    # integers stay integers: float32 rounds large ones; NumPy has no bfloat16
+    numbers = {key: part.float() if part.is_floating_point() else part for key, part in decoded.items()}
+    return {key: into_space(parts[key], part.cpu().numpy()) for key, part in numbers.items()}
 
 
 def float_bounds(space: spaces.Box) -> tuple[np.ndarray, np.ndarray]:

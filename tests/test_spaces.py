@@ -16,7 +16,7 @@ from stable_baselines3.common.vec_env import DummyVecEnv, VecFrameStack, VecNorm
 from sb3_dreamer import Dreamer
 from sb3_dreamer.replay import SequenceReplayBuffer
 from sb3_dreamer.replay.columns import ActionCode
-from sb3_dreamer.spaces import action_spec_of, into_space, observation_specs, policy_for, spec_of
+from sb3_dreamer.spaces import action_spec_of, decoded_observations, into_space, observation_specs, policy_for, spec_of
 from sb3_dreamer.types import SIZES, Spec
 from sb3_dreamer.world_model.codes import CODES
 from sb3_dreamer.world_model.decoders import Decoder
@@ -198,6 +198,29 @@ def test_decoded_numbers_of_integer_boxes_are_rounded_and_clipped() -> None:
     space = spaces.Box(0, 255, (4,), np.uint8)
     assert into_space(space, np.array([-1.7, 2.97, 254.6, 300.0])).tolist() == [0, 3, 255, 255]
     assert into_space(spaces.Box(-1, 1, (2,), np.float32), np.array([0.25, 3.0])).tolist() == [0.25, 1.0]
+
+
+@pytest.mark.parametrize(
+    "space", [spaces.Discrete(3, start=2**24 + 1), spaces.MultiDiscrete([3, 3], start=[2**40 + 1, -(2**24) - 3])]
+)
+def test_decoded_integers_that_no_float_can_hold_are_exact(space: spaces.Space) -> None:
+    spec = spec_of(space)
+    places = th.arange(3).repeat(len(spec.classes), 1).T.reshape(3, *space.shape)
+    observed = places + th.tensor(spec.start).reshape(space.shape)
+    code = CODES["discrete"]
+    decoded = decoded_observations(space, {"obs": code.read(code.flatten(observed, spec), spec)})["obs"]
+    assert decoded.dtype == space.dtype
+    assert decoded.tolist() == observed.tolist()
+    assert all(space.contains(row) for row in decoded)
+
+
+def test_decoded_floats_and_images_keep_their_values() -> None:
+    space = spaces.Dict({"image": image(3, 36, 36), "half": spaces.Box(-9, 9, (2,), np.float16)})
+    picture = th.arange(3 * 36 * 36).remainder(256).to(th.uint8).reshape(1, 3, 36, 36)
+    decoded = decoded_observations(space, {"image": picture, "half": th.tensor([[0.5, 70.0]], dtype=th.bfloat16)})
+    np.testing.assert_array_equal(decoded["image"], picture)
+    assert decoded["image"].dtype == np.uint8
+    assert (decoded["half"].dtype, decoded["half"].tolist()) == (np.float16, [[0.5, 9.0]])
 
 
 @pytest.mark.parametrize("space", [spaces.Discrete(200, start=-100), spaces.MultiDiscrete([200, 3], start=[-100, 7])])

@@ -44,7 +44,7 @@ class LatentVecEnv(VecEnv):
         packed, action = self.model.policy.initial_state(self.num_envs)
         self._memory = self._on_device(packed), self._on_device(action)
         features = self._remember(self.env.reset(), np.ones(self.num_envs, bool))
-        self.reset_infos = self.env.reset_infos
+        self.reset_infos = self.env.unwrapped.reset_infos  # a VecEnvWrapper does not pass them on
         return features
 
     def step_async(self, actions: np.ndarray) -> None:
@@ -60,7 +60,7 @@ class LatentVecEnv(VecEnv):
     def step_wait(self) -> VecEnvStepReturn:
         """Receive observations and filter them, including the last one of an episode."""
         obs, rewards, dones, infos = self.env.step_wait()
-        self.reset_infos = self.env.reset_infos  # SubprocVecEnv makes a new list
+        self.reset_infos = self.env.unwrapped.reset_infos  # SubprocVecEnv makes a new list
         infos = list(infos)  # a tuple in SubprocVecEnv
         ended = np.flatnonzero(dones)
         if ended.size:

@@ -17,7 +17,7 @@ from stable_baselines3.common.buffers import NStepReplayBuffer, ReplayBuffer
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.envs import FakeImageEnv
 from stable_baselines3.common.noise import NormalActionNoise
-from stable_baselines3.common.vec_env import SubprocVecEnv, VecNormalize
+from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecMonitor, VecNormalize
 
 from sb3_dreamer import Dreamer
 from sb3_dreamer.hybrid import LatentVecEnv, hand_over
@@ -498,6 +498,14 @@ class TestLatents:
         env.close()
         assert dones.all()
         assert infos[0]["terminal_observation"].shape == env.observation_space.shape
+
+    def test_infos_of_resets_come_through_the_wrappers_of_other_vectors(self, dreamer: Dreamer):
+        env = LatentVecEnv(dreamer, VecMonitor(DummyVecEnv([Short] * 2)))
+        env.set_options({"x": 1})
+        env.reset()
+        assert [info["options"] for info in env.reset_infos] == [{"x": 1}] * 2
+        env.step(np.zeros((2, 1), np.float32))
+        assert [info["options"] for info in env.reset_infos] == [None] * 2
 
     def test_other_spaces_are_refused(self, dreamer: Dreamer):
         with pytest.raises(ValueError, match=r"env has the observation_space Box\(.*, the model Box\("):

@@ -309,6 +309,23 @@ class TestLatents:
         batch = buffer.sample(20)
         assert set(batch.start[batch.index[:, 1] == 1].flatten().tolist()) == {65504.0}
 
+    def test_latents_of_any_accelerator_are_copied_to_the_host(self):
+        class Elsewhere(th.Tensor):
+            """On a device whose memory NumPy cannot read; everything that is computed from it is there too."""
+
+            device = th.device("mps")
+
+            def cpu(self) -> th.Tensor:
+                return self.as_subclass(th.Tensor)
+
+            def numpy(self) -> np.ndarray:
+                raise TypeError("can't convert mps:0 device type tensor to numpy")
+
+        buffer = make(latent_size=1)
+        walk(buffer, 0, 4)
+        buffer.update_latents(np.array([[0, 0]]), th.tensor([[[1.0], [2.0], [3.0]]]).as_subclass(Elsewhere))
+        assert buffer.arrays["latent"][:4].tolist() == [[1], [2], [3], [0]]
+
     def test_latents_with_nan_are_refused(self):
         buffer = make(latent_size=1)
         walk(buffer, 0, 4)

@@ -24,6 +24,8 @@ class PendingLatents:
             half = th.empty(half.shape, dtype=half.dtype, pin_memory=True).copy_(half, non_blocking=True)
             self._arrived = th.cuda.Event()
             self._arrived.record()
+        else:
+            half = half.cpu()
         self._index, self._half = index, half
 
     @property

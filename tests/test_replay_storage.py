@@ -268,9 +268,19 @@ class TestFullDisk:
         add(buffer, 0)
         assert buffer.size() == 1
 
-    def test_the_space_of_all_rows_is_taken_when_the_folder_is_made(self, tmp_path):
-        fill(tmp_path, 1, buffer_size=1000)
-        assert sum(file.stat().st_blocks * 512 for file in tmp_path.glob("*.npy")) >= 1000 * 500 * 4
+    @pytest.mark.skipif(sys.platform == "win32", reason="needs st_blocks")
+    @pytest.mark.parametrize("fallocate", [True, False])
+    def test_the_space_of_all_rows_is_taken_when_the_folder_is_made(self, tmp_path, monkeypatch, fallocate: bool):
+        if not fallocate:  # as on macOS and Windows
+            monkeypatch.delattr(os, "posix_fallocate", raising=False)
+        fill(tmp_path, 3, buffer_size=1000).flush()
+        for file in tmp_path.glob("*.npy"):
+            assert file.stat().st_blocks * 512 >= file.stat().st_size, file
+        stored = np.load(tmp_path / "obs%2Fobs.npy", mmap_mode="r")
+        assert stored.shape == (1000, 500)
+        assert stored[:4, 0].tolist() == [0, 1, 2, 0]
+        assert not stored[3:].any()
+        assert make(tmp_path, buffer_size=1000).size() == 3
 
 
 class Death(BaseException):

@@ -41,6 +41,7 @@ if sys.platform != "win32":
     import fcntl
 
 DESCRIPTION = "replay.json"
+CHUNK = 2**20  # bytes that are written at a time
 # device and inode of the locks that this process holds until it ends -> number of the newest claim
 _LOCKS: dict[tuple[int, int], int] = {}
 if hasattr(os, "register_at_fork"):  # a child inherits the table, but none of the locks
@@ -258,10 +259,8 @@ def _create_files(shapes: dict[Path, tuple[tuple[int, ...], np.dtype]], folder: 
         if free < needed:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         for path, (shape, dtype) in shapes.items():
-            np.lib.format.open_memmap(path, mode="w+", dtype=dtype, shape=shape)
-            if hasattr(os, "posix_fallocate"):
-                with path.open("r+b") as file:
-                    os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
+            header = np.lib.format.open_memmap(path, mode="w+", dtype=dtype, shape=shape).offset
+            _allocate(path, header)
     except OSError as error:
         for path in shapes:
             path.unlink(missing_ok=True)
@@ -270,6 +269,18 @@ def _create_files(shapes: dict[Path, tuple[tuple[int, ...], np.dtype]], folder: 
             f"{error.strerror}: the replay in {folder} needs {needed} bytes, {free} are free: "
             "use a smaller buffer_size or another storage_path",
         ) from error
+
+
+def _allocate(path: Path, header: int) -> None:
+    """Allocate the disk space of a file that holds nothing but zeros after so many bytes."""
+    size = path.stat().st_size
+    with path.open("r+b") as file:
+        if hasattr(os, "posix_fallocate"):
+            os.posix_fallocate(file.fileno(), 0, size)
+            return
+        file.seek(header)  # macOS and Windows: zeros that are written take their space, others do not
+        for begin in range(header, size, CHUNK):
+            file.write(bytes(min(CHUNK, size - begin)))
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:

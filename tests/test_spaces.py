@@ -15,7 +15,7 @@ from stable_baselines3.common.vec_env import DummyVecEnv, VecFrameStack, VecNorm
 
 from sb3_dreamer import Dreamer
 from sb3_dreamer.replay import SequenceReplayBuffer
-from sb3_dreamer.replay.columns import ActionCode
+from sb3_dreamer.replay.columns import StoredActions
 from sb3_dreamer.spaces import action_spec_of, decoded_observations, into_space, observation_specs, policy_for, spec_of
 from sb3_dreamer.types import SIZES, Spec
 from sb3_dreamer.world_model.codes import CODES
@@ -225,14 +225,14 @@ def test_decoded_floats_and_images_keep_their_values() -> None:
 
 @pytest.mark.parametrize("space", [spaces.Discrete(200, start=-100), spaces.MultiDiscrete([200, 3], start=[-100, 7])])
 def test_actions_that_begin_below_zero_are_served_as_the_code_of_their_place(space: spaces.Space) -> None:
-    code = ActionCode(space)
+    actions = StoredActions(space)
     first, sizes = np.atleast_1d(space.start), np.atleast_1d(space.n if hasattr(space, "n") else space.nvec)
     for place in (0, 150, 199):
         places = np.minimum(place, sizes - 1)
-        stored = code.encode((first + places).reshape(1, *space.shape), np.zeros(1, int))
+        stored = actions.to_rows((first + places).reshape(1, *space.shape), np.zeros(1, int))
         wanted = np.concatenate([np.eye(n)[p] for n, p in zip(sizes, places, strict=True)])
-        np.testing.assert_array_equal(code.to_model(stored)[0], wanted)
-        np.testing.assert_array_equal(code.decode(stored)[0], first + places)
+        np.testing.assert_array_equal(actions.to_model(stored)[0], wanted)
+        np.testing.assert_array_equal(actions.from_rows(stored)[0], first + places)
 
 
 def test_integers_that_begin_elsewhere_have_the_code_of_their_place() -> None:

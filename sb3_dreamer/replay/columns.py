@@ -3,11 +3,11 @@
 The spaces determine shape and dtype::
 
     space           observation column            action column -> for the model (A floats)
-    Box, floats     its shape, float32 (or 16)    (A,) float32  -> scaled to [-1, 1]
-    Box, integers   its shape and dtype           (A,) float32  -> scaled to [-1, 1]
-    Discrete        (), smallest integer          (1,) integer  -> one-hot
-    MultiDiscrete   its shape, smallest integer   (n,) integers -> one-hot vectors, one after the other
-    MultiBinary     its shape, int8               (n,) int8     -> zeros and ones
+    Box, floats     its shape, float32 (or 16)    (A,) float32 in [-1, 1] -> as stored
+    Box, integers   its shape and dtype           (A,) float32 in [-1, 1] -> as stored
+    Discrete        (), smallest integer          (1,) integer            -> one-hot
+    MultiDiscrete   its shape, smallest integer   (n,) integers           -> one-hot vectors, one after the other
+    MultiBinary     its shape, int8               (n,) int8               -> zeros and ones
     Dict            one column per key            -
 """
 
@@ -127,7 +127,7 @@ def observation_columns(space: spaces.Space) -> dict[str, Column]:
     return {"obs": observation_column("observation", space)}
 
 
-class ActionCode:
+class StoredActions:
     """How actions are stored (compactly), and converted for the model (to floats).
 
     :param space: Box, Discrete, MultiDiscrete or MultiBinary.
@@ -159,13 +159,13 @@ class ActionCode:
         """The stored value that the model sees as zeros."""
         return -1 if self.classes else 0
 
-    def encode(self, action: Any, envs: np.ndarray) -> np.ndarray:
+    def to_rows(self, action: Any, envs: np.ndarray) -> np.ndarray:
         """(n, *space.shape) scaled floats or integers -> (n, *column.shape) as stored, after a check."""
         stored = self.column.cast(action, envs)
         return (stored - self._start).astype(stored.dtype) if self.classes else stored
 
-    def decode(self, stored: np.ndarray) -> np.ndarray:
-        """Inverse of :meth:`encode`: (n, *column.shape) as stored -> (n, *column.shape) scaled floats or integers."""
+    def from_rows(self, stored: np.ndarray) -> np.ndarray:
+        """Inverse of :meth:`to_rows`: (n, *column.shape) as stored -> (n, *column.shape) scaled floats or integers."""
         return (stored + self._start).astype(stored.dtype) if self.classes else stored
 
     def to_model(self, stored: np.ndarray) -> np.ndarray:
@@ -180,14 +180,14 @@ class EntryCode:
     """How whole entries are stored: column name -> (n, *shape) for n environments. Nothing is written here.
 
     :param observation_space: any that ``observation_columns`` supports.
-    :param action_space: any that ``ActionCode`` supports.
+    :param action_space: any that ``StoredActions`` supports.
     :param latent_size: width L of the latents, 0 for none.
     """
 
     def __init__(self, observation_space: spaces.Space, action_space: spaces.Space, latent_size: int) -> None:
         self.is_dict = isinstance(observation_space, spaces.Dict)
         self.observation = observation_columns(observation_space)
-        self.action = ActionCode(action_space)
+        self.action = StoredActions(action_space)
         self.reward = float_column("reward")
         self.latent = float_column("latent", (latent_size,), np.float16) if latent_size else None
 
@@ -208,7 +208,7 @@ class EntryCode:
         :raises ValueError: for values that a column refuses.
         """
         entry = self.encode_observation(obs, envs)
-        entry["action"] = self.action.encode(action, envs)
+        entry["action"] = self.action.to_rows(action, envs)
         if self.latent is not None:
             no_latent = np.zeros((len(envs), *self.latent.shape), np.float16)
             entry["latent"] = no_latent if latent is None else self.latent.cast(latent, envs)

@@ -83,7 +83,7 @@ def _decoded_episode(buffer: SequenceReplayBuffer, rows: np.ndarray) -> Episode:
     action = arrays["action"][rows[:-1]]
     return Episode(
         obs={key: arrays[f"obs/{key}"][rows] for key in code.observation},
-        action=code.action.decode(action).reshape(len(action), *(buffer.action_space.shape or ())),
+        action=code.action.from_rows(action).reshape(len(action), *(buffer.action_space.shape or ())),
         reward=arrays["reward"][rows[1:]],
         terminal=bool(arrays["flags"][rows[-1]] & TERMINAL),
     )

@@ -7,7 +7,7 @@ from functools import cached_property
 import numpy as np
 from gymnasium import spaces
 
-from sb3_dreamer.spaces import action_spec_of, check_action_bounds, float_bounds
+from sb3_dreamer.spaces import action_spec_of, check_action_bounds, float_bounds, one_hot
 
 
 class ActionCodec:
@@ -36,8 +36,7 @@ class ActionCodec:
             choices = np.asarray(actions).reshape(n, -1) - self.spec.start
             if ((choices < 0) | (choices >= self.spec.classes)).any():
                 raise ValueError(f"{actions}: not all of them are in {self.space}")
-            chosen = [c[:, None] == np.arange(k) for c, k in zip(choices.T, self.spec.classes, strict=True)]
-            return np.concatenate(chosen, -1, dtype=np.float32)
+            return one_hot(choices, self.spec.classes)
         return np.asarray(actions, np.float32).reshape(n, -1)
 
     def decode(self, encoded: np.ndarray) -> np.ndarray:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -125,6 +125,12 @@ def check_actions_of_sb3(space: spaces.Space) -> None:
             f"SB3's algorithms make fractions of the actions of {space}: wrap the environment in "
             "gymnasium.wrappers.TransformAction, whose action space has floats and which rounds them"
         )
+
+
+def one_hot(choices: np.ndarray, classes: Sequence[int]) -> np.ndarray:
+    """Choices (..., n), counted from 0, as one-hot vectors (..., sum of classes) one after the other; -1 as zeros."""
+    columns = zip(np.moveaxis(choices, -1, 0), classes, strict=True)
+    return np.concatenate([column[..., None] == np.arange(k) for column, k in columns], -1, dtype=np.float32)
 
 
 def into_space(space: spaces.Space, numbers: np.ndarray) -> np.ndarray:

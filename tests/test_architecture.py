@@ -18,7 +18,7 @@ CORE = {
     "nets": {"types"},
     "world_model": {"types", "nets"},
     "behavior": {"types", "nets", "world_model"},
-    "replay": {"types", "files"},
+    "replay": {"types", "files", "spaces"},
     "spaces": {"types"},
     "actions": {"spaces"},
     "policies": {"types", "nets", "world_model", "behavior", "spaces", "actions", "checks"},

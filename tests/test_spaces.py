@@ -16,7 +16,15 @@ from stable_baselines3.common.vec_env import DummyVecEnv, VecFrameStack, VecNorm
 from sb3_dreamer import Dreamer
 from sb3_dreamer.replay import SequenceReplayBuffer
 from sb3_dreamer.replay.columns import StoredActions
-from sb3_dreamer.spaces import action_spec_of, decoded_observations, into_space, observation_specs, policy_for, spec_of
+from sb3_dreamer.spaces import (
+    action_spec_of,
+    decoded_observations,
+    into_space,
+    observation_specs,
+    one_hot,
+    policy_for,
+    spec_of,
+)
 from sb3_dreamer.types import SIZES, Spec
 from sb3_dreamer.world_model.codes import CODES
 from sb3_dreamer.world_model.decoders import Decoder
@@ -233,6 +241,14 @@ def test_actions_that_begin_below_zero_are_served_as_the_code_of_their_place(spa
         wanted = np.concatenate([np.eye(n)[p] for n, p in zip(sizes, places, strict=True)])
         np.testing.assert_array_equal(actions.to_model(stored)[0], wanted)
         np.testing.assert_array_equal(actions.from_rows(stored)[0], first + places)
+
+
+def test_one_hot_vectors_of_several_choices_follow_each_other_and_no_choice_is_zeros() -> None:
+    codes = one_hot(np.array([[[1, 0], [-1, -1]], [[0, 2], [1, 1]]]), (2, 3))
+    assert codes.dtype == np.float32
+    assert codes.tolist() == [[[0, 1, 1, 0, 0], [0, 0, 0, 0, 0]], [[1, 0, 0, 0, 1], [0, 1, 0, 1, 0]]]
+    with pytest.raises(ValueError, match="zip"):
+        one_hot(np.zeros((4, 1), int), (2, 3))
 
 
 def test_integers_that_begin_elsewhere_have_the_code_of_their_place() -> None:

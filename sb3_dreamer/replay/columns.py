@@ -21,6 +21,8 @@ import numpy as np
 import torch as th
 from gymnasium import spaces
 
+from sb3_dreamer.spaces import one_hot
+
 FIRST, LAST, TERMINAL = 1, 2, 4  # bits of the column "flags"
 ACTION_LIMIT = 1.001  # scaled actions, with room for rounding
 
@@ -170,10 +172,7 @@ class StoredActions:
 
     def to_model(self, stored: np.ndarray) -> np.ndarray:
         """(..., *column.shape) as stored -> (..., A) float32."""
-        if not self.classes:
-            return stored.astype(np.float32, copy=False)
-        chosen = [stored[..., i, None] == np.arange(n) for i, n in enumerate(self.classes)]
-        return np.concatenate(chosen, axis=-1, dtype=np.float32)
+        return one_hot(stored, self.classes) if self.classes else stored.astype(np.float32, copy=False)
 
 
 class EntryCode:

@@ -100,7 +100,7 @@ def time_parts(model: Dreamer, repeats: int) -> dict[str, float]:
             values = policy.critic.mean(logits)
             returns = lambda_returns(dreamt.reward, dreamt.discount, values, model.gae_lambda)
             advantage = advantages(dreamt, returns, values, policy.return_scale.scale, model.center_advantage)
-            loss, _ = actor_loss(policy.actor, dreamt, advantage, model.ent_coef)
+            loss, _ = actor_loss(policy.actor, dreamt, advantage, model._ent_coef)
             loss = loss + critic_loss(policy.critic, dreamt, logits, returns)
         loss.backward()
 

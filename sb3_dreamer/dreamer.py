@@ -30,9 +30,8 @@ LOSS_SCALES = {
     "actor": 1.0, "critic": 1.0, "replay_critic": 0.3,
 }  # fmt: skip
 
-NOT_READ_BY_UPDATE = {
-    "learning_rate", "actor_lr_scale", "critic_lr_scale", "ent_coef", "learning_starts", "train_ratio",
-}  # fmt: skip
+READ_FROM_TENSORS = {"learning_rate", "actor_lr_scale", "critic_lr_scale", "ent_coef"}  # so that they may change
+NOT_READ_BY_UPDATE = READ_FROM_TENSORS | {"learning_starts", "train_ratio"}
 
 
 def total_loss(losses: dict[str, th.Tensor]) -> th.Tensor:
@@ -285,10 +284,8 @@ class Dreamer(OptionalMethods, SequenceAlgorithm):
 
         metrics = {f"{key}_loss": value.detach().mean() for key, value in losses.items()}
         metrics.update(info, **actor_info, value=values.mean(), return_scale=scale, skipped_updates=~learned)
-        metrics.update(
-            ent_coef=self._ent_coef, imagined_return=returns[:, 0].mean(), replay_return=replay_returns.mean()
-        )
-        metrics.update(imagined_reward=dream.reward[:, 1:].mean())
+        metrics.update(imagined_return=returns[:, 0].mean(), replay_return=replay_returns.mean())
+        metrics.update(imagined_reward=dream.reward[:, 1:].mean(), ent_coef=self._ent_coef)
         return world_model.rssm.latents(states.detach()).nan_to_num(), metrics
 
     def _captured_update(self) -> Update:

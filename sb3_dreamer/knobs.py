@@ -7,11 +7,9 @@ attributes may have been assigned in between.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from numbers import Real
 from typing import Any
-
-from stable_baselines3.common.type_aliases import Schedule
 
 from sb3_dreamer.checks import Check, either, is_number, number, whole
 from sb3_dreamer.replay import SequenceReplayBuffer
@@ -38,7 +36,7 @@ KNOBS: dict[str, Check] = {
 }
 
 
-def at_progress(name: str, knob: float | Schedule, progress_remaining: float) -> float:
+def at_progress(name: str, knob: float | Callable[[float], float], progress_remaining: float) -> float:
     """The value of a knob that may be a function of the remaining progress.
 
     :raises ValueError: if the function returns a negative or infinite number.

@@ -196,7 +196,6 @@ OTHER_VALUES = {
     "critic_ema_decay": 0.5,
     "imagination_starts": 7,
     "imagination_horizon": 7,
-    "ent_coef": 0.1,
     "warmup_updates": 7,
 }
 
@@ -221,9 +220,20 @@ def test_a_knob_that_no_update_reads_may_change_without_a_new_recording(knob: st
     assert model._captured[1].calls == 3
 
 
+def test_a_recorded_update_reads_the_weight_of_the_entropy_where_a_schedule_writes_it() -> None:
+    model = filled()
+    weight = model._ent_coef
+    model.ent_coef = lambda progress_remaining: 0.5 * progress_remaining
+    for progress in (1.0, 0.25, 0.0):
+        model._current_progress_remaining = progress
+        model.train(1, model.batch_size)
+        assert weight.item() == 0.5 * progress
+    assert model._ent_coef is weight
+
+
 def test_no_knob_that_an_update_reads_is_taken_for_one_that_it_does_not_read() -> None:
     read = set(re.findall(r"self\.(\w+)", inspect.getsource(Dreamer.update)))
-    assert {"gamma", "ent_coef"} <= read
+    assert {"gamma", "gae_lambda"} <= read
     assert not read & NOT_READ_BY_UPDATE
     assert KNOBS.keys() >= NOT_READ_BY_UPDATE
 
@@ -235,7 +245,7 @@ def test_new_settings_and_new_parameters_are_recorded_anew() -> None:
     assert used[1].calls > 0
     model.learn(20, reset_num_timesteps=False)
     assert model._captured is used
-    model.ent_coef *= 2
+    model.gae_lambda /= 2
     model.pretrain(1)
     assert model._captured[1].calls == 1
     model.set_parameters(model.get_parameters())

@@ -13,7 +13,7 @@ def linear_schedule(text: str) -> LinearSchedule:
     """
     kind, *numbers = text.split("_")
     try:
-        start, end, end_fraction = map(float, numbers if len(numbers) == 3 else [*numbers, 0.0, 1.0])
+        start, end, end_fraction = map(float, numbers if len(numbers) == 3 else [*numbers, "0", "1"])
     except ValueError:
         kind = "unknown"
     if kind != "lin" or not 0 < end_fraction <= 1:

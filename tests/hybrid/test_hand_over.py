@@ -770,9 +770,11 @@ def test_values_are_scaled_from_the_discount_that_the_critic_was_trained_with(mo
     th.testing.assert_close(dream_returns(model, start, 0.9, action, sample=False)[1], before)
 
 
-def test_without_an_entropy_weight_the_temperature_is_small_but_there_is_one():
-    sac = Dreamer("MlpPolicy", pendulum(), **SMALL, ent_coef=0.0).learn(60).to_model_free(SAC, **QUICK)
-    assert sac.ent_coef == "auto_1e-06"
+@pytest.mark.parametrize("weight", [0.0, lambda progress_remaining: 0.01 * progress_remaining], ids=["zero", "falls"])
+def test_without_an_entropy_weight_at_the_end_the_temperature_is_small_but_there_is_one(weight):
+    dreamer = Dreamer("MlpPolicy", pendulum(), **SMALL, ent_coef=weight).learn(60)
+    scale = dreamer.policy.return_scale.scale.item()
+    assert dreamer.to_model_free(SAC, **QUICK).ent_coef == f"auto_{3e-5 * scale:.6g}"
 
 
 def test_under_vecnormalize_the_replay_is_original_and_targets_are_normalized():

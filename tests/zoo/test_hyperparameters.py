@@ -77,4 +77,22 @@ def test_a_number_that_yaml_takes_for_text_is_refused_and_a_schedule_is_not(chec
     block = yaml.safe_load("{ent_coef: 3e-4, learning_rate: lin_4e-4}")
     with pytest.raises(ValueError, match="ent_coef: 3e-4 is text to YAML; write ent_coef: !!float 3e-4"):
         check(block, "my.yml")
-    check({"learning_rate": block["learning_rate"]}, "my.yml")
+    check({"learning_rate": block["learning_rate"], "ent_coef": "lin_4e-4"}, "my.yml")
+
+
+def test_the_weight_of_the_entropy_may_be_a_schedule():
+    register()
+    from sb3_dreamer.zoo.experiment import DreamerExperiment
+
+    read = DreamerExperiment._preprocess_schedules({"ent_coef": "lin_4e-3_1e-3_0.5", "learning_rate": "lin_4e-4"})
+    assert [read["ent_coef"](left) for left in (1.0, 0.75, 0.5, 0.0)] == pytest.approx([4e-3, 2.5e-3, 1e-3, 1e-3])
+    assert [read["learning_rate"](left) for left in (1.0, 0.0)] == [4e-4, 0]
+    assert DreamerExperiment._preprocess_schedules({"ent_coef": 3e-4}) == {"ent_coef": 3e-4}
+
+
+@pytest.mark.parametrize("text", ["lin", "lin_", "exp_1e-3", "lin_1e-3_1e-4", "lin_1e-3_1e-4_0", "lin_1e-3_1e-4_2"])
+def test_what_is_no_schedule_is_refused(text):
+    from sb3_dreamer.zoo.schedules import linear_schedule
+
+    with pytest.raises(ValueError, match=f'"{text}" is no schedule: write lin_<start> or lin_<start>_<end>_<end_frac'):
+        linear_schedule(text)

@@ -12,6 +12,7 @@ from sb3_dreamer.dreamer import Dreamer
 from sb3_dreamer.hybrid.external_policy import ExternalPolicy
 from sb3_dreamer.hybrid.progress import Advance, no_progress
 from sb3_dreamer.imitation import NO_TEACHER
+from sb3_dreamer.types import Batch
 
 LEARNING_RATE = 1e-3  # of an actor that only imitates
 GRADIENT_STEPS = 16  # per update in learn(); fewer lag behind the features, which move while the model learns
@@ -111,7 +112,7 @@ class Cloning:
         One gradient step while the warm start runs: more would overfit its few labels, and the final updates follow.
         """
         if weight > 0 and model.replay_buffer.can_sample(self.labels.since):
-            features, labels = self.labeled_features(model, 1)
+            features, labels = self.labeled_features(model, 1, sample=True)
             warm_start_running = self.remaining(model._n_updates) > 0
             for _ in range(1 if warm_start_running else GRADIENT_STEPS):
                 self.gradient_step(features, labels, weight)
@@ -133,17 +134,36 @@ class Cloning:
         self.optimizer.step()
 
     @th.no_grad()
-    def labeled_features(self, model: Dreamer, batches: int) -> tuple[th.Tensor, th.Tensor]:
-        """Replayed entries that have a label: features of the present model (n, F), labels (n, A)."""
+    def labeled_features(self, model: Dreamer, batches: int, sample: bool) -> tuple[th.Tensor, th.Tensor]:
+        """Replayed entries that have a label: features of the present model (n, F), labels (n, A).
+
+        :param model: the model.
+        :param batches: number of batches to sample.
+        :param sample: sample the latents, else take the expected ones, as a deterministic policy does.
+        """
         parts = []
         for _ in range(batches):
             batch = model.replay_buffer.sample(model.batch_size, model.get_vec_normalize_env(), self.labels.since)
-            states, _ = model.policy.world_model.observe(batch)
+            features = (
+                model.policy.world_model.observe(batch)[0].features if sample else expected_features(model, batch)
+            )
             number = batch.index[:, 1:] + np.arange(batch.reward.shape[1])
             label = th.as_tensor(self.labels.lookup(batch.index[:, :1], number), device=model.device)
             labeled = ~label.isnan().any(-1)
-            parts.append((states.features[labeled], label[labeled]))
+            parts.append((features[labeled], label[labeled]))
         return th.cat([features for features, _ in parts]), th.cat([labels for _, labels in parts])
+
+
+def expected_features(model: Dreamer, batch: Batch) -> th.Tensor:
+    """Features of a batch (B, T, F) as ``predict(deterministic=True)`` has them, with the expected latents."""
+    policy, rssm = model.policy, model.policy.world_model.rssm
+    packed, features = rssm.pack(rssm.restore(batch.start)), []
+    for t in range(batch.reward.shape[1]):
+        obs = {key: part[:, t] for key, part in batch.obs.items()}
+        state = policy.observe(obs, packed, batch.prev_action[:, t], batch.is_first[:, t], sample=False)
+        packed = rssm.pack(state)
+        features.append(state.features)
+    return th.stack(features, 1)
 
 
 class Labels:
@@ -174,11 +194,12 @@ class Labels:
 def clone_on_frozen_features(model: Dreamer, cloning: Cloning, advance: Advance = no_progress) -> None:
     """The final updates: the actor imitates on a world model that does not change, at a rate that falls to zero.
 
-    The features are computed only once, so that an update takes milliseconds.
+    The features are computed only once, so that an update takes milliseconds. Their latents are the expected ones: the
+    teacher's actions are deterministic, and what samples add is noise, in which a delicate gait is lost.
     """
     if cloning.final_updates_done == cloning.final_updates:
         return
-    features, labels = cloning.labeled_features(model, FROZEN_BATCHES)
+    features, labels = cloning.labeled_features(model, FROZEN_BATCHES, sample=False)
     while cloning.final_updates_done < cloning.final_updates:
         cloning.gradient_step(features, labels, 1 - cloning.final_updates_done / cloning.final_updates)
         cloning.final_updates_done += 1

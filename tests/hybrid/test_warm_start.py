@@ -17,11 +17,12 @@ from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
 
 from sb3_dreamer import Dreamer
 from sb3_dreamer.hybrid import Guard, hand_over, offline_training, warm_start
-from sb3_dreamer.hybrid.cloning import Cloning, Labels, clone_on_frozen_features
+from sb3_dreamer.hybrid.cloning import Cloning, Labels, clone_on_frozen_features, expected_features
 from sb3_dreamer.hybrid.external_policy import ExternalPolicy
 from sb3_dreamer.imitation import NO_TEACHER
 from sb3_dreamer.planning import Planner
 from sb3_dreamer.replay import read_episodes
+from sb3_dreamer.types import Batch
 from tests.hybrid.agents import SMALL, pendulum
 
 
@@ -215,10 +216,11 @@ class TestImitation:
         fresh().warm_start(Noted(), 60, updates=0, **settings)
         assert given == [deterministic] * 60
 
-    def test_labeled_features_are_those_of_the_entries_at_which_the_teacher_was_queried(self):
+    @pytest.mark.parametrize("sample", [True, False])
+    def test_labeled_features_are_those_of_the_entries_at_which_the_teacher_was_queried(self, sample: bool):
         model = fresh().learn(60)
         model.warm_start(Constant(), 60, updates=0)
-        features, labels = model.imitation.labeled_features(model, 8)
+        features, labels = model.imitation.labeled_features(model, 8, sample)
         assert 8 * 4 * 7 < len(features) < 8 * 4 * 8, "all but the ends of episodes, and of learn() no sequence"
         assert features.shape == (len(labels), model.policy.world_model.feature_width)
         th.testing.assert_close(labels, th.full((len(features), 1), 0.5))
@@ -227,14 +229,14 @@ class TestImitation:
         model = fresh(learning_starts=400).learn(400)
         model.warm_start(Constant(), 60, updates=0)
         queue = list(model.replay_buffer._rings._queue)
-        features, _ = model.imitation.labeled_features(model, 8)
+        features, _ = model.imitation.labeled_features(model, 8, sample=True)
         assert len(features) > 8 * 4 * 7
         assert list(model.replay_buffer._rings._queue) == queue, "what the world model is to see next stays so"
 
     def test_a_gradient_step_raises_the_likelihood_of_the_labels_and_changes_nothing_without_labels(self):
         model = fresh().warm_start(Constant(), 60, updates=0)
         cloning, actor = model.imitation, model.policy.actor
-        features, labels = cloning.labeled_features(model, 1)
+        features, labels = cloning.labeled_features(model, 1, sample=True)
 
         def likelihood() -> float:
             with th.no_grad():
@@ -247,13 +249,36 @@ class TestImitation:
         assert likelihood() > before
         assert all(p.grad is None for p in model.policy.world_model.parameters())
 
+    @pytest.mark.parametrize("rssm_type", ["gru", "transformer"])
+    def test_the_features_of_the_final_updates_are_those_of_a_deterministic_policy(self, rssm_type: str):
+        model = fresh(rssm_type=rssm_type).learn(60)
+        obs, starts = np.random.default_rng(0).normal(size=(7, 1, 3)).astype(np.float32), np.arange(7) % 4 == 0
+        state, seen, taken = None, [], [np.zeros(1, np.float32)]
+        for t in range(7):  # an episode of four steps, and three of the next
+            _, state = model.predict(obs[t], state, episode_start=starts[t : t + 1], deterministic=True)
+            seen.append(state[0][0, : model.policy.world_model.feature_width])
+            taken.append(np.zeros(1, np.float32) if starts[(t + 1) % 7] else state[1][0])
+        entries = th.zeros(1, 7)
+        batch = Batch(
+            obs={"obs": th.as_tensor(obs.swapaxes(0, 1))},
+            prev_action=th.as_tensor(np.stack(taken[:7]))[None],
+            reward=entries,
+            is_first=th.as_tensor(starts)[None],
+            is_terminal=entries.bool(),
+            is_last=entries.bool(),
+            start=th.ones(1, model.policy.world_model.rssm.latent_width),
+            index=np.zeros((1, 2), int),
+        )
+        with th.no_grad():
+            th.testing.assert_close(expected_features(model, batch)[0], th.as_tensor(np.stack(seen)))
+
     @pytest.mark.parametrize("updates", [2, 10])
     def test_the_number_of_final_updates_follows_from_the_labels_not_from_the_updates(self, updates: int):
         assert fresh().warm_start(Constant(), 60, updates=updates).imitation.final_updates_done == 60 // 4
 
     def test_the_final_updates_change_the_actor_and_nothing_else(self):
         model = fresh().warm_start(Constant(), 60, updates=0)
-        features, labels = model.imitation.labeled_features(model, 2)
+        features, labels = model.imitation.labeled_features(model, 2, sample=False)
         before = {name: p.clone() for name, p in model.policy.named_parameters()}
 
         def error() -> float:

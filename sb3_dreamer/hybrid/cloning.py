@@ -112,7 +112,7 @@ class Cloning:
         One gradient step while the warm start runs: more would overfit its few labels, and the final updates follow.
         """
         if weight > 0 and model.replay_buffer.can_sample(self.labels.since):
-            features, labels = self.labeled_features(model, 1, sample=True)
+            features, labels = self.labeled_features(model, 1)
             warm_start_running = self.remaining(model._n_updates) > 0
             for _ in range(1 if warm_start_running else GRADIENT_STEPS):
                 self.gradient_step(features, labels, weight)
@@ -134,19 +134,15 @@ class Cloning:
         self.optimizer.step()
 
     @th.no_grad()
-    def labeled_features(self, model: Dreamer, batches: int, sample: bool) -> tuple[th.Tensor, th.Tensor]:
+    def labeled_features(self, model: Dreamer, batches: int) -> tuple[th.Tensor, th.Tensor]:
         """Replayed entries that have a label: features of the present model (n, F), labels (n, A).
 
-        :param model: the model.
-        :param batches: number of batches to sample.
-        :param sample: sample the latents, else take the expected ones, as a deterministic policy does.
+        Their latents are the expected ones: what samples of them add is noise, in which a delicate gait is lost.
         """
         parts = []
         for _ in range(batches):
             batch = model.replay_buffer.sample(model.batch_size, model.get_vec_normalize_env(), self.labels.since)
-            features = (
-                model.policy.world_model.observe(batch)[0].features if sample else expected_features(model, batch)
-            )
+            features = expected_features(model, batch)
             number = batch.index[:, 1:] + np.arange(batch.reward.shape[1])
             label = th.as_tensor(self.labels.lookup(batch.index[:, :1], number), device=model.device)
             labeled = ~label.isnan().any(-1)
@@ -194,12 +190,11 @@ class Labels:
 def clone_on_frozen_features(model: Dreamer, cloning: Cloning, advance: Advance = no_progress) -> None:
     """The final updates: the actor imitates on a world model that does not change, at a rate that falls to zero.
 
-    The features are computed only once, so that an update takes milliseconds. Their latents are the expected ones: the
-    teacher's actions are deterministic, and what samples add is noise, in which a delicate gait is lost.
+    The features are computed only once, so that an update takes milliseconds.
     """
     if cloning.final_updates_done == cloning.final_updates:
         return
-    features, labels = cloning.labeled_features(model, FROZEN_BATCHES, sample=False)
+    features, labels = cloning.labeled_features(model, FROZEN_BATCHES)
     while cloning.final_updates_done < cloning.final_updates:
         cloning.gradient_step(features, labels, 1 - cloning.final_updates_done / cloning.final_updates)
         cloning.final_updates_done += 1

@@ -216,11 +216,10 @@ class TestImitation:
         fresh().warm_start(Noted(), 60, updates=0, **settings)
         assert given == [deterministic] * 60
 
-    @pytest.mark.parametrize("sample", [True, False])
-    def test_labeled_features_are_those_of_the_entries_at_which_the_teacher_was_queried(self, sample: bool):
+    def test_labeled_features_are_those_of_the_entries_at_which_the_teacher_was_queried(self):
         model = fresh().learn(60)
         model.warm_start(Constant(), 60, updates=0)
-        features, labels = model.imitation.labeled_features(model, 8, sample)
+        features, labels = model.imitation.labeled_features(model, 8)
         assert 8 * 4 * 7 < len(features) < 8 * 4 * 8, "all but the ends of episodes, and of learn() no sequence"
         assert features.shape == (len(labels), model.policy.world_model.feature_width)
         th.testing.assert_close(labels, th.full((len(features), 1), 0.5))
@@ -229,14 +228,14 @@ class TestImitation:
         model = fresh(learning_starts=400).learn(400)
         model.warm_start(Constant(), 60, updates=0)
         queue = list(model.replay_buffer._rings._queue)
-        features, _ = model.imitation.labeled_features(model, 8, sample=True)
+        features, _ = model.imitation.labeled_features(model, 8)
         assert len(features) > 8 * 4 * 7
         assert list(model.replay_buffer._rings._queue) == queue, "what the world model is to see next stays so"
 
     def test_a_gradient_step_raises_the_likelihood_of_the_labels_and_changes_nothing_without_labels(self):
         model = fresh().warm_start(Constant(), 60, updates=0)
         cloning, actor = model.imitation, model.policy.actor
-        features, labels = cloning.labeled_features(model, 1, sample=True)
+        features, labels = cloning.labeled_features(model, 1)
 
         def likelihood() -> float:
             with th.no_grad():
@@ -250,7 +249,7 @@ class TestImitation:
         assert all(p.grad is None for p in model.policy.world_model.parameters())
 
     @pytest.mark.parametrize("rssm_type", ["gru", "transformer"])
-    def test_the_features_of_the_final_updates_are_those_of_a_deterministic_policy(self, rssm_type: str):
+    def test_the_features_are_those_of_a_deterministic_policy(self, rssm_type: str):
         model = fresh(rssm_type=rssm_type).learn(60)
         obs, starts = np.random.default_rng(0).normal(size=(7, 1, 3)).astype(np.float32), np.arange(7) % 4 == 0
         state, seen, taken = None, [], [np.zeros(1, np.float32)]
@@ -278,7 +277,7 @@ class TestImitation:
 
     def test_the_final_updates_change_the_actor_and_nothing_else(self):
         model = fresh().warm_start(Constant(), 60, updates=0)
-        features, labels = model.imitation.labeled_features(model, 2, sample=False)
+        features, labels = model.imitation.labeled_features(model, 2)
         before = {name: p.clone() for name, p in model.policy.named_parameters()}
 
         def error() -> float:

@@ -4,6 +4,7 @@ python -m benchmarks.learn --env Pendulum-v1 --seed 0 --steps 5000
 python -m benchmarks.learn --env dmc/walker-walk --seed 1 --steps 100000 learning_rate=1e-4 policy_kwargs.units=256
 python -m benchmarks.learn --env HalfCheetah-v4 --algo sac --steps 100000 --eval-every 5000
 python -m benchmarks.learn --env Walker2d-v4 --steps 100000 learning_rate=lin_6e-4
+python -m benchmarks.learn --env Hopper-v4 --steps 100000 train_ratio=128 ent_coef=lin_3e-3_3e-4_0.5
 """
 
 import argparse
@@ -18,6 +19,7 @@ from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.logger import configure
+from stable_baselines3.common.type_aliases import Schedule
 from stable_baselines3.common.vec_env import VecEnv
 
 from benchmarks.envs import action_repeat, make_env
@@ -27,11 +29,11 @@ from benchmarks.runs import (
     Progress,
     Run,
     evaluate,
-    first_rate,
     load_checkpoint,
     new_model,
     parse_overrides,
     save_checkpoint,
+    schedules,
     training_env,
 )
 
@@ -101,9 +103,8 @@ class Trainer:
         """Learn up to the next evaluation: seconds that it took."""
         step, every = self.progress.step, self.args.eval_every
         decisions = min(every - step % every, self.args.steps - step) // self.repeat
-        rate = first_rate(self.run)
-        if rate is not None:
-            follow_schedule(self.model, rate, self.model.num_timesteps + decisions, self.decisions)
+        for name, schedule in schedules(self.run).items():
+            follow_schedule(self.model, name, schedule, self.model.num_timesteps + decisions, self.decisions)
         before = time.perf_counter()
         self.model.learn(max(decisions, 1), callback=self.episodes, reset_num_timesteps=False)
         return time.perf_counter() - before
@@ -124,14 +125,15 @@ class Trainer:
         print(json.dumps(row), flush=True)
 
 
-def follow_schedule(model: BaseAlgorithm, first: float, until: int, end: int) -> None:
-    """Let the rate fall over the whole run: SB3 measures progress by what one call of `learn()` was asked for.
+def follow_schedule(model: BaseAlgorithm, name: str, schedule: Schedule, until: int, end: int) -> None:
+    """Let a schedule run over the whole run: SB3 measures progress by what one call of `learn()` was asked for.
 
-    :param first: rate at step 0.
+    :param name: of the agent's attribute.
+    :param schedule: of the progress that remains of the run.
     :param until: step at which the next call of `learn()` ends.
-    :param end: step at which the run ends, and the rate is zero.
+    :param end: step at which the run ends.
     """
-    model.learning_rate = lambda left: first * max(1 - until * (1 - left) / end, 0)
+    setattr(model, name, lambda left: schedule(max(1 - until * (1 - left) / end, 0)))
     model._setup_lr_schedule()
 
 

@@ -12,10 +12,12 @@ from stable_baselines3 import PPO, SAC
 from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.evaluation import evaluate_policy
+from stable_baselines3.common.type_aliases import Schedule
 from stable_baselines3.common.vec_env import VecEnv, VecNormalize, sync_envs_normalization
 
 from benchmarks.envs import make_env
 from sb3_dreamer.spaces import policy_for
+from sb3_dreamer.zoo.schedules import linear_schedule
 
 ALGORITHMS = ("dreamer", "sac", "crossq", "ppo")
 
@@ -86,14 +88,13 @@ def new_model(run: Run, env: VecEnv, decisions: int) -> BaseAlgorithm:
 
 def arguments(run: Run) -> dict[str, Any]:
     """The overrides as the constructor takes them."""
-    rate = first_rate(run)
-    return dict(run.overrides) if rate is None else run.overrides | {"learning_rate": rate}
+    return run.overrides | {name: schedule(1.0) for name, schedule in schedules(run).items()}
 
 
-def first_rate(run: Run) -> float | None:
-    """Initial learning rate if it falls to zero by the end of the run, `lin_6e-4` as the Zoo writes it; else None."""
-    rate = run.overrides.get("learning_rate")
-    return float(rate.removeprefix("lin_")) if isinstance(rate, str) and rate.startswith("lin_") else None
+def schedules(run: Run) -> dict[str, Schedule]:
+    """Those overrides that change during the run, `learning_rate=lin_6e-4` as the Zoo writes it, by name."""
+    texts = {name: str(run.overrides.get(name)) for name in ("learning_rate", "ent_coef")}
+    return {name: linear_schedule(text) for name, text in texts.items() if text.startswith("lin_")}
 
 
 def _initialized(run: Run, env: VecEnv) -> BaseAlgorithm:
@@ -104,8 +105,8 @@ def _initialized(run: Run, env: VecEnv) -> BaseAlgorithm:
     other, _ = read_progress(folder)
     if (other.algo, other.normalize) != (run.algo, run.normalize):
         raise SystemExit(f"--init {run.init} holds {other}: give the same --algo, and the same --normalize")
-    if first_rate(other) is not None and "learning_rate" not in run.overrides:
-        raise SystemExit(f"--init {run.init}: its learning rate has fallen with its steps, give learning_rate=")
+    if fallen := sorted(schedules(other).keys() - run.overrides.keys()):
+        raise SystemExit(f"--init {run.init}: its {fallen[0]} has changed with its steps, give {fallen[0]}=")
     model = algorithm(run.algo).load(folder / "model.zip", env=env, **arguments(run))
     model.set_random_seed(run.seed)
     model.num_timesteps = 0

@@ -17,7 +17,7 @@ from sb3_dreamer.capture import CapturedUpdate, Update, record_cuda_graph
 from sb3_dreamer.environments import normalizes_obs
 from sb3_dreamer.files import describe
 from sb3_dreamer.imitation import NO_TEACHER
-from sb3_dreamer.knobs import KNOBS, check_knobs
+from sb3_dreamer.knobs import KNOBS, at_progress, check_knobs
 from sb3_dreamer.metrics import Metrics
 from sb3_dreamer.nets.layers import mixed_precision
 from sb3_dreamer.optional_methods import OptionalMethods
@@ -30,7 +30,9 @@ LOSS_SCALES = {
     "actor": 1.0, "critic": 1.0, "replay_critic": 0.3,
 }  # fmt: skip
 
-NOT_READ_BY_UPDATE = {"learning_rate", "actor_lr_scale", "critic_lr_scale", "learning_starts", "train_ratio"}
+NOT_READ_BY_UPDATE = {
+    "learning_rate", "actor_lr_scale", "critic_lr_scale", "ent_coef", "learning_starts", "train_ratio",
+}  # fmt: skip
 
 
 def total_loss(losses: dict[str, th.Tensor]) -> th.Tensor:
@@ -58,7 +60,8 @@ class Dreamer(OptionalMethods, SequenceAlgorithm):
     :param imagination_horizon: imagined steps of a dream.
     :param gamma: discount.
     :param gae_lambda: lambda of the returns.
-    :param ent_coef: weight of the actor's entropy.
+    :param ent_coef: weight of the actor's entropy: a number, or a function of the remaining progress, such as SB3's
+        ``LinearSchedule``, for an agent that explores first and then practices the gait that it has found.
     :param center_advantage: subtract the mean advantage of the dreams, see
         :func:`~sb3_dreamer.behavior.actor_critic.advantages`.
     :param rssm_type: sequence model, "gru" or "transformer".
@@ -99,7 +102,7 @@ class Dreamer(OptionalMethods, SequenceAlgorithm):
         imagination_horizon: int = 15,
         gamma: float = 0.99,
         gae_lambda: float = 0.95,
-        ent_coef: float = 3e-4,
+        ent_coef: float | Schedule = 3e-4,
         center_advantage: bool = True,
         rssm_type: str = "gru",
         model_size: str = "size1m",
@@ -198,6 +201,7 @@ class Dreamer(OptionalMethods, SequenceAlgorithm):
             **self.replay_buffer_kwargs,
         )
         self._convert_train_freq()
+        self._ent_coef = th.zeros((), device=self.device).fill_(at_progress("ent_coef", self.ent_coef, 1.0))
         self.described = describe(self.policy_class, self.observation_space, self.action_space)
 
     def set_random_seed(self, seed: int | None = None) -> None:
@@ -212,9 +216,9 @@ class Dreamer(OptionalMethods, SequenceAlgorithm):
         """Sample, update, write the refreshed states back: ``gradient_steps`` times."""
         if gradient_steps == 0:
             return
-        if not 0 <= (rate := self.lr_schedule(self._current_progress_remaining)) < float("inf"):
-            raise ValueError(f"learning_rate is {rate} at {self._current_progress_remaining:.3f} of the progress to go")
+        at_progress("learning_rate", self.lr_schedule, self._current_progress_remaining)  # refuses what is no rate
         self._update_learning_rate(self.policy.optimizer)
+        self._ent_coef.fill_(at_progress("ent_coef", self.ent_coef, self._current_progress_remaining))
         teacher_weight = self.imitation.weight(self._n_updates)
         self.policy.set_rates(self.warmup_updates, self.actor_lr_scale * (1 - teacher_weight), self.critic_lr_scale)
         self.policy.optimizer.put_rates_on_device()
@@ -258,7 +262,7 @@ class Dreamer(OptionalMethods, SequenceAlgorithm):
 
             # Learn what to do, and what it is worth.
             advantage = advantages(dream, returns, values, scale, self.center_advantage)
-            losses["actor"], actor_info = actor_loss(actor, dream, advantage, self.ent_coef)
+            losses["actor"], actor_info = actor_loss(actor, dream, advantage, self._ent_coef)
             losses["critic"] = critic_loss(critic, dream, logits, returns)
 
             # What really happened counts too; its bootstrap is what dreams returned, where they began there.
@@ -281,7 +285,9 @@ class Dreamer(OptionalMethods, SequenceAlgorithm):
 
         metrics = {f"{key}_loss": value.detach().mean() for key, value in losses.items()}
         metrics.update(info, **actor_info, value=values.mean(), return_scale=scale, skipped_updates=~learned)
-        metrics.update(imagined_return=returns[:, 0].mean(), replay_return=replay_returns.mean())
+        metrics.update(
+            ent_coef=self._ent_coef, imagined_return=returns[:, 0].mean(), replay_return=replay_returns.mean()
+        )
         metrics.update(imagined_reward=dream.reward[:, 1:].mean())
         return world_model.rssm.latents(states.detach()).nan_to_num(), metrics
 
@@ -314,4 +320,4 @@ class Dreamer(OptionalMethods, SequenceAlgorithm):
         super().dump_logs()
 
     def _excluded_save_params(self) -> list[str]:
-        return [*super()._excluded_save_params(), "_metrics", "_captured"]
+        return [*super()._excluded_save_params(), "_metrics", "_captured", "_ent_coef"]

@@ -11,6 +11,8 @@ from collections.abc import Mapping
 from numbers import Real
 from typing import Any
 
+from stable_baselines3.common.type_aliases import Schedule
+
 from sb3_dreamer.checks import Check, either, is_number, number, whole
 from sb3_dreamer.replay import SequenceReplayBuffer
 
@@ -29,11 +31,22 @@ KNOBS: dict[str, Check] = {
     "imagination_horizon": whole(1),
     "gamma": Check(lambda x: is_number(x, Real) and 0 < float(x) <= 1, "a number above 0 and up to 1"),
     "gae_lambda": number(0, 1),
-    "ent_coef": number(0),
+    "ent_coef": either(number(0), callable, "a function of the remaining progress"),
     "center_advantage": Check(lambda x: isinstance(x, bool), "True or False"),
     "policy_kwargs": Check(lambda x: isinstance(x, dict), "a dictionary"),
     "replay_buffer_kwargs": Check(lambda x: isinstance(x, dict), "a dictionary"),
 }
+
+
+def at_progress(name: str, knob: float | Schedule, progress_remaining: float) -> float:
+    """The value of a knob that may be a function of the remaining progress.
+
+    :raises ValueError: if the function returns a negative or infinite number.
+    """
+    value = knob(progress_remaining) if callable(knob) else knob
+    if not 0 <= value < math.inf:
+        raise ValueError(f"{name} is {value} at {progress_remaining:.3f} of the progress to go")
+    return value
 
 
 def check_knobs(settings: Mapping[str, Any]) -> None:

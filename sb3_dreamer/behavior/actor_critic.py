@@ -92,13 +92,13 @@ def advantages(dream: Dream, returns: th.Tensor, values: th.Tensor, scale: th.Te
     return advantage - (weight * advantage).sum(0) / weight.sum(0).clamp(min=1e-8)
 
 
-def actor_loss(actor: Actor, dream: Dream, advantage: th.Tensor, ent_coef: float) -> tuple[th.Tensor, Info]:
+def actor_loss(actor: Actor, dream: Dream, advantage: th.Tensor, ent_coef: th.Tensor | float) -> tuple[th.Tensor, Info]:
     """REINFORCE with an entropy bonus (paper, "Actor learning").
 
     :param actor: the policy.
     :param dream: N trajectories of H actions.
     :param advantage: (N, H).
-    :param ent_coef: weight of the entropy.
+    :param ent_coef: weight of the entropy, () if it is a tensor.
     :return: mean loss (); info.
     """
     policy = actor(dream.features)

@@ -24,11 +24,13 @@ from sb3_dreamer.hybrid.offline_training import begin_log, require_replay
 from sb3_dreamer.hybrid.progress import progress
 from sb3_dreamer.hybrid.real_states import RealStates, real_states
 from sb3_dreamer.hybrid.students import NORMALIZED_RELU, family_of, start_slowly, teach, teach_critics
+from sb3_dreamer.knobs import at_progress
 from sb3_dreamer.replay import Episode, Transition, read_episodes
 from sb3_dreamer.spaces import as_observation, check_actions_of_sb3, check_counted_from_zero, policy_for
 
 Algorithm = TypeVar("Algorithm", bound=BaseAlgorithm)
 
+LEAST_ENT_COEF = 3e-5  # a temperature near zero, which a schedule may end at, would take SAC very long to raise
 MAX_ENTRIES = 50_000  # of the replay, the newest, from which the policy is learned
 
 
@@ -126,7 +128,9 @@ def _new_student(
     if "learning_starts" in known:
         settings["learning_starts"] = 0  # otherwise it would start with random actions
     if "target_entropy" in known:
-        settings["ent_coef"] = f"auto_{max(model.ent_coef * model.policy.return_scale.scale.item(), 1e-6):.6g}"
+        ent_coef = at_progress("ent_coef", model.ent_coef, model._current_progress_remaining)
+        temperature = max(ent_coef, LEAST_ENT_COEF) * model.policy.return_scale.scale.item()
+        settings["ent_coef"] = f"auto_{temperature:.6g}"
     settings.update(copy.deepcopy(kwargs))
     if "tau" in known:  # not CrossQ, which has norms of its own
         settings["policy_kwargs"] = {"activation_fn": NORMALIZED_RELU, **(settings.get("policy_kwargs") or {})}

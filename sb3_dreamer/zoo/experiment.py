@@ -14,6 +14,7 @@ from rl_zoo3.exp_manager import ExperimentManager
 
 from sb3_dreamer.dreamer import Dreamer
 from sb3_dreamer.zoo.registration import ALGO, hyperparams_file
+from sb3_dreamer.zoo.schedules import linear_schedule
 
 # hyperparameters that the Zoo uses itself
 ZOO_KEYS = {
@@ -51,6 +52,13 @@ class DreamerExperiment(ExperimentManager):
         hyperparams, saved = super().read_hyperparameters()
         check_hyperparameters(hyperparams, self.config)
         return hyperparams, saved
+
+    @staticmethod
+    def _preprocess_schedules(hyperparams: dict[str, Any]) -> dict[str, Any]:
+        """As in rl_zoo3, which does not know that ``ent_coef`` may be a schedule."""
+        if isinstance(text := hyperparams.get("ent_coef"), str):
+            hyperparams["ent_coef"] = linear_schedule(text)
+        return ExperimentManager._preprocess_schedules(hyperparams)
 
     def load_trial(self, storage: str, study_name: str, trial_id: int | None = None, convert: bool = True) -> Any:
         """As in rl_zoo3.

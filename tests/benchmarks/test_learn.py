@@ -20,10 +20,14 @@ from benchmarks.runs import (
     new_model,
     parse_overrides,
     save_checkpoint,
+    schedules,
     trained,
 )
+from sb3_dreamer.zoo.schedules import linear_schedule
 
 SETTINGS = {"learning_starts": 10, "batch_size": 8, "buffer_size": 1000, "policy_kwargs": {"net_arch": [8]}}
+DREAMER = {"learning_starts": 10, "batch_size": 2, "batch_length": 4, "buffer_size": 1000, "model_size": "debug",
+           "train_ratio": 8, "imagination_horizon": 2, "imagination_starts": 4}  # fmt: skip
 RUN = Run("Pendulum-v1", "sac", 0, SETTINGS)
 
 
@@ -128,10 +132,23 @@ def test_a_rate_falls_to_zero_over_the_whole_run_however_often_learn_is_called()
     assert model.learning_rate == 1e-3
     rates = []
     for until in (40, 100):
-        follow_schedule(model, 1e-3, until, end=100)
+        follow_schedule(model, "learning_rate", linear_schedule("lin_1e-3"), until, end=100)
         model.learn(until - model.num_timesteps, reset_num_timesteps=False)
         rates.append(model.actor.optimizer.param_groups[0]["lr"])
     assert rates == pytest.approx([1e-3 * 0.6, 0])
+
+
+def test_the_weight_of_the_entropy_falls_as_its_schedule_says_however_often_learn_is_called():
+    run = RUN._replace(algo="dreamer", overrides=DREAMER | {"ent_coef": "lin_0.4_0.1_0.5"})
+    model, weights = new_model(run, pendulum(), 100), []
+    assert model.ent_coef == 0.4
+    for until in (20, 40, 100):
+        for name, schedule in schedules(run).items():
+            follow_schedule(model, name, schedule, until, end=100)
+        model.learn(until - model.num_timesteps, reset_num_timesteps=False)
+        weights.append(model._ent_coef.item())
+    assert weights == pytest.approx([0.28, 0.16, 0.1])
+    assert schedules(RUN._replace(overrides={"ent_coef": "auto"})) == {}, "SAC's own"
 
 
 def test_evaluation_may_be_in_another_environment(tmp_path: Path):
@@ -222,7 +239,7 @@ def test_who_begins_with_a_rate_that_has_fallen_says_with_which_to_go_on(tmp_pat
     (tmp_path / "first").mkdir()
     train(falling, tmp_path / "first", options(steps=20, eval_every=20))
     heir = RUN._replace(init=str(tmp_path / "first"), overrides={})
-    with pytest.raises(SystemExit, match="its learning rate has fallen with its steps, give learning_rate="):
+    with pytest.raises(SystemExit, match="its learning_rate has changed with its steps, give learning_rate="):
         new_model(heir, pendulum(), 20)
     assert new_model(heir._replace(overrides={"learning_rate": "lin_1e-3"}), pendulum(), 20).learning_rate == 1e-3
 

@@ -59,8 +59,8 @@ class Dreamer(OptionalMethods, SequenceAlgorithm):
     :param imagination_horizon: imagined steps of a dream.
     :param gamma: discount.
     :param gae_lambda: lambda of the returns.
-    :param ent_coef: weight of the actor's entropy: a number, or a function of the remaining progress, such as SB3's
-        ``LinearSchedule``, for an agent that explores first and then practices the gait that it has found.
+    :param ent_coef: weight of the actor's entropy: a number, or a function of the remaining progress (1 to 0), such as
+        SB3's ``LinearSchedule``.
     :param center_advantage: subtract the mean advantage of the dreams, see
         :func:`~sb3_dreamer.behavior.actor_critic.advantages`.
     :param rssm_type: sequence model, "gru" or "transformer".

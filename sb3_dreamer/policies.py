@@ -226,14 +226,25 @@ class DreamerPolicy(BasePolicy):
         is_first: th.Tensor | None,
         sample: bool = True,
     ) -> State:
-        """The n model states after seeing the observations; arguments as in :meth:`act`.
+        """The n model states after seeing the observations; arguments as in :meth:`act`."""
+        return self.observe_embedded(self.world_model.embed(obs), packed, prev_action, is_first, sample)
+
+    def observe_embedded(
+        self,
+        embed: th.Tensor,
+        packed: th.Tensor,
+        prev_action: th.Tensor,
+        is_first: th.Tensor | None,
+        sample: bool = True,
+    ) -> State:
+        """The same from embeddings of the observations (n, E).
 
         An episode begins with zeros, the initial state: written, since a state that is not finite times zero stays so.
         """
         rssm = self.world_model.rssm
         if is_first is not None:
             packed, prev_action = (x.masked_fill(is_first.unsqueeze(-1), 0.0) for x in (packed, prev_action))
-        return rssm.observe_step(rssm.unpack(packed), self.world_model.embed(obs), prev_action, sample)
+        return rssm.observe_step(rssm.unpack(packed), embed, prev_action, sample)
 
     @th.inference_mode()
     def latents(self, state: PolicyState) -> np.ndarray:

@@ -153,10 +153,10 @@ class Cloning:
 def expected_features(model: Dreamer, batch: Batch) -> th.Tensor:
     """Features of a batch (B, T, F) as ``predict(deterministic=True)`` has them, with the expected latents."""
     policy, rssm = model.policy, model.policy.world_model.rssm
-    packed, features = rssm.pack(rssm.restore(batch.start)), []
-    for t in range(batch.reward.shape[1]):
-        obs = {key: part[:, t] for key, part in batch.obs.items()}
-        state = policy.observe(obs, packed, batch.prev_action[:, t], batch.is_first[:, t], sample=False)
+    embed, packed, features = policy.world_model.embed(batch.obs), rssm.pack(rssm.restore(batch.start)), []
+    for t in range(embed.shape[1]):
+        before = packed, batch.prev_action[:, t], batch.is_first[:, t]
+        state = policy.observe_embedded(embed[:, t], *before, sample=False)
         packed = rssm.pack(state)
         features.append(state.features)
     return th.stack(features, 1)
